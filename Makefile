@@ -1,0 +1,83 @@
+# Everything a person types. `make help` lists it from the comments after `##`.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PORT ?= 5000
+PYTEST_ARGS ?=
+
+# Nothing here reports home, and MLflow's telemetry has a race that loses points.
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help setup assets demo demo-refusal report test test-fast check format format-check \
+	lint types bench mlflow clean
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
+		| awk -F ':.*## ' '{printf "  \033[36mmake %-14s\033[0m %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## install into .venv (PYTHON=python3.12 for another Python)
+
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) \
+		|| { echo "cannot make $(VENV); on Debian: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip -c constraints.txt
+	@echo "installing into $(VENV): a minute or two the first time"
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+assets: setup ## fetch model and data into CRL_EXP_CACHE
+	@$(BIN)/python -m crl_exp assets
+
+demo: assets ## steer a real model on movie reviews, by method and layer
+	$(BIN)/python launch.py -m +sweep=demo
+	$(BIN)/python -m crl_exp report demo
+
+demo-refusal: assets ## the second task: refusals of harmful and harmless prompts
+	$(BIN)/python launch.py -m +sweep=demo_refusal
+	$(BIN)/python -m crl_exp report demo_refusal
+
+report: setup ## tables and figures of a finished sweep (SWEEP=demo)
+	@test -n "$(SWEEP)" || { echo "which sweep? make report SWEEP=demo"; exit 1; }
+	$(BIN)/python -m crl_exp report $(SWEEP)
+
+test: assets ## every test that can run here (PYTEST_ARGS='-k name')
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: setup ## the quick tests that need neither network nor assets
+	$(BIN)/python -m pytest -m 'not slow and not assets and not gpu and not slurm' $(PYTEST_ARGS)
+
+check: format-check lint types test-fast ## what must pass before a commit
+
+format: setup ## rewrite the code in the one format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix --exit-zero --quiet .
+
+format-check: setup ## fail if `make format` would change a file
+	$(BIN)/ruff format --check .
+
+lint: setup ## ruff's rules
+	$(BIN)/ruff check .
+
+types: setup ## the type checker
+	$(BIN)/pyright
+
+bench: assets ## measure speed and memory
+	$(BIN)/python -m crl_exp.bench
+
+mlflow: setup ## compare runs in the browser, on loopback (PORT=5000)
+	@mkdir -p outputs
+	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) \
+		--backend-store-uri sqlite:///outputs/mlflow.db --artifacts-destination outputs/mlartifacts
+
+clean: ## remove caches; results, .venv and assets stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,43 @@
+"""`python -m crl_exp COMMAND …`: everything but the experiments, which `launch.py` runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from crl_exp.errors import UserError
+
+# Each module has `main(argv) -> int` and is imported only when its command is called.
+COMMANDS = {
+    "assets": ("crl_exp.assets_command", "fetch the model and the data into the cache"),
+    "report": ("crl_exp.report", "tables and figures of a finished sweep"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; a `UserError` is printed, without traceback."""
+    listing = "\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m crl_exp",
+        description="Experiments start with `python launch.py`; the rest is here.",
+        epilog=f"commands:\n{listing}\n\n`python -m crl_exp COMMAND --help` tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the command takes")
+    parsed = parser.parse_args(argv)
+    module = importlib.import_module(COMMANDS[parsed.command][0])
+    try:
+        return module.main(parsed.arguments) or 0
+    except UserError as error:
+        print(f"crl_exp {parsed.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"crl_exp {parsed.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What lies between Hydra's command line and an experiment: schema, sweeper and errors for people."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from crl_exp.errors import UserError, did_you_mean
+
+SWEEPER = "hydra_plugins.crl_exp_sweeper.grids.GridSweeper"
+
+
+def register() -> None:
+    """Make the config schema known to Hydra."""
+    from crl_exp.config import Schema
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Schema)
+    sweeper = {"_target_": SWEEPER, "grids": [], "params": None}
+    store.store(group="hydra/sweeper", name="grids", node=sweeper)
+    # We print errors ourselves (`people_errors`), so let Hydra raise them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+
+@contextmanager
+def people_errors() -> Iterator[None]:
+    """Print what the user can mend without a traceback, with the nearest right names; exit 1."""
+    try:
+        yield
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(explain(error))
+
+
+def explain(error: Exception) -> str:
+    """One message for a fault of the user's, from whichever library it came."""
+    lines = [str(error).strip()]
+    cause = error.__cause__
+    if isinstance(cause, (HydraException, OmegaConfBaseException)):
+        lines.append(str(cause).strip().splitlines()[0])
+    lines += [hint for hint in (_nearest_key(lines), _nearest_option(lines[0])) if hint]
+    return "error: " + "\n".join(lines)
+
+
+def _nearest_key(lines: list[str]) -> str:
+    text = "\n".join(lines)
+    match = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)'", text)
+    if match is None:
+        return ""
+    return did_you_mean(match[1], known_keys()).lstrip("; ")
+
+
+def _nearest_option(text: str) -> str:
+    match = re.search(r"Could not find '([^']+)/([^'/]+)'[^\n]*\n+Available options[^\n]*\n", text)
+    if match is None:
+        match = re.search(r"In '[^']*': Could not find '([^']+)/([^'/]+)'", text)
+    if match is None:
+        return ""
+    options = re.findall(r"^\t(\S+)", text, flags=re.MULTILINE)
+    return did_you_mean(match[2], options).lstrip("; ")
+
+
+def known_keys() -> list[str]:
+    """Every key of the default config, and every config group, as they are written in overrides."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra import compose, initialize_config_dir
+
+    from crl_exp.saes import REPO
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        config = compose("config")
+    return list(_flatten(config))
+
+
+def _flatten(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, DictConfig):
+            yield from _flatten(value, f"{prefix}{key}.")

@@ -1,0 +1,146 @@
+"""Streaming statistics of features against reward, in O(F) memory and float64.
+
+Pure: no model, no files. Moments are merged by Chan's formulas (Chan, Golub, LeVeque 1979), so the
+order and the cutting into batches don't matter. Shapes: B samples, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Count, mean and centred second moments of a sample of (z [F], y).
+
+    `origin_F`, `origin_y` are subtracted from every value first: with them a large offset in the
+    data doesn't eat the digits of the variance. Means are relative to them.
+    """
+
+    n: int
+    origin_F: Tensor
+    origin_y: float
+    mean_F: Tensor
+    mean_y: float
+    m2_F: Tensor
+    m2_y: float
+    cov_F: Tensor
+
+    @classmethod
+    def of(cls, z_BF: Tensor, y_B: Tensor) -> Moments:
+        """Moments of one batch, two passes over it."""
+        z_BF, y_B = z_BF.double(), y_B.double()
+        origin_F, origin_y = z_BF[0].clone(), float(y_B[0])
+        z_BF, y_B = z_BF - origin_F, y_B - origin_y
+        mean_F, mean_y = z_BF.mean(0), float(y_B.mean())
+        dz_BF, dy_B = z_BF - mean_F, y_B - mean_y
+        return cls(
+            len(y_B), origin_F, origin_y, mean_F, mean_y,
+            dz_BF.square().sum(0), float(dy_B.square().sum()), dy_B @ dz_BF,
+        )  # fmt: skip
+
+    def merged(self, other: Moments) -> Moments:
+        """Moments of both samples together."""
+        n = self.n + other.n
+        dz_F = other.mean_F - self.mean_F + (other.origin_F - self.origin_F)
+        dy = other.mean_y - self.mean_y + (other.origin_y - self.origin_y)
+        share, weight = other.n / n, self.n * other.n / n
+        return Moments(
+            n, self.origin_F, self.origin_y,
+            self.mean_F + dz_F * share, self.mean_y + dy * share,
+            self.m2_F + other.m2_F + dz_F.square() * weight,
+            self.m2_y + other.m2_y + dy * dy * weight,
+            self.cov_F + other.cov_F + dz_F * dy * weight,
+        )  # fmt: skip
+
+    def correlation(self) -> Tensor:
+        """Pearson r [F]; 0 where z or y doesn't vary (where numpy.corrcoef gives nan)."""
+        scale_F = self.m2_F.sqrt() * self.m2_y**0.5
+        r_F = torch.where(scale_F > 0, self.cov_F / scale_F, 0.0)
+        return r_F.clamp(-1, 1)
+
+
+@dataclass
+class Sums:
+    """Sums of z, and counts of z > 0, over a group of samples (rewarded, or unrewarded)."""
+
+    n: int
+    total_F: Tensor
+    active_F: Tensor
+
+    @classmethod
+    def of(cls, z_BF: Tensor) -> Sums:
+        z_BF = z_BF.double()
+        return cls(len(z_BF), z_BF.sum(0), (z_BF > 0).sum(0).double())
+
+    def merged(self, other: Sums) -> Sums:
+        return Sums(
+            self.n + other.n, self.total_F + other.total_F, self.active_F + other.active_F
+        )
+
+    def mean(self) -> Tensor:
+        return self.total_F / max(self.n, 1)
+
+    def mean_active(self) -> Tensor:
+        return self.total_F / self.active_F.clamp(min=1)
+
+    def frequency(self) -> Tensor:
+        return self.active_F / max(self.n, 1)
+
+
+class StreamingCorrelation:
+    """Pearson r of every feature with the reward, and what coefficients are made of.
+
+    A sample counts as rewarded where its reward is at least .5.
+    """
+
+    def __init__(self) -> None:
+        self.moments: Moments | None = None
+        self.rewarded: Sums | None = None
+        self.unrewarded: Sums | None = None
+
+    @property
+    def n(self) -> int:
+        return 0 if self.moments is None else self.moments.n
+
+    def update(self, z_BF: Tensor, y_B: Tensor) -> None:
+        """Take in a batch: pooled activations z [B, F] and rewards y [B]."""
+        assert z_BF.shape[0] == y_B.shape[0]
+        if len(y_B) == 0:
+            return
+        other = StreamingCorrelation()
+        other.moments = Moments.of(z_BF, y_B)
+        good_B = y_B >= 0.5
+        other.rewarded, other.unrewarded = Sums.of(z_BF[good_B]), Sums.of(z_BF[~good_B])
+        self.merge(other)
+
+    def merge(self, other: StreamingCorrelation) -> None:
+        """Take in another stream's samples."""
+        if other.moments is None:
+            return
+        if self.moments is None:
+            self.moments, self.rewarded, self.unrewarded = (
+                other.moments, other.rewarded, other.unrewarded,
+            )  # fmt: skip
+            return
+        assert self.rewarded and self.unrewarded and other.rewarded and other.unrewarded
+        self.moments = self.moments.merged(other.moments)
+        self.rewarded = self.rewarded.merged(other.rewarded)
+        self.unrewarded = self.unrewarded.merged(other.unrewarded)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """All per-feature statistics, each [F], float64."""
+        assert self.moments and self.rewarded and self.unrewarded, "no samples yet"
+        active_F = self.rewarded.active_F + self.unrewarded.active_F
+        return {
+            "correlation": self.moments.correlation(),
+            "frequency": active_F / self.n,
+            "frequency_rewarded": self.rewarded.frequency(),
+            "frequency_unrewarded": self.unrewarded.frequency(),
+            "mean_positive": self.rewarded.mean(),
+            "mean_active": self.rewarded.mean_active(),
+            "contrastive": self.rewarded.mean() - self.unrewarded.mean(),
+        }

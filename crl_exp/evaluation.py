@@ -1,0 +1,132 @@
+"""Steered against unsteered on the same held-out items, and a row for every steered token."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from crl_exp.controllers.base import Controller, Unsteered
+from crl_exp.lab import Answers, Lab
+from crl_exp.statistics import compare
+
+INTERVENTIONS = pa.schema(
+    [
+        ("split", pa.string()),
+        ("item", pa.string()),
+        ("token_index", pa.int32()),
+        ("layer", pa.int32()),
+        ("token", pa.int32()),
+        ("features", pa.list_(pa.int32())),
+        ("coefficients", pa.list_(pa.float32())),
+        ("log_prob", pa.float32()),
+        ("value", pa.float32()),
+        ("changed", pa.bool_()),
+    ]
+)
+"""One row for each item, steered token and layer. `token` is the one produced; `changed`: whether
+the item's answer differs from the unsteered one."""
+
+
+def evaluate_split(lab: Lab, controller: Controller, split: str) -> tuple[dict[str, Any], Answers]:
+    """Compare on one split. Returns the figures and the steered answers."""
+    baseline = lab.baseline(split)
+    if isinstance(controller, Unsteered):
+        steered = baseline
+    else:
+        with lab.bar(f"steered on {split}", len(lab.prompts(split))) as advance:
+            steered = lab.answer(controller, split, record=True, advance=advance)
+    changed = changed_outputs(baseline, steered)
+    figures = asdict(compare(baseline.reward_B.double().numpy(), steered.reward_B.double().numpy(), changed))
+    figures["delta_ci95"] = list(figures["delta_ci95"])
+    figures["invalid_baseline"] = baseline.invalid
+    figures["invalid_steered"] = steered.invalid
+    return figures, steered
+
+
+def changed_outputs(baseline: Answers, steered: Answers) -> np.ndarray:
+    """Whether each answer's tokens differ [n]."""
+    pairs = zip(baseline.generation.tokens, steered.generation.tokens, strict=True)
+    return np.array([a != b for a, b in pairs])
+
+
+def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All test sets and validation. Writes interventions.parquet.
+
+    Returns the result's figures and, for features.json, how often each feature was used on test.
+    """
+    figures, used, tables = {}, {}, []
+    for split in ["test", *lab.splits.extra, "validation"]:
+        figures[split], answers = evaluate_split(lab, controller, split)
+        if split != "validation":
+            tables.append(_interventions(lab, split, answers))
+        if split == "test":
+            used = _used(answers)
+    _write_interventions(lab.run.path / "interventions.parquet", tables)
+    result = dict(figures.pop("test"))
+    result["validation"] = figures.pop("validation")
+    result["test_sets"] = figures
+    benign = figures.get("benign")
+    for side in ("baseline", "steered"):
+        rate = None if benign is None else 1.0 - benign[f"accuracy_{side}"]
+        result[f"over_refusal_{side}"] = rate
+    result["unique_features"] = len({(la, f) for la, rows in used.items() for f in rows})
+    return result, used
+
+
+def _interventions(lab: Lab, split: str, answers: Answers) -> pa.Table:
+    """The steered tokens of a split as a table."""
+    items = lab.splits.named()[split]
+    changed = changed_outputs(lab.baseline(split), answers)
+    columns: dict[str, list] = {name: [] for name in INTERVENTIONS.names}
+    for step in answers.generation.steps:
+        action = step.action
+        features, coefficients = action.feature_idx_BK.tolist(), action.coefficient_BK.tolist()
+        assert step.token_B is not None
+        tokens = step.token_B.tolist()
+        log_probs = [None] * len(tokens) if action.log_prob_B is None else action.log_prob_B.tolist()
+        values = [None] * len(tokens) if action.value_B is None else action.value_B.tolist()
+        for i, row in enumerate(step.rows):
+            if not step.alive_B[i]:
+                continue
+            kept = [k for k, feature in enumerate(features[i]) if feature >= 0]
+            columns["split"].append(split)
+            columns["item"].append(items[row].item_id)
+            columns["token_index"].append(step.token_index)
+            columns["layer"].append(step.layer)
+            columns["token"].append(tokens[i])
+            columns["features"].append([features[i][k] for k in kept])
+            columns["coefficients"].append([coefficients[i][k] for k in kept])
+            columns["log_prob"].append(log_probs[i])
+            columns["value"].append(values[i])
+            columns["changed"].append(bool(changed[row]))
+    return pa.table(columns, schema=INTERVENTIONS)
+
+
+def _write_interventions(path: Path, tables: list[pa.Table]) -> None:
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.concat_tables(tables), partial, compression="zstd")
+    partial.replace(path)
+
+
+def _used(answers: Answers) -> dict[int, dict[int, dict[str, float]]]:
+    """By layer and feature: tokens at which it was added, and its mean coefficient."""
+    count: Counter[tuple[int, int]] = Counter()
+    total: Counter[tuple[int, int]] = Counter()
+    for step in answers.generation.steps:
+        features = step.action.feature_idx_BK[step.alive_B].flatten().tolist()
+        coefficients = step.action.coefficient_BK[step.alive_B].flatten().tolist()
+        for feature, coefficient in zip(features, coefficients, strict=True):
+            if feature >= 0:
+                count[step.layer, feature] += 1
+                total[step.layer, feature] += coefficient
+    used: dict[int, dict[int, dict[str, float]]] = {}
+    for (layer, feature), n in count.most_common():
+        mean = total[layer, feature] / n
+        used.setdefault(layer, {})[feature] = {"tokens": n, "mean_coefficient": mean}
+    return used

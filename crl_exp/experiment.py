@@ -1,0 +1,148 @@
+"""One experiment: load, warm up, train, evaluate, write the result."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from crl_exp import config as configs
+from crl_exp.config import Experiment
+from crl_exp.errors import UserError
+from crl_exp.evaluation import evaluate
+from crl_exp.lab import Lab
+from crl_exp.methods import NoSteering
+from crl_exp.runs import RunDirectory, write_json
+from crl_exp.saes import REPO
+from crl_exp.tracking import sync
+
+log = logging.getLogger(__name__)
+VERSIONS = ("crl_exp", "torch", "transformers", "sae-lens", "mlflow", "hydra-core")
+
+
+def run_experiment(config: DictConfig, skip_finished: bool) -> dict[str, Any]:
+    """Run one composed config in its run directory; returns its result.
+
+    skip_finished: a finished run's result is returned (in a sweep) instead of being an error.
+    Raises `UserError` for whatever the user can mend.
+    """
+    exp = configs.experiment(config)
+    layers = configs.validate(exp)
+    run = RunDirectory(config)
+    done = run.result()
+    if done is not None and exp.resume != "force":
+        if skip_finished:
+            log.info("already finished, skipped: %s", run.path)
+            return done
+        raise UserError(
+            f"this run is already finished: {run.result_path}. "
+            "Add resume=force to run it again from the start"
+        )
+    with run.opened():
+        result = _run(exp, layers, run)
+        write_json(run.result_path, result)
+    sync(run, exp.tracking)
+    return result
+
+
+def _run(exp: Experiment, layers: list[int], run: RunDirectory) -> dict[str, Any]:
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "load"):
+        lab = Lab(exp, layers, run)
+    with _timed(seconds, "warmup"):
+        if not isinstance(exp.method, NoSteering):
+            lab.statistics()
+    with _timed(seconds, "train"):
+        controller = exp.method.prepare(lab)
+    with _timed(seconds, "evaluate"):
+        figures, used = evaluate(lab, controller)
+    write_json(run.path / "features.json", _features(lab, used))
+    result = _identity(exp, layers, run, lab) | figures
+    result |= {"notes": lab.notes, "warnings": lab.warnings, "seconds": seconds}
+    result["peak_memory_bytes"] = peak_memory_bytes()
+    result["versions"] = {name: version(name) for name in VERSIONS}
+    result |= git_state()
+    return result
+
+
+def _identity(exp: Experiment, layers: list[int], run: RunDirectory, lab: Lab) -> dict[str, Any]:
+    """What a result is a result of."""
+    return {
+        "run_key": run.key,
+        "sweep": exp.sweep_name,
+        "method": exp.method.name,
+        "model": exp.model.name,
+        "sae": exp.sae.name,
+        "task": exp.task.name,
+        "layers": layers,
+        "seed": exp.seed,
+        "scorer": exp.task.scorer_name,
+        "data_digest": lab.splits.digest(),
+    }
+
+
+def _features(lab: Lab, used: dict[int, dict[int, dict[str, float]]]) -> dict[str, Any]:
+    """features.json: by layer, the best found in stage 1 and those added on the test set."""
+    if isinstance(lab.exp.method, NoSteering):
+        return {}
+    layers: dict[str, Any] = {}
+    for layer, statistics in lab.statistics().items():
+        coefficient_F = lab.exp.coefficient.values(statistics, lab.saes[layer]).cpu()
+        columns = {**statistics.by_feature, "coefficient": coefficient_F}
+
+        def row(feature: int, more: dict, columns=columns, layer=layer) -> dict[str, Any]:
+            values = {name: float(columns[name][feature]) for name in FEATURE_COLUMNS}
+            sign = 1 if values["correlation"] >= 0 else -1
+            link = lab.saes[layer].link(feature)
+            return {"feature": feature, **values, "sign": sign, "neuronpedia": link, **more}
+
+        best = statistics.best(lab.exp.warmup.min_frequency, lab.exp.warmup.keep)
+        layers[str(layer)] = {
+            "n": statistics.n,
+            "allowed": len(statistics.allowed(lab.exp.warmup.min_frequency)),
+            "found": [row(feature, {}) for feature in best],
+            "used": [row(feature, more) for feature, more in used.get(layer, {}).items()],
+        }
+    return layers
+
+
+FEATURE_COLUMNS = (
+    "correlation",
+    "coefficient",
+    "frequency",
+    "frequency_rewarded",
+    "frequency_unrewarded",
+)
+
+
+def peak_memory_bytes() -> int:
+    """Peak of this process so far: on CUDA the allocator's, else the resident set."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the code and whether it was changed since; null outside a git checkout."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    dirty = git("status", "--porcelain", "--untracked-files=no")
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if dirty is None else dirty != ""}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - started, 3)

@@ -1,0 +1,189 @@
+"""What an experiment works with: model, SAEs, task, prompts, statistics, loaded once a process.
+
+Runs of one process share the model, the prompts that were read and the unsteered answers.
+Shapes: B answers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crl_exp.config import Experiment
+from crl_exp.controllers.base import Controller, Unsteered
+from crl_exp.controllers.fixed import FixedFeatures, Steer
+from crl_exp.engine import Engine, Generation, Job, Prompts
+from crl_exp.models import load_model
+from crl_exp.runs import RunDirectory, content_key
+from crl_exp.saes import LayerSAE, load_saes
+from crl_exp.tasks.base import Score, Splits
+from crl_exp.terminal import progress_bar
+from crl_exp.warmup import LayerStatistics, measure, shared_statistics
+
+log = logging.getLogger(__name__)
+
+# Loaded things of this process by content key; see `_shared`.
+_SHARED: dict[str, dict[str, Any]] = {}
+
+
+def _shared(kind: str, key: Any, make: Callable[[], Any], keep: int) -> Any:
+    """Make once and keep the `keep` things of a kind that were used last."""
+    kept = _SHARED.setdefault(kind, {})
+    name = content_key(key)
+    kept[name] = kept.pop(name) if name in kept else make()
+    while len(kept) > keep:
+        del kept[next(iter(kept))]
+    return kept[name]
+
+
+@dataclass
+class Answers:
+    """A controller's answers to items of a split, scored."""
+
+    generation: Generation
+    scores: list[Score]
+
+    @property
+    def reward_B(self) -> Tensor:
+        return torch.tensor([score.reward for score in self.scores])
+
+    @property
+    def invalid(self) -> float:
+        """Share of answers that could not be read as one."""
+        return sum(not score.valid for score in self.scores) / len(self.scores)
+
+
+class Lab:
+    """Everything that a method and the evaluation need of one experiment."""
+
+    def __init__(self, exp: Experiment, layers: list[int], run: RunDirectory):
+        self.exp, self.run = exp, run
+        self.notes: dict[str, Any] = {}
+        self.warnings: list[str] = []
+        self.splits: Splits = _shared("splits", asdict(exp.task), exp.task.splits, keep=4)
+        self.model_key = asdict(exp.model)
+        self.engine_key = [self.model_key, asdict(exp.engine)]
+        self.lm = _shared("model", self.model_key, lambda: load_model(exp.model), keep=1)
+        self.engine = Engine(self.lm, exp.engine)
+        self.saes: dict[int, LayerSAE] = _shared(
+            "saes",
+            [self.model_key, asdict(exp.sae), layers],
+            lambda: load_saes(exp.sae, layers, self.lm.d_model, self.lm.name, self.lm.device),
+            keep=8,
+        )
+        for sae in self.saes.values():
+            for warning in sae.warnings:
+                self.warn(warning)
+        choices = exp.task.choices
+        self.choices = None if choices is None else self.lm.choice_ids(choices)
+        self._statistics: dict[int, LayerStatistics] | None = None
+
+    def warn(self, message: str) -> None:
+        """Say it now and keep it in the result."""
+        log.warning(message)
+        self.warnings.append(message)
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep something found on the way (a chosen multiplier, say) in the result."""
+        self.notes[name] = value
+
+    def bar(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return progress_bar(what, total)
+
+    def fixed(self, steers: list[Steer]) -> Controller:
+        return FixedFeatures(steers, self.saes, self.exp.decay)
+
+    # --- prompts and answers ---
+
+    def prompts(self, split: str) -> Prompts:
+        """The split's prompts, read when first asked for."""
+        items = self.splits.named()[split]
+        chat = self.exp.task.chat_template
+
+        def read() -> Prompts:
+            ids = [self.lm.prompt_ids(item.user, chat) for item in items]
+            with self.bar(f"reading {split} prompts", len(ids)) as advance:
+                return self.engine.read(ids, advance)
+
+        users = [item.user for item in items]
+        return _shared("prompts", [self.engine_key, chat, users], read, keep=6)
+
+    def answer(
+        self,
+        controller: Controller,
+        split: str,
+        items: Sequence[int] | None = None,
+        record: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Answers:
+        """Answers to these items of a split (all, by default) under a controller."""
+        prompts = self.prompts(split)
+        chosen = range(len(prompts)) if items is None else items
+        generation = self.engine.generate(
+            prompts, [Job(controller, chosen)], self.exp.task.max_new_tokens, self.choices,
+            record, advance,
+        )[0]  # fmt: skip
+        asked = [self.splits.named()[split][i] for i in chosen]
+        return Answers(generation, self.exp.task.score(asked, generation.texts))
+
+    def baseline(self, split: str) -> Answers:
+        """The unsteered model's answers to a split, generated once a process."""
+        key = [self.engine_key, asdict(self.exp.task), split]
+
+        def make() -> Answers:
+            n = len(self.prompts(split))
+            with self.bar(f"unsteered on {split}", n) as advance:
+                return self.answer(Unsteered(), split, advance=advance)
+
+        return _shared("baseline", key, make, keep=16)
+
+    def play(self, controller: Controller, items: list[int]) -> tuple[Generation, Tensor]:
+        """A recorded rollout on training items, and its rewards [B]."""
+        answers = self.answer(controller, "train", items, record=True)
+        return answers.generation, answers.reward_B.to(self.lm.device)
+
+    def validation_reward(self, controller: Controller) -> float:
+        """Mean reward on the validation split."""
+        if isinstance(controller, Unsteered):
+            return float(self.baseline("validation").reward_B.mean())
+        return float(self.answer(controller, "validation").reward_B.mean())
+
+    # --- stage 1 ---
+
+    def statistics(self) -> dict[int, LayerStatistics]:
+        """Stage 1's statistics of the steered layers, from the store where they are there."""
+        if self._statistics is None:
+            exp = self.exp
+            key = content_key(
+                [self.engine_key, self.lm.fingerprint(), asdict(exp.task), exp.warmup.pooling]
+            )
+            folder = Path(exp.output_dir).expanduser() / "shared" / "warmup"
+            self._statistics = shared_statistics(folder, key, self.saes, self._measure)
+        return self._statistics
+
+    def _measure(self, saes: dict[int, LayerSAE]) -> dict[int, LayerStatistics]:
+        n = len(self.splits.train)
+        self.prompts("train")
+        with self.bar(f"warmup, layers {sorted(saes)}", n) as advance:
+
+            def answer(controller: Controller, items: Sequence[int]) -> Tensor:
+                reward_B = self.answer(controller, "train", items).reward_B
+                advance(len(items))
+                return reward_B
+
+            found = measure(saes, self.exp.warmup.pooling, n, self.exp.engine.batch_size, answer)
+        accuracy = next(iter(found.values())).accuracy
+        if accuracy in (0.0, 1.0):
+            self.warn(
+                f"the unsteered model gets {'all' if accuracy else 'none'} of the {n} training "
+                "items right: every correlation is 0 and features can't be told apart. Use a "
+                "task of medium difficulty or more items (task.n_train=…)"
+            )
+        return found

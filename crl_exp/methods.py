@@ -1,0 +1,228 @@
+"""Methods: how the controller that will be evaluated comes about. `method=…` picks one.
+
+Each is one dataclass and one YAML file. All go through the same engine and the same evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from crl_exp.controllers.base import Controller, Unsteered
+from crl_exp.controllers.fixed import FixedFeatures, Steer
+from crl_exp.errors import UserError
+from crl_exp.policy import LayerAgent, PolicyController
+from crl_exp.stages.base import Pipeline
+from crl_exp.trainer import Trainer
+
+if TYPE_CHECKING:
+    from crl_exp.config import Experiment
+    from crl_exp.lab import Lab
+
+
+@dataclass
+class Method:
+    """Base. name: what results are filed under."""
+
+    name: str
+
+    def faults(self) -> list[str]:
+        return []
+
+    def conflicts(self, exp: Experiment) -> list[str]:
+        """What of the rest of the config this method can't honour."""
+        return []
+
+    def prepare(self, lab: Lab) -> Controller:
+        """Find, choose or learn what to add, on train and validation items only."""
+        raise NotImplementedError
+
+
+@dataclass
+class NoSteering(Method):
+    """The unsteered model against itself: what a difference of zero looks like."""
+
+    def prepare(self, lab: Lab) -> Controller:
+        return Unsteered()
+
+
+@dataclass
+class CorrSteer(Method):
+    """Fixed features by correlation (CorrSteer, arXiv 2508.12535).
+
+    multipliers: grid for scaling all coefficients together; the one that does best on the
+        validation split is taken (the smallest of equals).
+    """
+
+    multipliers: list[float]
+
+    def faults(self) -> list[str]:
+        bad = [m for m in self.multipliers if not (math.isfinite(m) and m > 0)]
+        if bad or not self.multipliers:
+            return [f"method.multipliers={self.multipliers}: must be positive finite numbers"]
+        return []
+
+    def candidates(self, lab: Lab) -> list[Steer]:
+        """The best allowed feature of each layer with its coefficient."""
+        found = []
+        for layer, statistics in lab.statistics().items():
+            best = statistics.best(lab.exp.warmup.min_frequency)
+            if not best:
+                raise UserError(
+                    f"layer {layer}: no feature is active in {lab.exp.warmup.min_frequency:.0%} "
+                    "of the answers; lower warmup.min_frequency"
+                )
+            coefficient_F = lab.exp.coefficient.values(statistics, lab.saes[layer])
+            found.append(Steer(layer, best[0], float(coefficient_F[best[0]])))
+        return found
+
+    def select(self, lab: Lab) -> list[Steer]:
+        """The features to add, coefficients scaled."""
+        raise NotImplementedError
+
+    def scaled(self, lab: Lab, steers: list[Steer]) -> tuple[list[Steer], float]:
+        """Scale by the multiplier that does best on validation; also returns its reward there."""
+        tried = []
+        for multiplier in sorted(self.multipliers):
+            these = [Steer(s.layer, s.feature_idx, s.coefficient * multiplier) for s in steers]
+            tried.append((lab.validation_reward(lab.fixed(these)), these, multiplier))
+        reward, best, multiplier = max(tried, key=lambda t: t[0])
+        lab.note(f"multiplier for layers {[s.layer for s in steers]}", multiplier)
+        return best, reward
+
+    def each_layer(self, lab: Lab) -> list[Steer]:
+        """CorrSteer-A's features."""
+        return self.scaled(lab, self.candidates(lab))[0]
+
+    def prepare(self, lab: Lab) -> Controller:
+        return lab.fixed(self.select(lab))
+
+
+@dataclass
+class CorrSteerS(CorrSteer):
+    """CorrSteer-S: the one best feature of all layers."""
+
+    def select(self, lab: Lab) -> list[Steer]:
+        statistics = lab.statistics()
+        best = max(
+            self.candidates(lab), key=lambda s: float(statistics[s.layer].correlation[s.feature_idx])
+        )
+        return self.scaled(lab, [best])[0]
+
+
+@dataclass
+class CorrSteerA(CorrSteer):
+    """CorrSteer-A: the best feature of each layer, all steered together."""
+
+    def select(self, lab: Lab) -> list[Steer]:
+        return self.each_layer(lab)
+
+
+@dataclass
+class CorrSteerP(CorrSteer):
+    """CorrSteer-P: A, kept only where steering that layer alone beats the unsteered model on
+    validation. Where none does, nothing is steered, and the result says so."""
+
+    def select(self, lab: Lab) -> list[Steer]:
+        floor = lab.validation_reward(Unsteered())
+        kept = [s for s in self.candidates(lab) if self.scaled(lab, [s])[1] > floor]
+        if not kept:
+            lab.warn("CorrSteer-P kept no layer: none alone beats the unsteered model")
+            return []
+        return self.scaled(lab, kept)[0]
+
+
+@dataclass
+class RandomFeatures(CorrSteer):
+    """Control: at each layer a random live feature, its addition as long as CorrSteer-A's there.
+
+    The multiplier is chosen for CorrSteer-A's features and kept, so that the norms match.
+    """
+
+    def select(self, lab: Lab) -> list[Steer]:
+        chosen = self.each_layer(lab)
+        draw = random.Random(lab.exp.seed)
+        return [self._swapped(lab, steer, draw) for steer in chosen]
+
+    def _swapped(self, lab: Lab, steer: Steer, draw: random.Random) -> Steer:
+        allowed = lab.statistics()[steer.layer].allowed(lab.exp.warmup.min_frequency).tolist()
+        others = [feature for feature in allowed if feature != steer.feature_idx] or allowed
+        feature_idx = draw.choice(others)
+        norm_F = lab.saes[steer.layer].dec_norm_F
+        same = float(norm_F[steer.feature_idx] / norm_F[feature_idx])
+        return Steer(steer.layer, feature_idx, steer.coefficient * same)
+
+
+@dataclass
+class CRL(CorrSteer):
+    """Control reinforcement learning (arXiv 2602.10437): a policy picks the feature at each token.
+
+    stage2: train by PPO; off, the untrained (zero) policy steers by the correlation alone.
+    features: `free`, any allowed feature, or `fixed`, CorrSteer-A's at each layer with its
+        coefficient. With stage2=false and features=fixed the outputs equal CorrSteer-A's.
+    """
+
+    stage2: bool
+    features: str
+
+    def faults(self) -> list[str]:
+        ok = self.features in ("free", "fixed")
+        found = "" if ok else f"method.features={self.features}: must be free or fixed"
+        return [*super().faults(), found]
+
+    def conflicts(self, exp: Experiment) -> list[str]:
+        if self.features == "fixed" and exp.policy.k > 1:
+            return [f"method.features=fixed has one feature a layer, but policy.k={exp.policy.k}"]
+        return []
+
+    def prepare(self, lab: Lab) -> Controller:
+        exp = lab.exp
+        torch.manual_seed(exp.seed)  # initial weights of hidden layers
+        agents = self._fixed_agents(lab) if self.features == "fixed" else self._free_agents(lab)
+        if self.stage2:
+            trainer = Trainer(
+                agents, exp.algorithm, exp.decay, exp.seed, len(lab.splits.train), lab.run,
+                exp.checkpoint,
+            )  # fmt: skip
+            with lab.bar("training", exp.algorithm.n_updates) as advance:
+                trainer.train(lab.play, lab.validation_reward, advance)
+            lab.note("best_update", trainer.best_step)
+        return PolicyController(agents, exp.decay)
+
+    def _free_agents(self, lab: Lab) -> dict[int, LayerAgent]:
+        agents = {}
+        for layer, statistics in lab.statistics().items():
+            allowed_C = statistics.allowed(lab.exp.warmup.min_frequency)
+            if len(allowed_C) < lab.exp.policy.k:
+                raise UserError(
+                    f"layer {layer}: only {len(allowed_C)} features may be steered, but "
+                    f"policy.k={lab.exp.policy.k}; lower policy.k or warmup.min_frequency"
+                )
+            coefficient_F = lab.exp.coefficient.values(statistics, lab.saes[layer])
+            agents[layer] = _agent(lab, layer, allowed_C, coefficient_F)
+        return agents
+
+    def _fixed_agents(self, lab: Lab) -> dict[int, LayerAgent]:
+        agents = {}
+        for steer in self.each_layer(lab):
+            coefficient_F = torch.zeros(lab.saes[steer.layer].d_sae)
+            coefficient_F[steer.feature_idx] = steer.coefficient
+            agents[steer.layer] = _agent(
+                lab, steer.layer, torch.tensor([steer.feature_idx]), coefficient_F
+            )
+        return agents
+
+
+def _agent(lab: Lab, layer: int, allowed_C: torch.Tensor, coefficient_F: torch.Tensor) -> LayerAgent:
+    return LayerAgent(
+        lab.saes[layer],
+        lab.statistics()[layer],
+        allowed_C,
+        coefficient_F,
+        Pipeline(lab.exp.stages, lab.exp.order),
+        lab.exp.policy,
+    )

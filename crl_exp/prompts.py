@@ -1,0 +1,207 @@
+"""Prompts read once: their keys and values, and the last token's residual at every layer.
+
+Steering begins at the last prompt token, so all that comes before it is the same for every
+controller, epoch and seed. A `PromptStore` reads a split once and hands out batches to decode from.
+Shapes: N tokens in the store, B rows, T tokens, L layers, D d_model, H key heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from crl_exp.models import LanguageModel
+
+Progress = Callable[[int], None]
+
+
+@dataclass
+class PromptBatch:
+    """What decoding starts from: everything but the last token, left-padded.
+
+    last_B: last prompt token. position_B: its position.
+    key_BT, valid_BT: position of each cached key, and whether it is a real one.
+    residual_LBD: the last token's residual at the output of each layer, unsteered.
+    embedded_BD: its embedding (input of layer 0).
+    """
+
+    last_B: Tensor
+    position_B: Tensor
+    key_BT: Tensor
+    valid_BT: Tensor
+    residual_LBD: Tensor
+    rows: Tensor
+    store: PromptStore
+
+    def cache(self, first_layer: int, with_last: int) -> DynamicCache:
+        """A fresh cache of the layers from `first_layer` up; lower ones stay empty.
+
+        Layers below `with_last` also hold the last token (they are not run for it again).
+        """
+        return self.store.assemble(self, first_layer, with_last)
+
+
+class PromptStore:
+    """Keys and values of every token of a list of prompts, the common prefix held once."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        batch_size: int,
+        progress: Progress | None = None,
+    ):
+        self.lm = lm
+        self.prompts = [list(p) for p in prompts]
+        self.prefix = common_prefix(self.prompts)
+        suffix_lengths = [len(p) - self.prefix for p in self.prompts]
+        starts = torch.tensor([self.prefix, *suffix_lengths]).cumsum(0)
+        self.start = starts[:-1]  # row of each prompt's first own token
+        self.n_tokens = int(starts[-1])
+        self.kv_L: list[Tensor] = []  # each [N, 2, H, E]
+        self.residual_LND = torch.empty(
+            lm.n_layers, len(self.prompts), lm.d_model, dtype=lm.dtype, device=lm.device
+        )
+        self._read(batch_size, progress)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.kv_L) + self.residual_LND.nbytes
+
+    def batch(self, items: Sequence[int]) -> PromptBatch:
+        """Assemble the prompts at these positions into a left-padded batch."""
+        lengths_B = torch.tensor([len(self.prompts[i]) for i in items])
+        width = int(lengths_B.max()) - 1
+        pad_B = width - (lengths_B - 1)
+        key_BT = torch.arange(width)[None, :] - pad_B[:, None]
+        valid_BT = key_BT >= 0
+        own_BT = self.start[list(items)][:, None] + key_BT - self.prefix
+        rows_BT = torch.where(key_BT < self.prefix, key_BT.clamp(min=0), own_BT)
+        device = self.lm.device
+        return PromptBatch(
+            last_B=torch.tensor([self.prompts[i][-1] for i in items], device=device),
+            position_B=(lengths_B - 1).to(device),
+            key_BT=key_BT.clamp(min=0).to(device),
+            valid_BT=valid_BT.to(device),
+            residual_LBD=self.residual_LND[:, list(items)],
+            rows=torch.cat([rows_BT, own_BT[:, -1:] + 1], dim=1).to(device),
+            store=self,
+        )
+
+    def assemble(
+        self, batch: PromptBatch, first_layer: int, with_last: int
+    ) -> DynamicCache:
+        """Gather the rows' keys and values into a transformers cache."""
+        cache = DynamicCache()
+        n_rows, width = batch.rows.shape
+        for index in range(self.lm.n_layers):
+            layer = DynamicLayer()
+            cache.layers.append(layer)
+            if index < first_layer:
+                continue
+            tokens = batch.rows if index < with_last else batch.rows[:, :-1]
+            kv = self.kv_L[index][tokens.reshape(-1)]
+            kv = kv.view(n_rows, tokens.shape[1], *kv.shape[1:]).permute(2, 0, 3, 1, 4)
+            layer.lazy_initialization(kv[0], kv[1])
+            layer.keys, layer.values = kv[0], kv[1]
+        return cache
+
+    @torch.no_grad()
+    def _read(self, batch_size: int, progress: Progress | None) -> None:
+        prefix_cache = DynamicCache()
+        if self.prefix:
+            ids = torch.tensor([self.prompts[0][: self.prefix]], device=self.lm.device)
+            self._forward(ids, prefix_cache, torch.tensor([self.prefix]), start=0)
+        # Same-length prompts side by side: little padding, and an order that depends on the
+        # prompts alone, so that every run reads them in the same batches.
+        order = sorted(
+            range(len(self.prompts)), key=lambda i: (len(self.prompts[i]), i)
+        )
+        for at in range(0, len(order), batch_size):
+            chunk = order[at : at + batch_size]
+            self._read_chunk(chunk, prefix_cache)
+            if progress:
+                progress(len(chunk))
+
+    def _read_chunk(self, chunk: list[int], prefix_cache: DynamicCache) -> None:
+        own = [self.prompts[i][self.prefix :] for i in chunk]
+        lengths_B = torch.tensor([len(p) for p in own])
+        ids_BT = torch.zeros(len(chunk), int(lengths_B.max()), dtype=torch.long)
+        for row, tokens in enumerate(own):
+            ids_BT[row, : len(tokens)] = torch.tensor(tokens)
+        cache = DynamicCache()
+        for index, layer in enumerate(prefix_cache.layers):
+            expanded = (
+                t.expand(len(chunk), -1, -1, -1) for t in (layer.keys, layer.values)
+            )
+            cache.update(*expanded, index)
+        last_LBD = self._forward(
+            ids_BT.to(self.lm.device), cache, lengths_B, start=self.prefix
+        )
+        self._keep(chunk, cache, lengths_B, last_LBD)
+
+    def _forward(
+        self, ids_BT: Tensor, cache: DynamicCache, lengths_B: Tensor, start: int
+    ) -> Tensor:
+        """Run the decoder over right-padded tokens; returns the last real token's residuals."""
+        n_rows, width = ids_BT.shape
+        device = ids_BT.device
+        lengths_B = lengths_B.to(device)
+        query_BQ = (start + torch.arange(width, device=device)).expand(n_rows, -1)
+        key_BK = torch.arange(start + width, device=device).expand(n_rows, -1)
+        valid_BK = key_BK < (start + lengths_B)[:, None]
+        rows = torch.arange(n_rows, device=device)
+        residuals: list[Tensor] = []
+
+        def keep(_module, _inputs, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            residuals.append(hidden[rows, lengths_B - 1])
+
+        handles = [layer.register_forward_hook(keep) for layer in self.lm.layers]
+        try:
+            self.lm.decoder(
+                input_ids=ids_BT,
+                attention_mask=self.lm.mask(query_BQ, key_BK, valid_BK),
+                position_ids=query_BQ,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(residuals)
+
+    def _keep(
+        self, chunk: list[int], cache: DynamicCache, lengths_B: Tensor, last_LBD: Tensor
+    ) -> None:
+        if not self.kv_L:
+            keys = cache.layers[0].keys
+            shape = (self.n_tokens, 2, keys.shape[1], keys.shape[3])
+            self.kv_L = [keys.new_empty(shape) for _ in cache.layers]
+        for index, layer in enumerate(cache.layers):
+            kv = torch.stack([layer.keys, layer.values]).permute(1, 3, 0, 2, 4)
+            self.kv_L[index][: self.prefix] = kv[0, : self.prefix]
+            for row, item in enumerate(chunk):
+                at, length = int(self.start[item]), int(lengths_B[row])
+                self.kv_L[index][at : at + length] = kv[
+                    row, self.prefix : self.prefix + length
+                ]
+        self.residual_LND[:, chunk] = last_LBD
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Number of leading tokens that all prompts share, short of each one's last token."""
+    if not prompts:
+        return 0
+    first, last = min(prompts), max(prompts)
+    limit = min(len(p) for p in prompts) - 1
+    shared = next((i for i in range(limit) if first[i] != last[i]), limit)
+    return max(shared, 0)

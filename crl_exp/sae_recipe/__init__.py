@@ -1,0 +1,1 @@
+"""How the shipped SAEs are made: text, residuals, training, quality."""

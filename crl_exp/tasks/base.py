@@ -1,0 +1,174 @@
+"""What a task is: items in disjoint splits, a prompt for each, a score for each answer.
+
+A task is a dataclass whose fields are the keys of its YAML file in `conf/task/`. It never sees a
+model or a tokenizer: it hands out user turns (`Item.user`) and scores strings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from crl_exp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. `item_id` is a hash of the content: the same wherever the item lies."""
+
+    item_id: str
+    user: str
+    target: str | None = None
+    benign: bool = False
+
+
+@dataclass(frozen=True)
+class Score:
+    """`reward` in [0, 1]; `valid` is false where the answer could not be read as one."""
+
+    reward: float
+    valid: bool = True
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Disjoint item sets. `extra` holds further test sets by name, never trained or selected on."""
+
+    train: tuple[Item, ...]
+    validation: tuple[Item, ...]
+    test: tuple[Item, ...]
+    extra: dict[str, tuple[Item, ...]] = field(default_factory=dict)
+
+    def named(self) -> dict[str, tuple[Item, ...]]:
+        return {
+            "train": self.train,
+            "validation": self.validation,
+            "test": self.test,
+            **self.extra,
+        }
+
+    def check_disjoint(self) -> None:
+        """Raise `UserError` where two splits share an item, or one is empty."""
+        seen: dict[str, str] = {}
+        for name, items in self.named().items():
+            if not items:
+                raise UserError(
+                    f"the {name} split of this task is empty; raise task.n_{name} or give more data"
+                )
+            for item in items:
+                other = seen.setdefault(item.item_id, name)
+                if other != name:
+                    raise UserError(f"item {item.item_id} is in both {other} and {name}")
+
+    def digest(self) -> str:
+        """Content hash of every split: two runs may be compared only where it is equal."""
+        lines = [
+            f"{name}:{i.item_id}:{i.target}" for name, items in self.named().items() for i in items
+        ]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Task:
+    """Base of all tasks.
+
+    name: what results are filed under.
+    n_train, n_validation, n_test: items drawn for each split, from `split_seed`.
+    max_new_tokens: tokens generated for an answer.
+    choices: answers the output is restricted to (`None`: free text). Each must be told apart by
+        its first token; the same restriction holds in warmup, training and evaluation.
+    chat_template: render the user turn with the tokenizer's chat template.
+    shuffle_labels: a control; targets of train and validation are permuted, test keeps its own.
+    """
+
+    name: str
+    n_train: int
+    n_validation: int
+    n_test: int
+    split_seed: int
+    max_new_tokens: int
+    choices: list[str] | None
+    chat_template: bool
+    shuffle_labels: bool
+
+    def splits(self) -> Splits:
+        """Draw the splits: same seed and data, same splits, in every run and on every machine."""
+        splits = self.draw()
+        if self.shuffle_labels:
+            splits = replace(
+                splits,
+                train=_permute_targets(splits.train, self.split_seed),
+                validation=_permute_targets(splits.validation, self.split_seed + 1),
+            )
+        splits.check_disjoint()
+        return splits
+
+    def draw(self) -> Splits:
+        """Load the data and split it. Raises `UserError` where data is missing or too small."""
+        raise NotImplementedError
+
+    def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
+        """Score generated answers (text without the prompt), one `Score` an item."""
+        raise NotImplementedError
+
+    @property
+    def scorer_name(self) -> str:
+        """The rule behind `score`, as the result records it."""
+        raise NotImplementedError
+
+
+def content_id(text: str) -> str:
+    """Stable id of an item from its text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def unique(items: Sequence[Item]) -> list[Item]:
+    """Items without repeated ids, first occurrence kept."""
+    first: dict[str, Item] = {}
+    for item in items:
+        first.setdefault(item.item_id, item)
+    return list(first.values())
+
+
+def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+    """Items in an order that depends on the seed and their ids alone, not on the order given."""
+    order = sorted(items, key=lambda item: item.item_id)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def split_items(
+    items: Sequence[Item], sizes: dict[str, int], seed: int, where: str
+) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
+    """Shuffle `items` by seed and cut them into parts: train, validation, test.
+
+    The test part is cut first, then validation, then train, so that changing `n_train` leaves the
+    other two as they were. Raises `UserError` where the sizes exceed the data.
+    """
+    wanted = sum(sizes.values())
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"task.n_{name}={size}: a split needs at least one item")
+    if wanted > len(items):
+        raise UserError(
+            f"{where} has {len(items)} items, but task.n_train + task.n_validation + task.n_test "
+            f"= {wanted}; lower one of them (task.n_train={sizes['train']} at present)"
+        )
+    order = shuffled(items, seed)
+    n_test, n_validation = sizes["test"], sizes["validation"]
+    cut = n_test + n_validation
+    return (
+        tuple(order[cut : cut + sizes["train"]]),
+        tuple(order[n_test:cut]),
+        tuple(order[:n_test]),
+    )
+
+
+def _permute_targets(items: tuple[Item, ...], seed: int) -> tuple[Item, ...]:
+    targets = [item.target for item in items]
+    if all(t is None for t in targets):
+        raise UserError("task.shuffle_labels=true needs a task whose items carry a target")
+    random.Random(seed).shuffle(targets)
+    return tuple(replace(item, target=t) for item, t in zip(items, targets, strict=True))

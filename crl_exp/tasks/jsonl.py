@@ -1,0 +1,69 @@
+"""A choice task from one's own file: a question, some options, the right one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crl_exp.errors import UserError
+from crl_exp.scorers.choice import ChoiceScorer
+from crl_exp.tasks.base import Item, Score, Splits, Task, content_id, split_items, unique
+
+
+@dataclass
+class JsonLines(Task):
+    """Questions with a one-word answer, a JSON object a line: {"question": …, "answer": …}.
+
+    path: the file. template: the user turn; `{question}` stands for the question.
+    """
+
+    path: str
+    template: str
+
+    @property
+    def scorer_name(self) -> str:
+        return self._scorer().name
+
+    def _scorer(self) -> ChoiceScorer:
+        if not self.choices:
+            raise UserError("task.choices is empty; give the answers, e.g. task.choices=[yes,no]")
+        return ChoiceScorer(tuple(self.choices))
+
+    def draw(self) -> Splits:
+        """Raises `UserError` where the file is missing, or a line is not as it should be."""
+        self._scorer()
+        items = unique(list(self._items()))
+        sizes = {"train": self.n_train, "validation": self.n_validation, "test": self.n_test}
+        train, validation, test = split_items(
+            items, sizes, self.split_seed, f"task.path={self.path}"
+        )
+        return Splits(train, validation, test)
+
+    def _items(self) -> Iterator[Item]:
+        path = Path(self.path).expanduser()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"task.path={self.path}: can't be read ({error})") from error
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                question, answer = str(row["question"]), str(row["answer"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(
+                    f'{path}, line {number}: expected {{"question": …, "answer": …}} ({error!r})'
+                ) from error
+            if answer not in (self.choices or []):
+                raise UserError(
+                    f"{path}, line {number}: the answer {answer!r} is not one of "
+                    f"task.choices={self.choices}"
+                )
+            user = self.template.replace("{question}", question)
+            yield Item(content_id(user), user, answer)
+
+    def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
+        return self._scorer()(items, outputs)

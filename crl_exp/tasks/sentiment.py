@@ -1,0 +1,111 @@
+"""Movie-review sentences rated by people: is this one positive or negative?
+
+Data: `movieReviewSnippets_GroundTruth.txt` of Hutto & Gilbert (ICWSM 2014), MIT licence: one
+sentence a line, `id <tab> mean rating in [-4, 4] <tab> text`, UTF-8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crl_exp.assets import asset_path
+from crl_exp.errors import UserError
+from crl_exp.scorers.choice import ChoiceScorer
+from crl_exp.tasks.base import (
+    Item,
+    Score,
+    Splits,
+    Task,
+    content_id,
+    split_items,
+    unique,
+)
+from crl_exp.tasks.files import damaged, read_text
+
+DATA = "data/hutto_icwsm_2014"
+FILE = "movieReviewSnippets_GroundTruth.txt"
+POSITIVE, NEGATIVE = "Positive", "Negative"
+SCORER = ChoiceScorer((POSITIVE, NEGATIVE))
+
+
+@dataclass
+class Sentiment(Task):
+    """The sign of a review sentence, answered with one word.
+
+    question: the user turn, `{text}` stands for the review. It comes last, so that all prompts
+        share one long prefix, which is read once.
+    min_abs_rating: sentences rated nearer to zero than this are left out.
+    min_chars, max_chars: bounds on the length of a sentence in characters, both included.
+    """
+
+    question: str
+    min_abs_rating: float
+    min_chars: int
+    max_chars: int
+
+    @property
+    def scorer_name(self) -> str:
+        return SCORER.name
+
+    def draw(self) -> Splits:
+        """Raises `UserError` where the file is missing or damaged, or has too few sentences."""
+        self._check()
+        path = asset_path(DATA) / FILE
+        items = unique([self._item(text, rating) for rating, text in self._kept(path)])
+        sizes = {
+            "train": self.n_train,
+            "validation": self.n_validation,
+            "test": self.n_test,
+        }
+        return Splits(*split_items(items, sizes, self.split_seed, f"{DATA}/{FILE}"))
+
+    def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
+        """Reward 1 where the answer names the review's sign and not the other."""
+        return SCORER(items, outputs)
+
+    def _item(self, text: str, rating: float) -> Item:
+        user = self.question.replace("{text}", text)
+        # The id is of the review alone: another wording of the question keeps the same splits.
+        return Item(content_id(text), user, target=POSITIVE if rating > 0 else NEGATIVE)
+
+    def _kept(self, path: Path) -> Iterator[tuple[float, str]]:
+        for rating, text in read_ratings(path):
+            if abs(rating) >= self.min_abs_rating and self.min_chars <= len(text) <= self.max_chars:
+                yield rating, text
+
+    def _check(self) -> None:
+        if "{text}" not in self.question:
+            raise UserError(f"task.question={self.question!r} must hold {{text}}, the review")
+        if self.choices is not None and sorted(self.choices) != sorted((POSITIVE, NEGATIVE)):
+            raise UserError(
+                f"task.choices={list(self.choices)} can't answer this task; use "
+                f"task.choices=[{POSITIVE},{NEGATIVE}] or task.choices=null"
+            )
+        if not 0 < self.min_abs_rating <= 4:
+            raise UserError(
+                f"task.min_abs_rating={self.min_abs_rating} must be over 0 and at most 4: "
+                "a rating of 0 has no sign"
+            )
+
+
+def read_ratings(path: Path) -> list[tuple[float, str]]:
+    """All (mean rating, sentence) of a rating file. Raises `UserError` naming a damaged line."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            rows.append(_parse(line, f"{path}, line {number}"))
+    return rows
+
+
+def _parse(line: str, where: str) -> tuple[float, str]:
+    try:
+        _, rating, text = line.split("\t")
+        value = float(rating)
+    except ValueError as error:
+        raise damaged(where, "expected `id <tab> rating <tab> text`") from error
+    if not math.isfinite(value):
+        raise damaged(where, f"the rating is {rating}")
+    return value, text.strip()

@@ -1,0 +1,155 @@
+"""Stage 2: PPO over which feature to add at which token. Reads from top to bottom.
+
+Roll out a batch of prompts with the current policies, score the answers, and let every layer's
+policy and critic learn from the shared reward. The update never runs the language model.
+Shapes: B episodes (answers).
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crl_exp.coefficients import Decay
+from crl_exp.engine import Generation
+from crl_exp.learner import PPO, LayerLearner, collect
+from crl_exp.policy import LayerAgent, PolicyController
+from crl_exp.runs import RunDirectory
+
+
+@dataclass
+class CheckpointConfig:
+    """When a run in training is saved: every `updates` updates, or after `seconds` seconds."""
+
+    updates: int
+    seconds: float
+
+    def faults(self) -> list[str]:
+        ok = self.updates >= 1 and self.seconds > 0
+        return [] if ok else ["checkpoint.updates and checkpoint.seconds must be positive"]
+
+
+Play = Callable[[PolicyController, list[int]], tuple[Generation, Tensor]]
+"""Answers these training prompts under the controller: the recorded generation and rewards [B]."""
+Validate = Callable[[PolicyController], float]
+"""Mean reward of the greedy policy on the validation split."""
+
+
+class Trainer:
+    """The loop, with its place in it: everything that a checkpoint has to bring back."""
+
+    def __init__(
+        self,
+        agents: dict[int, LayerAgent],
+        ppo: PPO,
+        decay: Decay,
+        seed: int,
+        n_train: int,
+        run: RunDirectory,
+        checkpoint: CheckpointConfig,
+    ):
+        self.agents, self.ppo, self.decay, self.run = agents, ppo, decay, run
+        self.checkpoint, self.n_train = checkpoint, n_train
+        self.learners = {layer: LayerLearner(agent, ppo) for layer, agent in agents.items()}
+        device = next(iter(agents.values())).allowed_C.device
+        self.explore = torch.Generator(device).manual_seed(seed)
+        self.shuffle = torch.Generator().manual_seed(seed + 1)
+        self.queue: list[int] = []
+        self.step = 0
+        self.best_score = float("-inf")
+        self.best_step = 0
+        self.best_agents = {layer: copy.deepcopy(a.state_dict()) for layer, a in agents.items()}
+
+    def train(self, play: Play, validate: Validate, on_step: Callable[[int], None]) -> None:
+        """Run to the last update, from the checkpoint if there is one; ends with the best policy."""
+        state = self.run.load_checkpoint()
+        if state is not None:
+            self._restore(state)
+            on_step(self.step)
+        saved_at = time.monotonic()
+        while self.step < self.ppo.n_updates:
+            self.step += 1
+            self.run.log(self.step, self._update(play))
+            self._validate(validate)
+            on_step(1)
+            due = self.step % self.checkpoint.updates == 0
+            if due or time.monotonic() - saved_at > self.checkpoint.seconds:
+                self.run.save_checkpoint(self._state())
+                saved_at = time.monotonic()
+        self.run.save_checkpoint(self._state())
+        if self.ppo.validate_every:
+            for layer, agent in self.agents.items():
+                agent.load_state_dict(self.best_agents[layer])
+
+    def _update(self, play: Play) -> dict[str, float]:
+        started = time.perf_counter()
+        progress = (self.step - 1) / self.ppo.n_updates
+        controller = PolicyController(self.agents, self.decay, self.explore, progress)
+        played, reward_B = play(controller, self._next_prompts())
+        rolled_out = time.perf_counter()
+        metrics = {"reward": float(reward_B.mean())}
+        for layer, learner in self.learners.items():
+            rollout = collect(layer, played, reward_B, self.ppo)
+            watched = learner.update(rollout, self.step, self.shuffle)
+            watched |= _watch_choices(layer, played)
+            metrics |= {f"layer_{layer}/{name}": value for name, value in watched.items()}
+        metrics["seconds_rollout"] = rolled_out - started
+        metrics["seconds_update"] = time.perf_counter() - rolled_out
+        return metrics
+
+    def _next_prompts(self) -> list[int]:
+        while len(self.queue) < self.ppo.prompts_per_update:
+            self.queue += torch.randperm(self.n_train, generator=self.shuffle).tolist()
+        taken = self.queue[: self.ppo.prompts_per_update]
+        self.queue = self.queue[self.ppo.prompts_per_update :]
+        return taken
+
+    def _validate(self, validate: Validate) -> None:
+        every = self.ppo.validate_every
+        if not every or (self.step % every and self.step != self.ppo.n_updates):
+            return
+        score = validate(PolicyController(self.agents, self.decay))
+        self.run.log(self.step, {"validation_reward": score})
+        if score > self.best_score:
+            self.best_score, self.best_step = score, self.step
+            self.best_agents = {la: copy.deepcopy(a.state_dict()) for la, a in self.agents.items()}
+
+    def _state(self) -> dict:
+        return {
+            "step": self.step,
+            "learners": {layer: learner.state() for layer, learner in self.learners.items()},
+            "best": {
+                "score": self.best_score, "step": self.best_step, "agents": self.best_agents,
+            },
+            "queue": self.queue,
+            "explore": self.explore.get_state(),
+            "shuffle": self.shuffle.get_state(),
+        }  # fmt: skip
+
+    def _restore(self, state: dict) -> None:
+        self.step, self.queue = state["step"], state["queue"]
+        for layer, learner in self.learners.items():
+            learner.load(state["learners"][layer])
+        best = state["best"]
+        self.best_score, self.best_step = best["score"], best["step"]
+        self.best_agents = best["agents"]
+        self.explore.set_state(state["explore"])
+        self.shuffle.set_state(state["shuffle"])
+
+
+def _watch_choices(layer: int, played: Generation) -> dict[str, float]:
+    """What the policy chose in a rollout: how many different features, how strongly."""
+    steps = [s for s in played.steps if s.layer == layer]
+    chosen = torch.cat([s.action.feature_idx_BK[s.alive_B].flatten() for s in steps])
+    strength = torch.cat([s.action.coefficient_BK[s.alive_B].flatten() for s in steps])
+    real = chosen >= 0
+    return {
+        "unique_features": float(chosen[real].unique().numel()),
+        "mean_coefficient": float(strength[real].mean()) if real.any() else 0.0,
+        "unsteered_tokens": float((~real).float().mean()),
+    }
