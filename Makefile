@@ -31,7 +31,9 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "cannot make $(VENV); on Debian: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip -c constraints.txt
 	@echo "installing into $(VENV): a minute or two the first time"
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@# Python compiles what it imports by itself; compiling every file here takes longer.
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e '.[dev]' \
+		-c constraints.txt
 	@touch $@
 
 assets: setup ## fetch model and data into CRL_EXP_CACHE

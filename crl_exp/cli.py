@@ -1,4 +1,4 @@
-"""What lies between Hydra's command line and an experiment: schema, sweeper and errors for people."""
+"""What lies between Hydra's command line and an experiment: schema, sweeper, readable errors."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ def people_errors() -> Iterator[None]:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(explain(error))
+    except ValueError as error:  # Hydra's own, of no class of its own
+        if not str(error).startswith("Config group override must be"):
+            raise
+        sys.exit(f"error: {error}. An option is chosen by its name: GROUP=NAME")
 
 
 def explain(error: Exception) -> str:
@@ -68,9 +72,9 @@ def _nearest_option(text: str) -> str:
 
 
 def known_keys() -> list[str]:
-    """Every key of the default config, and every config group, as they are written in overrides."""
-    from hydra.core.global_hydra import GlobalHydra
+    """Every key of the default config, and every config group, as overrides name them."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
     from crl_exp.saes import REPO
 

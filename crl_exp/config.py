@@ -30,6 +30,8 @@ from crl_exp.trainer import CheckpointConfig
 from crl_exp.warmup import WarmupConfig
 
 PACKAGE = "crl_exp."
+# Groups that set keys of other sections and leave none of their own.
+PRESETS = ("experiment", "sweep", "debug")
 
 
 @dataclass
@@ -134,19 +136,26 @@ def build(node: DictConfig, where: str, base: type) -> Any:
         raise UserError(f"{where}._target_={target}: no such class ({error})") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UserError(f"{where}._target_={target}: is not a {base.__name__}")
-    values = {key: value for key, value in node.items() if key != "_target_"}
-    return fill(cls, values, where)
+    return fill(node, where, cls)
 
 
-def fill(cls: type, values: dict[Any, Any], where: str) -> Any:
-    """Make a dataclass from values, checked. Raises `UserError` as `build` does."""
+def fill(node: DictConfig, where: str, cls: type) -> Any:
+    """Make a dataclass from a section, checked. Raises `UserError` as `build` does."""
     known = [f.name for f in fields(cls)]
-    for key in values:
-        if key not in known:
-            raise UserError(f"{where}.{key}: {cls.__name__} has no such key{did_you_mean(key, known)}")
-    missing = [key for key in known if key not in values]
-    if missing:
-        raise UserError(f"{where}.{missing[0]} is missing; set {where}.{missing[0]}=…")
+    given = [str(key) for key in node if key != "_target_"]
+    faults = [
+        f"{where}.{key}: {cls.__name__} has no such key{did_you_mean(key, known)}"
+        for key in given
+        if key not in known
+    ]
+    faults += [
+        f"{where}.{key} is missing; set {where}.{key}=…"
+        for key in known
+        if key not in given or OmegaConf.is_missing(node, key)
+    ]
+    if faults:
+        raise UserError("\n".join(faults))
+    values = {key: node[key] for key in known}
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except OmegaConfBaseException as error:
@@ -156,20 +165,20 @@ def fill(cls: type, values: dict[Any, Any], where: str) -> Any:
 
 def experiment(config: DictConfig) -> Experiment:
     """Build every section. Raises `UserError` with all faults of the config at once."""
-    faults: list[str] = []
+    faults = _unknown_sections(config)
     made: dict[str, Any] = {}
-    for name, base in PARTS.items():
+    for name, cls in {**PARTS, **TYPED}.items():
+        if OmegaConf.is_missing(config, name) or config[name] is None:
+            faults.append(f"{name}: no option is chosen; set {name}=NAME")
+            continue
+        make = build if name in PARTS else fill
         try:
-            made[name] = build(config[name], name, base)
-        except UserError as error:
-            faults.append(str(error))
-    for name, cls in TYPED.items():
-        try:
-            made[name] = fill(cls, dict(config[name].items()), name)
+            made[name] = make(config[name], name, cls)
         except UserError as error:
             faults.append(str(error))
     for section in made.values():
-        faults += [fault for fault in section.faults() if fault] if hasattr(section, "faults") else []
+        if hasattr(section, "faults"):
+            faults += [fault for fault in section.faults() if fault]
     if config.resume not in RESUME:
         faults.append(
             f"resume={config.resume}: must be one of {', '.join(RESUME)}"
@@ -180,6 +189,16 @@ def experiment(config: DictConfig) -> Experiment:
         raise UserError("\n".join(faults))
     top = {key: config[key] for key in ("sweep_name", "seed", "output_dir", "resume")}
     return Experiment(**top, order=list(config.order), **made)
+
+
+def _unknown_sections(config: DictConfig) -> list[str]:
+    """Hydra takes `+NAME=…` for any name: a misspelt group would change nothing, in silence."""
+    known = [f.name for f in fields(Schema)]
+    return [
+        f"+{key}: no such key or group{did_you_mean(str(key), [*known, *PRESETS])}"
+        for key in config
+        if key not in known
+    ]
 
 
 def _order_faults(order: list[str]) -> list[str]:
@@ -199,8 +218,13 @@ def validate(exp: Experiment) -> list[int]:
     Reads the model's config.json and the SAEs' cfg.json only. Raises `UserError` with every fault.
     """
     config = exp.model.read_config().get_text_config()
-    layers = exp.layers.resolve(exp.sae.available, config.num_hidden_layers)
-    faults = [f for layer in layers for f in exp.sae.metadata_faults(layer, config.hidden_size)]
+    layers: list[int] = []
+    faults: list[str] = []
+    try:
+        layers = exp.layers.resolve(exp.sae.available, config.num_hidden_layers)
+    except UserError as error:
+        faults.append(str(error))
+    faults += [f for layer in layers for f in exp.sae.metadata_faults(layer, config.hidden_size)]
     if exp.algorithm.prompts_per_update > exp.task.n_train:
         faults.append(
             f"algorithm.prompts_per_update={exp.algorithm.prompts_per_update} exceeds "

@@ -77,9 +77,7 @@ class Sums:
         return cls(len(z_BF), z_BF.sum(0), (z_BF > 0).sum(0).double())
 
     def merged(self, other: Sums) -> Sums:
-        return Sums(
-            self.n + other.n, self.total_F + other.total_F, self.active_F + other.active_F
-        )
+        return Sums(self.n + other.n, self.total_F + other.total_F, self.active_F + other.active_F)
 
     def mean(self) -> Tensor:
         return self.total_F / max(self.n, 1)

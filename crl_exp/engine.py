@@ -3,23 +3,23 @@
 Steering begins at the last prompt token. Everything before it, and everything below the first
 steered layer at it, comes from the prompt store and is not computed again. Each controller has
 its own rows; the model runs once for all of them.
-Shapes: B rows, T tokens, D d_model, V vocabulary or choices, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.decode import Decoding, Generation, Job
 from crl_exp.errors import UserError
 from crl_exp.models import LanguageModel
-from crl_exp.prompts import Progress, PromptBatch, PromptStore
+from crl_exp.prompts import Progress, PromptBatch, PromptStore, common_prefix
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,9 +53,7 @@ class Prompts(Protocol):
 class StreamedPrompts:
     """Prompts too many to keep: each batch is read when it is asked for."""
 
-    def __init__(
-        self, lm: LanguageModel, prompts: Sequence[Sequence[int]], batch_size: int
-    ):
+    def __init__(self, lm: LanguageModel, prompts: Sequence[Sequence[int]], batch_size: int):
         self.lm, self.prompts, self.batch_size = lm, prompts, batch_size
 
     def __len__(self) -> int:
@@ -64,38 +62,6 @@ class StreamedPrompts:
     def batch(self, items: Sequence[int]) -> PromptBatch:
         store = PromptStore(self.lm, [self.prompts[i] for i in items], self.batch_size)
         return store.batch(range(len(items)))
-
-
-@dataclass
-class Job:
-    """Rows for one controller: these items of the store, in this order."""
-
-    controller: Controller
-    items: Sequence[int]
-
-
-@dataclass
-class Step:
-    """One controller's action at one layer and token of one batch of rows."""
-
-    layer: int
-    token_index: int
-    rows: list[int]
-    alive_B: Tensor
-    action: Action
-    token_B: Tensor | None = None
-
-
-@dataclass
-class Generation:
-    """A job's answers, in the order of its items, and its actions if they were recorded.
-
-    tokens: ids of each answer, the end token left out. steps: rows index into `tokens`.
-    """
-
-    tokens: list[list[int]]
-    texts: list[str]
-    steps: list[Step] = field(default_factory=list)
 
 
 class Engine:
@@ -118,16 +84,23 @@ class Engine:
                 f"a prompt has {longest} tokens, but {self.lm.name} takes {limit}; "
                 "shorten the task's prompts or choose another model"
             )
-        if self._kept_bytes(prompts) > self.config.keep_gib * 2**30:
+        needed = self._kept_bytes(prompts) / 2**30
+        if needed > self.config.keep_gib:
+            log.warning(
+                "%d prompts need %.1f GiB, more than engine.keep_gib=%s: they are read again for "
+                "every batch, which is slow; raise engine.keep_gib if there is memory for it",
+                len(prompts), needed, self.config.keep_gib,
+            )  # fmt: skip
             return StreamedPrompts(self.lm, prompts, self.config.batch_size)
         return PromptStore(self.lm, prompts, self.config.batch_size, progress)
 
     def _kept_bytes(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Upper bound on the memory of the kept prompts (their common prefix counted each time)."""
-        per_token = 2 * self.lm.n_layers * self.lm.d_model
+        """Memory of the kept prompts: keys and values of each token, one residual a layer."""
+        prefix = common_prefix(prompts)
+        n_tokens = prefix + sum(len(p) - prefix for p in prompts)
+        per_token = 2 * self.lm.n_layers * self.lm.d_kv
         per_prompt = self.lm.n_layers * self.lm.d_model
-        count = sum(len(p) for p in prompts) * per_token + len(prompts) * per_prompt
-        return count * self.lm.dtype.itemsize
+        return (n_tokens * per_token + len(prompts) * per_prompt) * self.lm.dtype.itemsize
 
     @torch.no_grad()
     def generate(
@@ -151,184 +124,15 @@ class Engine:
         results = [Generation([], []) for _ in jobs]
         share = max(1, self.config.batch_size // len(jobs))
         for at in range(0, max(len(job.items) for job in jobs), share):
-            part = [
-                Job(job.controller, list(job.items[at : at + share])) for job in jobs
-            ]
+            part = [Job(job.controller, list(job.items[at : at + share])) for job in jobs]
             present = [i for i, job in enumerate(part) if job.items]
-            batch = _Batch(self.lm, prompts, [part[i] for i in present], record)
+            prompt = prompts.batch([item for i in present for item in part[i].items])
+            batch = Decoding(self.lm, prompt, [part[i] for i in present], record)
             batch.run(1 if choices else max_new_tokens, choices)
             for index, rows in zip(present, batch.rows, strict=True):
                 batch.hand_over(results[index], rows, at)
             if progress:
                 progress(sum(len(job.items) for job in part))
         for result in results:
-            result.texts = self.lm.tokenizer.batch_decode(
-                result.tokens, skip_special_tokens=True
-            )
+            result.texts = self.lm.tokenizer.batch_decode(result.tokens, skip_special_tokens=True)
         return results
-
-
-class _Batch:
-    """Rows that go through the model together, from the last prompt token to the answer's end."""
-
-    def __init__(
-        self, lm: LanguageModel, prompts: Prompts, jobs: list[Job], record: bool
-    ):
-        self.lm, self.jobs, self.record = lm, jobs, record
-        ends = torch.tensor([len(job.items) for job in jobs]).cumsum(0).tolist()
-        starts = [0, *ends[:-1]]
-        self.rows = [slice(a, b) for a, b in zip(starts, ends, strict=True)]
-        self.prompt = prompts.batch([item for job in jobs for item in job.items])
-        self.contexts = [
-            StepContext(0, list(job.items), torch.empty(0)) for job in jobs
-        ]
-        self.alive_B = torch.ones(ends[-1], dtype=torch.bool, device=lm.device)
-        self.tokens: list[list[int]] = [[] for _ in range(ends[-1])]
-        self.steps: list[list[Step]] = [[] for _ in jobs]
-
-    def run(self, max_new_tokens: int, choices: Sequence[int] | None) -> None:
-        lm, prompt = self.lm, self.prompt
-        steered = [
-            r
-            for job in self.jobs
-            if job.controller.steers
-            for r in job.controller.sites.values()
-        ]
-        # Up to the first steered residual the last prompt token is as the store has it.
-        top = min([r for r in steered], default=lm.n_layers - 1)
-        one_token = max_new_tokens == 1
-        cache = prompt.cache(first_layer=top + 1 if one_token else 0, with_last=top + 1)
-        key_BT, valid_BT = prompt.key_BT, prompt.valid_BT
-        token_B, position_B = prompt.last_B, prompt.position_B
-        for index in range(max_new_tokens):
-            key_BT = torch.cat([key_BT, position_B[:, None]], dim=1)
-            valid_BT = torch.cat([valid_BT, torch.ones_like(valid_BT[:, :1])], dim=1)
-            with ExitStack() as stack:
-                if index == 0:
-                    stack.enter_context(
-                        lm.skipping(top, prompt.residual_LBD[max(top, 0)])
-                    )
-                    self._show_prompt_residuals()
-                stack.enter_context(self._hooks(index))
-                hidden_BTD = lm.decoder(
-                    input_ids=token_B[:, None],
-                    attention_mask=lm.mask(position_B[:, None], key_BT, valid_BT),
-                    position_ids=position_B[:, None],
-                    past_key_values=cache,
-                    use_cache=True,
-                ).last_hidden_state
-            token_B = self._next(hidden_BTD[:, -1], choices)
-            self._note_tokens(index, token_B)
-            if not self.alive_B.any():
-                break
-            position_B = position_B + 1
-
-    def _show_prompt_residuals(self) -> None:
-        """Controllers that only look get the stored residuals, which no other job can change."""
-        for job_index, job in enumerate(self.jobs):
-            if job.controller.steers:
-                continue
-            for layer, site in job.controller.sites.items():
-                if site < 0:
-                    raise UserError(
-                        f"layer {layer} is read at the embedding, which is not kept; "
-                        "choose a layer from 1 up"
-                    )
-                self._act(
-                    job_index,
-                    layer,
-                    self.prompt.residual_LBD[site][self.rows[job_index]],
-                    0,
-                )
-
-    @contextmanager
-    def _hooks(self, token_index: int):
-        """Controllers at their layers for one forward pass; always removed."""
-        sites: dict[int, list[tuple[int, int]]] = {}
-        for job_index, job in enumerate(self.jobs):
-            if token_index == 0 and not job.controller.steers:
-                continue
-            for layer, site in job.controller.sites.items():
-                sites.setdefault(site, []).append((job_index, layer))
-        handles = []
-        try:
-            for site, who in sites.items():
-                handles.append(self._attach(site, self._steer(who, token_index)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _attach(self, site: int, steer: Callable[[Tensor], Tensor]):
-        if site < 0:
-            return self.lm.layers[0].register_forward_pre_hook(
-                lambda _module, args: (steer(args[0]), *args[1:])
-            )
-
-        def hook(_module, _inputs, output):
-            if isinstance(output, tuple):
-                return (steer(output[0]), *output[1:])
-            return steer(output)
-
-        return self.lm.layers[site].register_forward_hook(hook)
-
-    def _steer(
-        self, who: list[tuple[int, int]], token_index: int
-    ) -> Callable[[Tensor], Tensor]:
-        def steer(hidden_BTD: Tensor) -> Tensor:
-            steered_BTD = hidden_BTD
-            for job_index, layer in who:
-                rows = self.rows[job_index]
-                action = self._act(job_index, layer, hidden_BTD[rows, -1], token_index)
-                if action is None or not self.jobs[job_index].controller.steers:
-                    continue
-                if steered_BTD is hidden_BTD:
-                    steered_BTD = hidden_BTD.clone()
-                steered_BTD[rows, -1] += action.delta_BD.to(hidden_BTD.dtype)
-            return steered_BTD
-
-        return steer
-
-    def _act(
-        self, job_index: int, layer: int, x_BD: Tensor, token_index: int
-    ) -> Action | None:
-        context = self.contexts[job_index]
-        rows = self.rows[job_index]
-        context.token_index, context.alive_B = token_index, self.alive_B[rows]
-        action = self.jobs[job_index].controller.act(layer, x_BD, context)
-        if self.record and action is not None:
-            own = list(range(rows.stop - rows.start))
-            step = Step(layer, token_index, own, context.alive_B.clone(), action)
-            self.steps[job_index].append(step)
-        return action
-
-    def _next(self, hidden_BD: Tensor, choices: Sequence[int] | None) -> Tensor:
-        best_B = self.lm.logits(hidden_BD, choices).argmax(dim=-1)
-        return (
-            best_B
-            if choices is None
-            else torch.as_tensor(choices, device=best_B.device)[best_B]
-        )
-
-    def _note_tokens(self, token_index: int, token_B: Tensor) -> None:
-        for job_index, rows in enumerate(self.rows):
-            for step in reversed(self.steps[job_index]):
-                if step.token_index != token_index:
-                    break
-                step.token_B = token_B[rows]
-        ended = self.lm.eos_ids
-        for row, (token, alive) in enumerate(
-            zip(token_B.tolist(), self.alive_B.tolist(), strict=True)
-        ):
-            if alive and token in ended:
-                self.alive_B[row] = False
-            elif alive:
-                self.tokens[row].append(token)
-
-    def hand_over(self, result: Generation, rows: slice, offset: int) -> None:
-        """Append these rows' answers and actions to their job's result."""
-        job_index = self.rows.index(rows)
-        result.tokens.extend(self.tokens[rows])
-        for step in self.steps[job_index]:
-            step.rows = [offset + row for row in step.rows]
-            result.steps.append(step)

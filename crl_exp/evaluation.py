@@ -15,6 +15,9 @@ from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.lab import Answers, Lab
 from crl_exp.statistics import compare
 
+Used = dict[int, dict[int, dict[str, float]]]
+"""By layer and feature: `tokens` at which it was added and its `mean_coefficient`."""
+
 INTERVENTIONS = pa.schema(
     [
         ("split", pa.string()),
@@ -42,7 +45,8 @@ def evaluate_split(lab: Lab, controller: Controller, split: str) -> tuple[dict[s
         with lab.bar(f"steered on {split}", len(lab.prompts(split))) as advance:
             steered = lab.answer(controller, split, record=True, advance=advance)
     changed = changed_outputs(baseline, steered)
-    figures = asdict(compare(baseline.reward_B.double().numpy(), steered.reward_B.double().numpy(), changed))
+    was, now = (answers.reward_B.double().numpy() for answers in (baseline, steered))
+    figures = asdict(compare(was, now, changed))
     figures["delta_ci95"] = list(figures["delta_ci95"])
     figures["invalid_baseline"] = baseline.invalid
     figures["invalid_steered"] = steered.invalid
@@ -55,12 +59,14 @@ def changed_outputs(baseline: Answers, steered: Answers) -> np.ndarray:
     return np.array([a != b for a, b in pairs])
 
 
-def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], dict[str, Any]]:
+def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
     """All test sets and validation. Writes interventions.parquet.
 
     Returns the result's figures and, for features.json, how often each feature was used on test.
     """
-    figures, used, tables = {}, {}, []
+    figures: dict[str, Any] = {}
+    used: Used = {}
+    tables: list[pa.Table] = []
     for split in ["test", *lab.splits.extra, "validation"]:
         figures[split], answers = evaluate_split(lab, controller, split)
         if split != "validation":
@@ -89,8 +95,9 @@ def _interventions(lab: Lab, split: str, answers: Answers) -> pa.Table:
         features, coefficients = action.feature_idx_BK.tolist(), action.coefficient_BK.tolist()
         assert step.token_B is not None
         tokens = step.token_B.tolist()
-        log_probs = [None] * len(tokens) if action.log_prob_B is None else action.log_prob_B.tolist()
-        values = [None] * len(tokens) if action.value_B is None else action.value_B.tolist()
+        nothing = [None] * len(tokens)
+        log_probs = nothing if action.log_prob_B is None else action.log_prob_B.tolist()
+        values = nothing if action.value_B is None else action.value_B.tolist()
         for i, row in enumerate(step.rows):
             if not step.alive_B[i]:
                 continue
@@ -114,7 +121,7 @@ def _write_interventions(path: Path, tables: list[pa.Table]) -> None:
     partial.replace(path)
 
 
-def _used(answers: Answers) -> dict[int, dict[int, dict[str, float]]]:
+def _used(answers: Answers) -> Used:
     """By layer and feature: tokens at which it was added, and its mean coefficient."""
     count: Counter[tuple[int, int]] = Counter()
     total: Counter[tuple[int, int]] = Counter()
@@ -125,7 +132,7 @@ def _used(answers: Answers) -> dict[int, dict[int, dict[str, float]]]:
             if feature >= 0:
                 count[step.layer, feature] += 1
                 total[step.layer, feature] += coefficient
-    used: dict[int, dict[int, dict[str, float]]] = {}
+    used: Used = {}
     for (layer, feature), n in count.most_common():
         mean = total[layer, feature] / n
         used.setdefault(layer, {})[feature] = {"tokens": n, "mean_coefficient": mean}

@@ -137,8 +137,9 @@ def git_state() -> dict[str, Any]:
         done = subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    dirty = git("status", "--porcelain", "--untracked-files=no")
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if dirty is None else dirty != ""}
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    dirty = None if changes is None else changes != ""
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
 
 
 @contextmanager

@@ -161,9 +161,9 @@ class Lab:
         """Stage 1's statistics of the steered layers, from the store where they are there."""
         if self._statistics is None:
             exp = self.exp
-            key = content_key(
-                [self.engine_key, self.lm.fingerprint(), asdict(exp.task), exp.warmup.pooling]
-            )
+            # The digest is of the data itself: a file may change under the same task.path.
+            asked = [asdict(exp.task), self.splits.digest(), exp.warmup.pooling]
+            key = content_key([self.engine_key, self.lm.fingerprint(), *asked])
             folder = Path(exp.output_dir).expanduser() / "shared" / "warmup"
             self._statistics = shared_statistics(folder, key, self.saes, self._measure)
         return self._statistics

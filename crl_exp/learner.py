@@ -172,9 +172,7 @@ class LayerLearner:
         advantage_N = part.advantage_N
         if ppo.normalize_advantage and len(advantage_N) > 1:
             advantage_N = (advantage_N - advantage_N.mean()) / (advantage_N.std() + 1e-8)
-        policy = ppo_policy_loss(
-            log_prob_N, part.log_prob_N, advantage_N, weight_N, ppo.clip_coef
-        )
+        policy = ppo_policy_loss(log_prob_N, part.log_prob_N, advantage_N, weight_N, ppo.clip_coef)
         if self.first_ratio_N is None:
             self.first_ratio_N = policy.ratio_N
         entropy = (weight_N * selection.entropy(logits_NC)).sum()
@@ -193,9 +191,7 @@ class LayerLearner:
             "grad_norm_critic": grad_norm_critic,
         }
 
-    def _step(
-        self, optimizer: torch.optim.Optimizer, loss: Tensor, name: str, step: int
-    ) -> float:
+    def _step(self, optimizer: torch.optim.Optimizer, loss: Tensor, name: str, step: int) -> float:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._check_finite(loss, name, step)
         optimizer.zero_grad(set_to_none=True)

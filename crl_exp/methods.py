@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from crl_exp.controllers.base import Controller, Unsteered
-from crl_exp.controllers.fixed import FixedFeatures, Steer
+from crl_exp.controllers.fixed import Steer
 from crl_exp.errors import UserError
 from crl_exp.policy import LayerAgent, PolicyController
 from crl_exp.stages.base import Pipeline
@@ -108,10 +108,11 @@ class CorrSteerS(CorrSteer):
 
     def select(self, lab: Lab) -> list[Steer]:
         statistics = lab.statistics()
-        best = max(
-            self.candidates(lab), key=lambda s: float(statistics[s.layer].correlation[s.feature_idx])
-        )
-        return self.scaled(lab, [best])[0]
+
+        def correlation(steer: Steer) -> float:
+            return float(statistics[steer.layer].correlation[steer.feature_idx])
+
+        return self.scaled(lab, [max(self.candidates(lab), key=correlation)])[0]
 
 
 @dataclass
@@ -182,7 +183,7 @@ class CRL(CorrSteer):
     def prepare(self, lab: Lab) -> Controller:
         exp = lab.exp
         torch.manual_seed(exp.seed)  # initial weights of hidden layers
-        agents = self._fixed_agents(lab) if self.features == "fixed" else self._free_agents(lab)
+        agents = self.fixed_agents(lab) if self.features == "fixed" else self.free_agents(lab)
         if self.stage2:
             trainer = Trainer(
                 agents, exp.algorithm, exp.decay, exp.seed, len(lab.splits.train), lab.run,
@@ -193,7 +194,7 @@ class CRL(CorrSteer):
             lab.note("best_update", trainer.best_step)
         return PolicyController(agents, exp.decay)
 
-    def _free_agents(self, lab: Lab) -> dict[int, LayerAgent]:
+    def free_agents(self, lab: Lab) -> dict[int, LayerAgent]:
         agents = {}
         for layer, statistics in lab.statistics().items():
             allowed_C = statistics.allowed(lab.exp.warmup.min_frequency)
@@ -206,7 +207,7 @@ class CRL(CorrSteer):
             agents[layer] = _agent(lab, layer, allowed_C, coefficient_F)
         return agents
 
-    def _fixed_agents(self, lab: Lab) -> dict[int, LayerAgent]:
+    def fixed_agents(self, lab: Lab) -> dict[int, LayerAgent]:
         agents = {}
         for steer in self.each_layer(lab):
             coefficient_F = torch.zeros(lab.saes[steer.layer].d_sae)
@@ -217,7 +218,9 @@ class CRL(CorrSteer):
         return agents
 
 
-def _agent(lab: Lab, layer: int, allowed_C: torch.Tensor, coefficient_F: torch.Tensor) -> LayerAgent:
+def _agent(
+    lab: Lab, layer: int, allowed_C: torch.Tensor, coefficient_F: torch.Tensor
+) -> LayerAgent:
     return LayerAgent(
         lab.saes[layer],
         lab.statistics()[layer],

@@ -57,13 +57,9 @@ class ModelConfig:
         found = []
         if self.dtype not in DTYPES:
             near = did_you_mean(self.dtype, DTYPES)
-            found.append(
-                f"model.dtype={self.dtype}: must be one of {', '.join(DTYPES)}{near}"
-            )
+            found.append(f"model.dtype={self.dtype}: must be one of {', '.join(DTYPES)}{near}")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
-            found.append(
-                f"model.device={self.device}: no CUDA device here; set model.device=cpu"
-            )
+            found.append(f"model.device={self.device}: no CUDA device here; set model.device=cpu")
         if self.attn_implementation not in (None, "sdpa", "eager"):
             found.append(
                 f"model.attn_implementation={self.attn_implementation}: the engine builds its own "
@@ -83,9 +79,7 @@ class ModelConfig:
 
 
 def _cannot_load(config: ModelConfig, path: str, error: Exception) -> str:
-    first_line = (
-        str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    )
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     return (
         f"model.path={config.path}: can't load a language model from {path!r} ({first_line}). "
         "Give a folder with config.json and safetensors (model.path=/a/folder), a hub id that "
@@ -105,13 +99,14 @@ class LanguageModel:
         config = model.config.get_text_config()  # type: ignore[operator, union-attr]
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
+        n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or self.d_model // config.num_attention_heads
+        self.d_kv: int = n_heads * head_dim
         self.layers = find_layers(self.decoder, self.n_layers)
         self.window: int | None = getattr(config, "sliding_window", None)
         layer_types = set(getattr(config, "layer_types", None) or ())
         # Models that mix window and full layers take one mask for each type.
-        self.mask_types = (
-            sorted(layer_types) if "sliding_attention" in layer_types else []
-        )
+        self.mask_types = sorted(layer_types) if "sliding_attention" in layer_types else []
         if not layer_types and getattr(config, "use_sliding_window", True) is False:
             self.window = None
         if layer_types == {"full_attention"}:
@@ -122,9 +117,7 @@ class LanguageModel:
                 f"model {name} has attention layers of type {sorted(unknown)}, which the engine's "
                 "masks don't cover; choose a model with full or sliding-window attention"
             )
-        self.max_positions: int | None = getattr(
-            config, "max_position_embeddings", None
-        )
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:
@@ -152,9 +145,7 @@ class LanguageModel:
         if not chat_template:
             return self.tokenizer(user)["input_ids"]
         if not self.tokenizer.chat_template:
-            raise UserError(
-                f"model {self.name} has no chat template; set task.chat_template=false"
-            )
+            raise UserError(f"model {self.name} has no chat template; set task.chat_template=false")
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": user}],
             tokenize=False,
@@ -164,9 +155,7 @@ class LanguageModel:
 
     def choice_ids(self, choices: Sequence[str]) -> list[int]:
         """First token of each choice. Raises `UserError` where two share it."""
-        ids = [
-            self.tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in choices
-        ]
+        ids = [self.tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in choices]
         if len(set(ids)) < len(ids):
             raise UserError(
                 f"task.choices={list(choices)}: two of them begin with the same token of "
@@ -184,9 +173,7 @@ class LanguageModel:
 
         def additive(allowed_BQK: Tensor) -> Tensor:
             lowest = torch.finfo(self.dtype).min
-            zeros = torch.zeros(
-                allowed_BQK.shape, dtype=self.dtype, device=allowed_BQK.device
-            )
+            zeros = torch.zeros(allowed_BQK.shape, dtype=self.dtype, device=allowed_BQK.device)
             return zeros.masked_fill(~allowed_BQK, lowest)[:, None]
 
         if self.window is None:
@@ -195,14 +182,9 @@ class LanguageModel:
         if not self.mask_types:
             return windowed
         full = additive(seen_BQK)
-        return {
-            kind: full if kind == "full_attention" else windowed
-            for kind in self.mask_types
-        }
+        return {kind: full if kind == "full_attention" else windowed for kind in self.mask_types}
 
-    def logits(
-        self, hidden_BD: Tensor, token_ids: Sequence[int] | None = None
-    ) -> Tensor:
+    def logits(self, hidden_BD: Tensor, token_ids: Sequence[int] | None = None) -> Tensor:
         """Output scores [B, V], or [B, len(token_ids)] for these tokens alone.
 
         A final soft cap (Gemma-2) is left out: it is monotone, and decoding is greedy.
@@ -273,7 +255,7 @@ def load_model(config: ModelConfig) -> LanguageModel:
             dtype=DTYPES[config.dtype],
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
-        ).to(config.device)
+        ).to(config.device)  # type: ignore[arg-type]
     except (OSError, ValueError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(_cannot_load(config, path, error)) from error
     if config.path.startswith(ASSET_PREFIX):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def mlp(d_in: int, d_out: int, depth: int, hidden: int) -> nn.Sequential:
     """`depth` hidden layers with ReLU; the last layer starts at zero."""
     widths = [d_in, *[hidden] * depth]
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     last = nn.Linear(widths[-1], d_out)
     nn.init.zeros_(last.weight)

@@ -27,7 +27,7 @@ class PromptBatch:
     last_B: last prompt token. position_B: its position.
     key_BT, valid_BT: position of each cached key, and whether it is a real one.
     residual_LBD: the last token's residual at the output of each layer, unsteered.
-    embedded_BD: its embedding (input of layer 0).
+    rows: of the store's tokens [B, T + 1], the last prompt token included; padding points anywhere.
     """
 
     last_B: Tensor
@@ -85,6 +85,7 @@ class PromptStore:
         valid_BT = key_BT >= 0
         own_BT = self.start[list(items)][:, None] + key_BT - self.prefix
         rows_BT = torch.where(key_BT < self.prefix, key_BT.clamp(min=0), own_BT)
+        last_B1 = (self.start[list(items)] + lengths_B - 1 - self.prefix)[:, None]
         device = self.lm.device
         return PromptBatch(
             last_B=torch.tensor([self.prompts[i][-1] for i in items], device=device),
@@ -92,16 +93,14 @@ class PromptStore:
             key_BT=key_BT.clamp(min=0).to(device),
             valid_BT=valid_BT.to(device),
             residual_LBD=self.residual_LND[:, list(items)],
-            rows=torch.cat([rows_BT, own_BT[:, -1:] + 1], dim=1).to(device),
+            rows=torch.cat([rows_BT, last_B1], dim=1).to(device),
             store=self,
         )
 
-    def assemble(
-        self, batch: PromptBatch, first_layer: int, with_last: int
-    ) -> DynamicCache:
+    def assemble(self, batch: PromptBatch, first_layer: int, with_last: int) -> DynamicCache:
         """Gather the rows' keys and values into a transformers cache."""
         cache = DynamicCache()
-        n_rows, width = batch.rows.shape
+        n_rows = len(batch.rows)
         for index in range(self.lm.n_layers):
             layer = DynamicLayer()
             cache.layers.append(layer)
@@ -122,9 +121,7 @@ class PromptStore:
             self._forward(ids, prefix_cache, torch.tensor([self.prefix]), start=0)
         # Same-length prompts side by side: little padding, and an order that depends on the
         # prompts alone, so that every run reads them in the same batches.
-        order = sorted(
-            range(len(self.prompts)), key=lambda i: (len(self.prompts[i]), i)
-        )
+        order = sorted(range(len(self.prompts)), key=lambda i: (len(self.prompts[i]), i))
         for at in range(0, len(order), batch_size):
             chunk = order[at : at + batch_size]
             self._read_chunk(chunk, prefix_cache)
@@ -138,14 +135,10 @@ class PromptStore:
         for row, tokens in enumerate(own):
             ids_BT[row, : len(tokens)] = torch.tensor(tokens)
         cache = DynamicCache()
-        for index, layer in enumerate(prefix_cache.layers):
-            expanded = (
-                t.expand(len(chunk), -1, -1, -1) for t in (layer.keys, layer.values)
-            )
-            cache.update(*expanded, index)
-        last_LBD = self._forward(
-            ids_BT.to(self.lm.device), cache, lengths_B, start=self.prefix
-        )
+        for index, (keys, values) in enumerate(_keys_values(prefix_cache)):
+            shape = (len(chunk), -1, -1, -1)
+            cache.update(keys.expand(shape), values.expand(shape), index)
+        last_LBD = self._forward(ids_BT.to(self.lm.device), cache, lengths_B, start=self.prefix)
         self._keep(chunk, cache, lengths_B, last_LBD)
 
     def _forward(
@@ -182,26 +175,36 @@ class PromptStore:
     def _keep(
         self, chunk: list[int], cache: DynamicCache, lengths_B: Tensor, last_LBD: Tensor
     ) -> None:
+        read = _keys_values(cache)
         if not self.kv_L:
-            keys = cache.layers[0].keys
+            keys = read[0][0]
             shape = (self.n_tokens, 2, keys.shape[1], keys.shape[3])
-            self.kv_L = [keys.new_empty(shape) for _ in cache.layers]
-        for index, layer in enumerate(cache.layers):
-            kv = torch.stack([layer.keys, layer.values]).permute(1, 3, 0, 2, 4)
+            self.kv_L = [keys.new_empty(shape) for _ in read]
+        for index, keys_values in enumerate(read):
+            kv = torch.stack(keys_values).permute(1, 3, 0, 2, 4)
             self.kv_L[index][: self.prefix] = kv[0, : self.prefix]
             for row, item in enumerate(chunk):
                 at, length = int(self.start[item]), int(lengths_B[row])
-                self.kv_L[index][at : at + length] = kv[
-                    row, self.prefix : self.prefix + length
-                ]
+                self.kv_L[index][at : at + length] = kv[row, self.prefix : self.prefix + length]
         self.residual_LND[:, chunk] = last_LBD
+
+
+def _keys_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values, each [B, H, T, E], of every layer that has been run."""
+    found = []
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None and layer.values is not None
+        found.append((layer.keys, layer.values))
+    return found
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Number of leading tokens that all prompts share, short of each one's last token."""
     if not prompts:
         return 0
-    first, last = min(prompts), max(prompts)
+    ordered = sorted(list(p) for p in prompts)
+    first, last = ordered[0], ordered[-1]
     limit = min(len(p) for p in prompts) - 1
     shared = next((i for i in range(limit) if first[i] != last[i]), limit)
     return max(shared, 0)

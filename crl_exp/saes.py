@@ -58,7 +58,9 @@ class SAEConfig:
     def available(self) -> list[int]:
         """Layers that have an SAE. Raises `UserError` where the source has none."""
         before, after = self.id_template.split("{layer}", 1)
-        pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after).replace(r"\{layer\}", r"\d+") + "$")
+        pattern = re.compile(
+            re.escape(before) + r"(\d+)" + re.escape(after).replace(r"\{layer\}", r"\d+") + "$"
+        )
         layers = sorted({int(m[1]) for i in self._ids() if (m := pattern.match(i))})
         if not layers:
             where = f"sae.folder={self.folder}" if self.folder else f"sae.release={self.release}"
@@ -122,7 +124,7 @@ def _site_faults(hook_name: str, layer: int) -> list[str]:
 
 
 def site_of(hook_name: str) -> int:
-    """Residual index of a hook: layer L's output is L (`resid_post`), its input L-1 (`resid_pre`)."""
+    """Residual index of a hook: layer L's output is L (resid_post), its input L-1 (resid_pre)."""
     match = HOOK_NAME.match(hook_name)
     assert match is not None, hook_name
     return int(match["layer"]) - (match["kind"] == "pre")
@@ -157,7 +159,7 @@ class LayerSAE:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the weights: statistics of a retrained SAE are not mixed up with the old one's."""
+        """Hash of the weights: a retrained SAE's statistics aren't mixed up with the old one's."""
         state = sorted(self.sae.state_dict().items())
         data = b"".join(t.detach().float().cpu().numpy().tobytes() for _, t in state)
         return hashlib.sha256(data).hexdigest()[:8]
@@ -174,14 +176,16 @@ class LayerSAE:
         return f"https://www.neuronpedia.org/{self.neuronpedia_id}/{feature_idx}"
 
 
-def load_saes(config: SAEConfig, layers: list[int], d_model: int, model_name: str, device) -> dict[int, LayerSAE]:
+def load_saes(
+    config: SAEConfig, layers: list[int], d_model: int, model_name: str, device
+) -> dict[int, LayerSAE]:
     """Load the SAE of every layer and check it. Raises `UserError` naming the file and the mend."""
     return {layer: _load_one(config, layer, d_model, model_name, device) for layer in layers}
 
 
 def _load_one(config: SAEConfig, layer: int, d_model: int, model_name: str, device) -> LayerSAE:
-    from safetensors import SafetensorError
     from sae_lens import SAE
+    from safetensors import SafetensorError
 
     where = str(config.path(layer)) if config.folder else f"{config.release}/{config.sae_id(layer)}"
     try:
@@ -206,10 +210,9 @@ def _load_one(config: SAEConfig, layer: int, d_model: int, model_name: str, devi
             f"the SAE at {where} has d_in={sae.cfg.d_in}, but the model's residual is {d_model} "
             "wide; choose sae=… and model=… that match"
         )
-    tensors = {name: t for name, t in sae.state_dict().items()}
     faults += [
         f"the SAE at {where} has non-finite values in {name}; restore the file"
-        for name, t in tensors.items()
+        for name, t in sae.state_dict().items()
         if not torch.isfinite(t).all()
     ]
     if faults:

@@ -1,7 +1,7 @@
 """Choosing k features from logits: sampling without replacement, and its probability.
 
-The distribution is Plackett-Luce (Plackett 1975; for k = 1 it is the softmax). A logit of -inf can't
-be chosen; where fewer than k features are left, the remaining slots stay empty (-1) and have
+The distribution is Plackett-Luce (Plackett 1975; for k = 1 it is the softmax). A logit of -inf
+can't be chosen; where fewer than k features are left, the remaining slots stay empty (-1) and have
 probability one. Shapes: B rows, C features, K slots.
 """
 

@@ -68,6 +68,8 @@ def tags(record: Record) -> dict[str, str]:
         "seed": str(config["seed"]),
         "git_commit": result.get("git_commit"),
         "git_dirty": None if result.get("git_dirty") is None else json.dumps(result["git_dirty"]),
+        "mlflow.source.name": "launch.py",
+        "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": result.get("git_commit"),
         "run_directory": f"{record.status.get('host', '')}:{record.path}",
     }

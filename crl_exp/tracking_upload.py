@@ -84,7 +84,7 @@ class Uploader:
         if found is None:
             location = None if artifacts is None else artifacts.absolute().as_uri()
             try:
-                return self.client.create_experiment(self.experiment, artifact_location=location)
+                return self.client.create_experiment(self.experiment, location)
             except MlflowException:  # another process may have made it just now
                 found = self.client.get_experiment_by_name(self.experiment)
                 if found is None:

@@ -195,6 +195,10 @@ CARD_NOTES = """\
   `SAE.load_from_disk(folder, device="cpu", dtype="float32")`.
 - Each is for the output of its decoder layer (`hook_resid_post`), at every token but the first of a
   text and the opening of the chat template.
+- {specialists} of the features are specialists for the last prompt token of the tasks' chat
+  prompts (`metadata.specialist_features` in cfg.json lists them). The residual varies little
+  there, and a general SAE alone shows the same dozen features for every prompt. They are fitted
+  to the wording of the prompts: train anew for another wording or chat template.
 - Stored as: {stored}. The figures are of the stored weights; "unrounded" is before.
 - Trained on {tokens:,} tokens, {rows:,} rows a layer (several epochs; the end of chat prompts and
   the answers more often). Tokens by source: {sources}.
@@ -205,7 +209,8 @@ CARD_NOTES = """\
   clean), the residual ablated to its mean or to zero. "Varied features" are active on 2 % to 98 %
   of the held-out last prompt tokens.
 - The text is Hutto & Gilbert's (ICWSM 2014, MIT licence) and the tasks' training prompts, with the
-  model's own answers. The weights are released under Apache-2.0, like the model's."""
+  model's own answers where `text.answers` asks for them. The weights are released under
+  Apache-2.0, like the model's."""
 
 
 def write_card(config: TrainSaeConfig, command: str, figures: dict[int, dict[str, Any]]) -> None:
@@ -217,6 +222,7 @@ def write_card(config: TrainSaeConfig, command: str, figures: dict[int, dict[str
         stored=", ".join(f"{name} {dtype}" for name, dtype in config.training.store.items()),
         tokens=any_layer["tokens_collected"],
         rows=config.training.rows,
+        specialists=config.training.specialists.n_features,
         sources=", ".join(f"{k} {n:,}" for k, n in any_layer["tokens_by_source"].items()),
         held=any_layer["tokens_held_out"],
         ce_tokens=config.quality.ce_tokens,

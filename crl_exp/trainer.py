@@ -66,7 +66,7 @@ class Trainer:
         self.best_agents = {layer: copy.deepcopy(a.state_dict()) for layer, a in agents.items()}
 
     def train(self, play: Play, validate: Validate, on_step: Callable[[int], None]) -> None:
-        """Run to the last update, from the checkpoint if there is one; ends with the best policy."""
+        """Run to the last update, from a checkpoint if there is one; ends with the best policy."""
         state = self.run.load_checkpoint()
         if state is not None:
             self._restore(state)

@@ -102,14 +102,13 @@ class LayerStatistics:
             with safe_open(path, framework="pt") as file:
                 meta = json.loads(file.metadata()["statistics"])
             tensors = load_file(path)
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            mean_D, std_D = tensors.pop("mean_D"), tensors.pop("std_D")
+            features = {k.removeprefix("feature."): v for k, v in tensors.items()}
+            return cls(**meta, mean_D=mean_D, std_D=std_D, by_feature=features)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"stored warmup statistics {path} can't be read ({error}); delete the file"
             ) from error
-        features = {
-            k.removeprefix("feature."): v for k, v in tensors.items() if k.startswith("feature.")
-        }
-        return cls(**meta, mean_D=tensors["mean_D"], std_D=tensors["std_D"], by_feature=features)
 
 
 class Observer(Controller):

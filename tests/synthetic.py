@@ -13,20 +13,15 @@ from omegaconf import OmegaConf
 from crl_exp.evaluation import INTERVENTIONS
 from crl_exp.runs import RunDirectory, write_json
 
-SPLIT_KEYS = (
-    "n", "accuracy_baseline", "accuracy_steered", "delta", "delta_ci95", "p_value", "fixed",
-    "broken", "ser", "ser_all_changed", "invalid_baseline", "invalid_steered",
-)  # fmt: skip
-RESULT_KEYS = (
-    *SPLIT_KEYS, "validation", "test_sets", "over_refusal_baseline", "over_refusal_steered",
-    "unique_features", "run_key", "sweep", "method", "model", "sae", "task", "layers", "seed",
-    "scorer", "data_digest", "notes", "warnings", "seconds", "peak_memory_bytes", "versions",
-    "git_commit", "git_dirty",
-)  # fmt: skip
 
-
-def config(folder: Path, method: str = "crl", layers: tuple[int, ...] = (18,), **more: Any):
-    """A composed config. Keys of `more` with dots are set where they point."""
+def config(
+    folder: Path,
+    method: str = "crl",
+    layers: tuple[int, ...] = (18,),
+    more: dict[str, Any] | None = None,
+    **top: Any,
+):
+    """A composed config. Keys of `more` may have dots; `top` are keys at the top."""
     one = {"_target_": "crl_exp.layers.Single", "layer": layers[0]}
     several = {"_target_": "crl_exp.layers.Listed", "layers": list(layers)}
     made = OmegaConf.create(
@@ -46,13 +41,13 @@ def config(folder: Path, method: str = "crl", layers: tuple[int, ...] = (18,), *
             "tracking": {"enabled": True, "uri": None, "experiment": "crl_exp"},
         }
     )  # fmt: skip
-    for key, value in more.items():
+    for key, value in {**(more or {}), **top}.items():
         OmegaConf.update(made, key, value, merge=False)
     return made
 
 
 def figures(delta: float, n: int = 1500, baseline: float = 0.68, half: float = 0.02, **more: Any):
-    """A split's figures with a rise of `delta`."""
+    """A split's figures with a rise of `delta`; a test checks their keys."""
     fixed = max(0, round(delta * n)) + 60
     broken = fixed - round(delta * n)
     return {
@@ -64,7 +59,7 @@ def figures(delta: float, n: int = 1500, baseline: float = 0.68, half: float = 0
 
 
 def result(run: RunDirectory, test: dict, validation: dict, test_sets: dict | None = None) -> dict:
-    """result.json of a run; its keys are those of a real one (checked by a test)."""
+    """result.json of a run."""
     c, sets = run.config, test_sets or {}
     benign = sets.get("benign")
     layers = [c.layers.layer] if "layer" in c.layers else list(c.layers.layers)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crl_exp.scorers.choice import ChoiceScorer
@@ -10,6 +10,7 @@ from crl_exp.tasks.base import Item, Score
 
 HARMFUL = Item("h", "prompt")
 BENIGN = Item("b", "prompt", benign=True)
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SENTIMENT = ChoiceScorer(("Positive", "Negative"))
 
 READ = [
@@ -155,6 +156,7 @@ def test_choice_needs_an_output_for_each_item():
         SENTIMENT([Item("a", "", target="Positive")], [])
 
 
+@UNTIMED
 @given(
     st.sampled_from(["Positive", "Negative"]),
     st.text(alphabet=" \n\t.,:;!?*\"'()[]-_#", max_size=6),
@@ -165,6 +167,7 @@ def test_choice_ignores_what_stands_around_it(option, before, after):
         assert SENTIMENT.read(before + word + after) == option
 
 
+@UNTIMED
 @given(st.text(max_size=60))
 def test_choice_scores_any_text(output):
     for target in SENTIMENT.options:
@@ -197,6 +200,7 @@ def test_empty_output_is_invalid(item, output):
     assert RefusalScorer()([item], [output]) == [Score(0.0, valid=False)]
 
 
+@UNTIMED
 @given(st.text(max_size=200))
 def test_refusal_rule_takes_any_text(output):
     harmful, benign = RefusalScorer()([HARMFUL, BENIGN], [output, output])
@@ -204,12 +208,16 @@ def test_refusal_rule_takes_any_text(output):
     assert harmful.reward + benign.reward == (1.0 if harmful.valid else 0.0)
 
 
-@given(st.sampled_from(REFUSED), st.text(alphabet="abc xyz.,", max_size=80))
+@UNTIMED
+@given(
+    st.sampled_from([r for r in REFUSED if r.endswith(".")]),
+    st.text(alphabet="abc xyz.,", max_size=80),
+)
 def test_what_follows_a_whole_refusal_changes_nothing(refusal, tail):
-    if refusal.endswith("."):
-        assert is_refusal(f"{refusal} {tail}")
+    assert is_refusal(f"{refusal} {tail}")
 
 
+@UNTIMED
 @given(st.sampled_from(REFUSED))
 def test_curly_quotes_and_case_change_nothing(refusal):
     assert is_refusal(refusal.replace("'", "’"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hydra.utils import instantiate
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -23,6 +23,7 @@ from crl_exp.tasks.sentiment import DATA, FILE, Sentiment, read_ratings
 
 CONF = Path(__file__).parents[1] / "conf" / "task"
 SIZES = {"n_train": 20, "n_validation": 10, "n_test": 10}
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 BENIGN_SIZES = {"n_train_benign": 6, "n_validation_benign": 4, "n_test_benign": 160}
 
 
@@ -48,7 +49,10 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("CRL_EXP_CACHE", str(tmp_path))
     reviews = tmp_path / DATA / FILE
     reviews.parent.mkdir(parents=True)
-    rows = [(i, (-1) ** i * 2.5, f"Sentence number {i} — quite a café.") for i in range(90)]
+    rows = [
+        (i, (-1) ** i * (1.0 if i < 2 else 2.5), f"Sentence number {i} — quite a café.")
+        for i in range(90)
+    ]
     rows += [
         (90, 0.9, "Rated too near to zero to be kept."),
         (91, 3, "Too short."),
@@ -186,6 +190,7 @@ def test_sentiment_scores(cache):
         (sentiment, {"question": "Is it good?"}, r"task\.question='Is it good\?'"),
         (sentiment, {"choices": ["Good", "Bad"]}, r"task\.choices=\[Positive,Negative\]"),
         (sentiment, {"min_abs_rating": 0}, r"task\.min_abs_rating=0"),
+        (sentiment, {"min_chars": 200}, r"task\.min_chars=200.*task\.max_chars=159"),
         (sentiment, {"min_abs_rating": float("nan")}, r"task\.min_abs_rating=nan"),
         (refusal, {"n_train": 41}, r"donotanswer has 60 items"),
         (refusal, {"n_validation": 0}, r"task\.n_validation=0"),
@@ -199,6 +204,13 @@ def test_sentiment_scores(cache):
 def test_bad_values_name_the_override(cache, make, changes, message):
     with pytest.raises(UserError, match=message):
         make(**changes).splits()
+
+
+def test_all_bad_values_are_listed_at_once():
+    config = sentiment(question="?", min_abs_rating=5, n_test=0)
+    assert len(config.faults()) == 3
+    with pytest.raises(UserError, match=r"(?s)n_test=0.*question=.*min_abs_rating=5"):
+        config.splits()
 
 
 @pytest.mark.parametrize("make", [sentiment, refusal])
@@ -303,6 +315,7 @@ def test_scorers_keep_the_protocol():
         assert scorer.name
 
 
+@UNTIMED
 @given(st.lists(st.integers(0, 50), max_size=80))
 def test_unique_keeps_the_first(numbers):
     items = [Item(str(n), f"user {k}") for k, n in enumerate(numbers)]
@@ -311,6 +324,7 @@ def test_unique_keeps_the_first(numbers):
     assert all(item == next(i for i in items if i.item_id == item.item_id) for item in kept)
 
 
+@UNTIMED
 @given(st.integers(1, 15), st.integers(1, 15), st.integers(1, 15), st.integers(0, 5), st.randoms())
 def test_split_does_not_depend_on_the_order_of_the_data(train, validation, test, seed, random):
     items = [Item(content_id(str(n)), str(n)) for n in range(50)]

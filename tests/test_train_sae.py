@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,14 @@ from crl_exp.sae_recipe.residuals import (
     norm_limits,
 )
 from crl_exp.sae_recipe.specialists import SpecialistConfig
-from crl_exp.sae_recipe.text import Document, HeldOut, TextConfig, chat_documents, split_documents
+from crl_exp.sae_recipe.text import (
+    Document,
+    HeldOut,
+    TextConfig,
+    chat_documents,
+    plain_documents,
+    split_documents,
+)
 from crl_exp.sae_recipe.training import TrainingConfig, draw_rows, save_rounded, train_layer
 from crl_exp.tasks.base import Item, Splits, content_id
 
@@ -154,8 +161,36 @@ def test_chat_documents_leave_held_out_items_out(lm, text_config):
     # Skipped: what all prompts share at their start, "<s> user Good or bad?".
     assert all(d.n_skip == 5 and d.n_prompt == len(d.ids) for d in found)
     everything = HeldOut([Splits(items("x"), train, items("y"))])
-    with pytest.raises(UserError, match="tasks.task.n_train"):
+    with pytest.raises(UserError, match=r"tasks\.task\.n_train"):
         chat_documents(lm, "task", train, text_config, everything)
+
+
+@pytest.mark.assets
+def test_no_validation_or_test_review_is_in_the_text(lm, text_config):
+    from hydra import compose, initialize
+
+    from crl_exp.config import build
+    from crl_exp.tasks.base import Task
+    from crl_exp.train_sae import TrainSaeConfig
+
+    raw_types = {f.name for f in fields(TrainSaeConfig)}  # importing it registers the schema
+    with initialize(version_base="1.3", config_path="../conf"):
+        raw = compose("train_sae", overrides=["tasks.sentiment.n_train=300"])
+    assert set(raw) == raw_types
+    splits = build(raw.tasks.sentiment, "tasks.sentiment", Task).splits()
+    # Nothing is neutral here, so that reviews of every split are offered as plain text too.
+    config = replace(text_config, neutral_below=9.0, general_tokens={"movies": 400_000})
+    held_out = HeldOut([splits])
+    found = plain_documents(lm, config, held_out)
+    found += chat_documents(lm, "sentiment", splits.train, config, held_out)
+    words = {i: w for w, i in lm.tokenizer.ids.items()}
+    texts = "\n".join(" ".join(words[i] for i in d.ids) for d in found)
+    reviews = {
+        name: [" ".join(i.user.split("Review: ")[1].split()) for i in items]
+        for name, items in splits.named().items()
+    }
+    assert sum(r in texts for r in reviews["train"]) >= 290
+    assert not [r for r in reviews["validation"] + reviews["test"] if r in texts]
 
 
 def test_split_of_documents_is_disjoint_and_fixed(text_config):
@@ -260,7 +295,7 @@ def test_specialists_see_the_last_prompt_token_and_stay_shut_elsewhere():
 
 
 def test_training_faults_name_their_override(tmp_path):
-    with pytest.raises(UserError, match="training.batch_size"):
+    with pytest.raises(UserError, match=r"training\.batch_size"):
         train_layer(planted_rows(50), 1, training_config(), "tiny", "planted")
     sae = train_layer(planted_rows(), 1, training_config(rows=640), "tiny", "planted")
     with pytest.raises(UserError, match=r"training.store.W_dec=int3"):

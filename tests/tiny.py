@@ -1,4 +1,4 @@
-"""Tiny random models and SAEs, in the formats of the real ones. Built fast enough for unit tests."""
+"""Tiny random models and SAEs, in the formats of the real ones, quick enough for unit tests."""
 
 from __future__ import annotations
 
@@ -46,20 +46,14 @@ def model(kind: str, seed: int = 0):
     if kind == "llama":
         made = LlamaForCausalLM(LlamaConfig(**common, **shape, initializer_range=0.2))
     elif kind == "gemma2":
+        special = {"sliding_window": 6, "query_pre_attn_scalar": 8, "initializer_range": 0.2}
         made = Gemma2ForCausalLM(
-            Gemma2Config(
-                **common, **shape, sliding_window=6, query_pre_attn_scalar=8,
-                initializer_range=0.2, attn_implementation="eager",
-            )  # fmt: skip
+            Gemma2Config(**common, **shape, **special, attn_implementation="eager")
         )
     else:
         assert kind == "gpt2"
-        made = GPT2LMHeadModel(
-            GPT2Config(
-                **common, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=4, n_positions=128,
-                initializer_range=0.2,
-            )  # fmt: skip
-        )
+        shape = {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": 128}
+        made = GPT2LMHeadModel(GPT2Config(**common, **shape, initializer_range=0.2))
     return made.eval()
 
 

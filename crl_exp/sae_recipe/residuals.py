@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from crl_exp.models import LanguageModel
 from crl_exp.sae_recipe.text import Document
@@ -109,8 +110,10 @@ class Openings:
             self.lm.decoder(input_ids=ids_BT, past_key_values=self.caches[opening], use_cache=True)
         cache = DynamicCache()
         for index, layer in enumerate(self.caches[opening].layers):
-            keys, values = (t.expand(n_rows, -1, -1, -1) for t in (layer.keys, layer.values))
-            cache.update(keys, values, index)
+            assert isinstance(layer, DynamicLayer)
+            assert layer.keys is not None and layer.values is not None
+            keys = layer.keys.expand(n_rows, -1, -1, -1)
+            cache.update(keys, layer.values.expand(n_rows, -1, -1, -1), index)
         return cache
 
 
@@ -132,7 +135,7 @@ def collect(
     documents: Sequence[Document],
     layers: Sequence[int],
     config: ResidualConfig,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> Residuals:
     """Residuals after each of `layers` (`blocks.L.hook_resid_post`) at the kept positions."""
     n_rows = sum(len(d.ids) - d.n_skip for d in documents)

@@ -87,8 +87,8 @@ def fit_gate(
         centred = (u_ND - u_ND.mean(0)).double()
         return centred.T @ centred / len(u_ND)
 
-    within_DD = scatter(u_other) + 100 * scatter(u_last)
-    within_DD += 1e-4 * within_DD.diagonal().mean() * torch.eye(len(mean_D))
+    within_DD = scatter(u_other) + 1000 * scatter(u_last)
+    within_DD += 1e-5 * within_DD.diagonal().mean() * torch.eye(len(mean_D))
     direction_D = torch.linalg.solve(within_DD, (mean_D - u_other.mean(0)).double()).float()
     direction_D /= direction_D.norm()
     excess_N = torch.cat([(encoder(u) - threshold_S).amax(1) for u in u_other.split(4096)])
@@ -115,13 +115,18 @@ def install(
     special: the small JumpReLU SAE, trained on `error(u)`.
     """
     places = torch.tensor(sae.cfg.metadata.specialist_features)
-    shift_D = error.b_S - special.b_dec
+    shift_D, constant = error.b_S - special.b_dec, special.b_dec.norm()
     encoder = Encoder(error.W_DS @ special.W_enc, shift_D @ special.W_enc + special.b_enc)
-    encoder = fit_gate(encoder, special.threshold, last_ND - sae.b_dec, other_ND - sae.b_dec, shut)
-    sae.W_enc[:, places] = encoder.W_DS
-    sae.b_enc[places] = encoder.b_S
-    sae.W_dec[places] = special.W_dec
-    sae.threshold[places] = special.threshold
+    # The last place carries the small SAE's b_dec: always on at that token, half its strength
+    # being the threshold.
+    always = Encoder(torch.zeros(len(shift_D), 1), constant[None])
+    u_last, u_other = last_ND - sae.b_dec, other_ND - sae.b_dec
+    encoder = fit_gate(encoder, special.threshold, u_last, u_other, shut)
+    always = fit_gate(always, constant[None] / 2, u_last, u_other, shut)
+    sae.W_enc[:, places] = torch.cat([encoder.W_DS, always.W_DS], dim=1)
+    sae.b_enc[places] = torch.cat([encoder.b_S, always.b_S])
+    sae.W_dec[places] = torch.cat([special.W_dec, special.b_dec[None] / constant])
+    sae.threshold[places] = torch.cat([special.threshold, constant[None] / 2])
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ def _add_specialists(
     error = unexplained(sae, last_ND)
     small = replace(
         config,
-        d_sae=chosen.n_features,
+        d_sae=chosen.n_features - 1,  # and one that is always on
         k=chosen.k,
         rows=chosen.rows,
         batch_size=chosen.batch_size,

@@ -93,8 +93,30 @@ class Task:
     chat_template: bool
     shuffle_labels: bool
 
+    def faults(self) -> list[str]:
+        """What is wrong with the values, each with the override that mends it."""
+        sizes = ("n_train", "n_validation", "n_test", "max_new_tokens")
+        found = [
+            f"task.{name}={getattr(self, name)}: must be at least 1"
+            for name in sizes
+            if getattr(self, name) < 1
+        ]
+        if self.choices is not None and len(self.choices) < 2:
+            found.append(
+                f"task.choices={self.choices}: give two answers or more, e.g. "
+                "task.choices=[yes,no], or task.choices=null for free text"
+            )
+        if self.choices and self.max_new_tokens > 1:
+            found.append(
+                f"task.max_new_tokens={self.max_new_tokens}: an answer restricted to task.choices "
+                "is its first token; set task.max_new_tokens=1, or task.choices=null for free text"
+            )
+        return found
+
     def splits(self) -> Splits:
         """Draw the splits: same seed and data, same splits, in every run and on every machine."""
+        if found := self.faults():
+            raise UserError("\n".join(found))
         splits = self.draw()
         if self.shuffle_labels:
             splits = replace(

@@ -45,13 +45,23 @@ class Refusal(Task):
     n_test_benign: int
     max_context_chars: int
 
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if self.n_test_benign < 1:
+            found.append(f"task.n_test_benign={self.n_test_benign}: must be at least 1")
+        for name in ("n_train_benign", "n_validation_benign", "max_context_chars"):
+            if getattr(self, name) < 0:
+                found.append(f"task.{name}={getattr(self, name)}: must not be negative")
+        if self.choices is not None:
+            found.append("task.choices: the refusal task takes free text; set task.choices=null")
+        return found
+
     @property
     def scorer_name(self) -> str:
         return SCORER.name
 
     def draw(self) -> Splits:
         """Raises `UserError` where a file is missing or damaged, or has too few prompts."""
-        self._check()
         sizes = {"train": self.n_train, "validation": self.n_validation, "test": self.n_test}
         harmful = unique([_item(prompt) for prompt in read_donotanswer(asset_path(HARMFUL))])
         train, validation, test = split_items(harmful, sizes, self.split_seed, HARMFUL)
@@ -81,15 +91,6 @@ class Refusal(Task):
                 f"task.n_validation_benign + task.n_test_benign = {train}; lower one of them"
             )
         return order[validation:train], order[test:validation], order[:test]
-
-    def _check(self) -> None:
-        if self.n_test_benign < 1:
-            raise UserError(f"task.n_test_benign={self.n_test_benign} must be at least 1")
-        for name in ("n_train_benign", "n_validation_benign", "max_context_chars"):
-            if getattr(self, name) < 0:
-                raise UserError(f"task.{name}={getattr(self, name)} must not be negative")
-        if self.choices is not None:
-            raise UserError("the refusal task takes free text; set task.choices=null")
 
 
 def read_donotanswer(folder: Path) -> list[str]:

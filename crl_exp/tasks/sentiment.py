@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crl_exp.assets import asset_path
-from crl_exp.errors import UserError
 from crl_exp.scorers.choice import ChoiceScorer
 from crl_exp.tasks.base import (
     Item,
@@ -46,13 +45,32 @@ class Sentiment(Task):
     min_chars: int
     max_chars: int
 
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if "{text}" not in self.question:
+            found.append(f"task.question={self.question!r}: must hold {{text}}, the review")
+        if self.choices is not None and sorted(self.choices) != sorted((POSITIVE, NEGATIVE)):
+            found.append(
+                f"task.choices={list(self.choices)}: these can't answer this task; use "
+                f"task.choices=[{POSITIVE},{NEGATIVE}] or task.choices=null"
+            )
+        if not 0 < self.min_abs_rating <= 4:
+            found.append(
+                f"task.min_abs_rating={self.min_abs_rating}: must be over 0 and at most 4, "
+                "as a rating of 0 has no sign"
+            )
+        if self.min_chars > self.max_chars:
+            found.append(
+                f"task.min_chars={self.min_chars}: must not be over task.max_chars={self.max_chars}"
+            )
+        return found
+
     @property
     def scorer_name(self) -> str:
         return SCORER.name
 
     def draw(self) -> Splits:
         """Raises `UserError` where the file is missing or damaged, or has too few sentences."""
-        self._check()
         path = asset_path(DATA) / FILE
         items = unique([self._item(text, rating) for rating, text in self._kept(path)])
         sizes = {
@@ -75,20 +93,6 @@ class Sentiment(Task):
         for rating, text in read_ratings(path):
             if abs(rating) >= self.min_abs_rating and self.min_chars <= len(text) <= self.max_chars:
                 yield rating, text
-
-    def _check(self) -> None:
-        if "{text}" not in self.question:
-            raise UserError(f"task.question={self.question!r} must hold {{text}}, the review")
-        if self.choices is not None and sorted(self.choices) != sorted((POSITIVE, NEGATIVE)):
-            raise UserError(
-                f"task.choices={list(self.choices)} can't answer this task; use "
-                f"task.choices=[{POSITIVE},{NEGATIVE}] or task.choices=null"
-            )
-        if not 0 < self.min_abs_rating <= 4:
-            raise UserError(
-                f"task.min_abs_rating={self.min_abs_rating} must be over 0 and at most 4: "
-                "a rating of 0 has no sign"
-            )
 
 
 def read_ratings(path: Path) -> list[tuple[float, str]]:

@@ -20,6 +20,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from crl_exp.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -49,9 +51,12 @@ class GridSweeper(Sweeper):
         """Every point's overrides, repeated points once."""
         assert self.context is not None
         parser = OverridesParser.create(config_loader=self.context.config_loader)
+        given = {override.key_or_group for override in parser.parse_overrides(arguments)}
         points = []
         for grid in self.grids:
-            texts = [f"{key}={_choices(value)}" for key, value in {**self.params, **grid}.items()]
+            # What the command line sets replaces the grid's values, so that no point comes twice.
+            asked = {k: v for k, v in {**self.params, **grid}.items() if k not in given}
+            texts = [f"{key}={_choices(value)}" for key, value in asked.items()]
             overrides = parser.parse_overrides([*texts, *arguments])
             points += BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
         return list({" ".join(point): point for point in points}.values())
@@ -61,18 +66,28 @@ class GridSweeper(Sweeper):
         assert self.launcher is not None
         jobs = self.jobs(arguments)
         self.validate_batch_is_legal(jobs)
-        folder = Path(str(self.config.hydra.sweep.dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        self._save_config()
         returns = self.launcher.launch(jobs, initial_job_idx=0)
         _raise_failures(jobs, returns)
         return [returns]
 
+    def _save_config(self) -> None:
+        """Keep what was asked for beside the runs, in `output_dir/sweep_name`."""
+        assert self.config is not None
+        folder = Path(self.config.output_dir).expanduser() / self.config.sweep_name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(self.config, folder / "multirun.yaml")
+        except OSError as error:
+            raise UserError(
+                f"output_dir={self.config.output_dir}: can't write to {folder} ({error}); "
+                "set output_dir=/a/folder/you/can/write"
+            ) from error
+
 
 def _choices(value: Any) -> str:
-    if isinstance(value, (list, ListConfig)):
-        return ",".join(str(v) for v in value)
-    return str(value)
+    values = value if isinstance(value, (list, ListConfig)) else [value]
+    return ",".join("null" if v is None else str(v) for v in values)
 
 
 def _raise_failures(jobs: list[list[str]], returns: Sequence[JobReturn]) -> None:

@@ -1,0 +1,288 @@
+"""What a person can get wrong: each is told, with the override or the make target that mends it.
+
+Faults of the command line itself (typos, unknown options) are in test_config.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from crl_exp.errors import UserError
+from crl_exp.runs import RunDirectory
+from tests.tiny_run import (
+    TinyFiles,
+    composed,
+    random_sae_weights,
+    run_small,
+    save_sae,
+    small,
+    write_task,
+)
+
+
+@pytest.fixture
+def common(tiny_files, tmp_path) -> list[str]:
+    return [*tiny_files.overrides(), f"output_dir={tmp_path / 'out'}"]
+
+
+@pytest.fixture
+def own_files(tiny_files, tmp_path) -> TinyFiles:
+    """A copy of the tiny files that a test may damage."""
+    shutil.copytree(tiny_files.root, tmp_path / "files")
+    return TinyFiles(tmp_path / "files")
+
+
+def refused(overrides: list[str]) -> str:
+    """The message that the experiment ends with."""
+    with pytest.raises(UserError) as caught:
+        run_small(overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("layers.layer=4", r"layer 4 is out of range: .* 0 to 3; set .*layers\.layer=0"),
+        ("layers.layer=-1", r"layer -1 is out of range"),
+        ("layers.layer=3", r"layer 3 has no SAE; .*\[0, 1, 2\].*layers\.layer=0.*train_sae"),
+        ("layers=list layers.layers=[1,7]", r"layer 7 is out of range"),
+        ("layers=list layers.layers=[]", r"layers=all"),
+        ("sae.folder=no/such/folder", r"sae\.folder=no/such/folder has no SAE.*sae\.id_template"),
+        ("sae.id_template=l{layer}", r"has no SAE whose id looks like 'l\{layer\}'"),
+        ("sae.folder=null sae.release=gemma-scop", r"sae\.release=gemma-scop.*did you mean"),
+        ("model.path=no/such/model", r"model\.path=no/such/model: can't load.*model=smollm2_135m"),
+        ("task.n_test=0", r"task\.n_test=0: must be at least 1"),
+        ("task.n_train=500", r"has 80 items, but .* lower .*task\.n_train=500"),
+        ("algorithm.prompts_per_update=25", r"prompts_per_update=25 exceeds task\.n_train=24"),
+        ("task.max_new_tokens=3", r"task\.max_new_tokens=3: .* set task\.max_new_tokens=1"),
+        ("task.choices=[yes]", r"task\.choices=\['yes'\]: give two answers or more"),
+        ("task.choices=[w1,w2]", r"line 1: the answer .* not one of task\.choices"),
+        ("task.path=no/such.jsonl", r"task\.path=no/such\.jsonl: can't be read"),
+        ("coefficient.multiplier=-1", r"coefficient\.multiplier=-1\.0: must be a positive"),
+        ("coefficient.multiplier=nan", r"coefficient\.multiplier=nan: must be a positive finite"),
+        ("coefficient.ratio=inf", r"coefficient\.ratio=inf: must be a positive finite"),
+        ("coefficient=constant coefficient.value=nan", r"coefficient\.value=nan: must be"),
+        ("method=corrsteer_a method.multipliers=[1,nan]", r"method\.multipliers=.*nan"),
+        ("policy.k=0", r"policy\.k=0: must be at least 1"),
+        ("policy.k=65", r"only \d+ features may be steered, but policy\.k=65; lower policy\.k"),
+        ("method.features=fixed policy.k=2", r"method\.features=fixed .* policy\.k=2"),
+        ("decay.gamma=0", r"decay\.gamma=0\.0: must be in \(0, 1\]"),
+        ("decay.gamma=nan", r"decay\.gamma=nan: must be in \(0, 1\]"),
+        ("engine.batch_size=0", r"engine\.batch_size=0: must be at least 1"),
+        ("algorithm.prompts_per_update=0", r"algorithm\.prompts_per_update=0: must be at least 1"),
+        ("algorithm.minibatches=3", r"algorithm\.minibatches=3 doesn't divide"),
+        ("algorithm.lr_policy=nan", r"algorithm\.lr_policy=nan: must be positive"),
+        ("noise=gaussian noise.std=nan", r"noise\.std=nan"),
+        ("noise=epsilon_greedy noise.epsilon=2", r"noise\.epsilon=2\.0: must be in \[0, 1\]"),
+        ("warmup.min_frequency=1", r"warmup\.min_frequency=1\.0: must be in \[0, 1\)"),
+        ("checkpoint.updates=0", r"checkpoint\.updates"),
+        ("order=[mask,noise,fusion]", r"order=.* must hold each of .* once"),
+        ("order=[mask,mask,noise,fusion,activation]", r"order=.* must hold each of .* once"),
+    ],
+)  # fmt: skip
+def test_a_bad_value(overrides, says, common):
+    said = refused([*common, *overrides.split()])
+    assert re.search(says, said), said
+
+
+def test_the_faults_of_several_sections_come_together(common):
+    said = refused([*common, "layers.layer=9", "algorithm.prompts_per_update=30", "policy.k=2",
+                    "method.features=fixed"])  # fmt: skip
+    for part in ("layer 9", "prompts_per_update=30", "policy.k=2"):
+        assert part in said
+
+
+def test_a_missing_asset_says_make_assets(tmp_path, monkeypatch):
+    """With an empty cache the model is missed before anything is loaded; no network is asked."""
+    monkeypatch.setenv("CRL_EXP_CACHE", str(tmp_path / "cache"))
+    said = refused(["tracking=none", f"output_dir={tmp_path / 'out'}"])
+    assert "SmolLM2-135M-Instruct" in said and "`make assets`" in said
+
+
+def test_a_missing_data_asset_says_make_assets(tiny_files, tmp_path, monkeypatch):
+    monkeypatch.setenv("CRL_EXP_CACHE", str(tmp_path / "cache"))
+    not_ours = ("task=", "task.")
+    overrides = [o for o in tiny_files.overrides() if not o.startswith(not_ours)]
+    said = refused([*overrides, "task=sentiment", f"output_dir={tmp_path / 'out'}"])
+    assert "data/hutto_icwsm_2014" in said and "`make assets`" in said
+
+
+# --- SAEs that don't fit, or are damaged ---
+
+
+def test_an_sae_of_another_width(common, tmp_path):
+    save_sae(tmp_path / "saes", 1, random_sae_weights(0, d_in=16))
+    said = refused([*common, f"sae.folder={tmp_path / 'saes'}"])
+    assert "d_in=16" in said and "32 wide" in said and "sae=…" in said
+
+
+def test_an_sae_of_another_layer(common, tmp_path):
+    save_sae(tmp_path / "saes", 1, random_sae_weights(0), hook_layer=2)
+    said = refused([*common, f"sae.folder={tmp_path / 'saes'}"])
+    assert "blocks.2.hook_resid_post" in said and "sae.id_template" in said
+
+
+def test_an_sae_of_another_model_is_warned_about(common, tiny_files):
+    result, _ = run_small([*common, "method=corrsteer_s", "model.name=other"])
+    assert any("was trained on tiny, but steers other" in text for text in result["warnings"])
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(b"\xff\x00 not this" + path.read_bytes()[12:])
+
+
+@pytest.mark.parametrize("damage", [cut, garble, Path.unlink])
+@pytest.mark.parametrize("name", ["sae_weights.safetensors", "cfg.json"])
+def test_a_damaged_sae_file(name, damage, own_files, tmp_path):
+    damage(own_files.root / "saes" / "blocks.1.hook_resid_post" / name)
+    said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
+    assert "blocks.1.hook_resid_post" in said or "layer 1 has no SAE" in said
+    assert "sae.folder=…" in said or "train_sae" in said
+
+
+def test_an_sae_with_a_nan(own_files, tmp_path):
+    weights = random_sae_weights(1)
+    weights["W_dec"][3, 4] = float("nan")
+    save_sae(own_files.root / "saes", 1, weights)
+    said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
+    assert "non-finite values in W_dec" in said and "restore the file" in said
+
+
+# --- models ---
+
+
+@pytest.mark.parametrize("damage", [cut, garble, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_model_file(name, damage, own_files, tmp_path):
+    damage(own_files.root / "models" / "llama" / name)
+    said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
+    assert "model.path=" in said and "can't load" in said
+
+
+def test_a_damaged_asset_says_make_assets(own_files, tmp_path, monkeypatch):
+    """An asset is checked against its manifest, so a file of another size is found out."""
+    from crl_exp.asset_sources import ASSETS
+
+    name = "models/SmolLM2-135M-Instruct"
+    cache, made = tmp_path / "cache", own_files.root / "models" / "llama"
+    files = {path.name: {"size": path.stat().st_size} for path in made.iterdir()}
+    fingerprint = next(asset.fingerprint for asset in ASSETS if asset.name == name)
+    shutil.copytree(made, cache / name)
+    entry = {"fingerprint": fingerprint, "files": files}
+    (cache / "manifest.json").write_text(json.dumps({"assets": {name: entry}}))
+    monkeypatch.setenv("CRL_EXP_CACHE", str(cache))
+    overrides = [*own_files.overrides(), f"model.path=asset:{name}", f"output_dir={tmp_path / 'o'}"]
+    assert run_small([*overrides, "method=none"])[0]["n"] == 16
+    cut(cache / name / "model.safetensors")
+    assert "`make assets`" in refused([*overrides, "method=corrsteer_s"])
+
+
+# --- the task's data ---
+
+
+@pytest.mark.parametrize("line", ["not json", '{"question": "w1"}', '["w1", "yes"]', "3"])
+def test_a_damaged_line_of_the_task_is_named(line, own_files, tmp_path):
+    path = own_files.root / "task.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
+    assert "task.jsonl, line 81" in said and "expected" in said
+
+
+def test_a_task_without_items(own_files, tmp_path):
+    (own_files.root / "task.jsonl").write_text("")
+    said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
+    assert "has 0 items" in said and "task.n_train" in said
+
+
+def test_a_task_that_is_all_right_is_warned_about(own_files, tmp_path):
+    """Every correlation is 0 then; the run says so, and what to do."""
+    weights_file = own_files.root / "models" / "llama" / "model.safetensors"
+    weights = load_file(weights_file)
+    # With a final norm of zero all logits are equal, and the first choice is taken.
+    weights["model.norm.weight"].zero_()
+    save_file(weights, weights_file, metadata={"format": "pt"})
+    write_task(own_files.root / "task.jsonl", n=80, answers=("yes",))
+    overrides = [*own_files.overrides(), f"output_dir={tmp_path / 'out'}"]
+    result, _ = run_small([*overrides, "method=corrsteer_s"])
+    assert result["accuracy_baseline"] == 1
+    assert any("every correlation is 0" in text for text in result["warnings"])
+
+
+# --- run directories ---
+
+
+@pytest.mark.parametrize("where", ["/dev/null/outputs", "a_file/outputs"])
+def test_an_output_folder_that_cannot_be_written(where, tiny_files, tmp_path):
+    """Under a file nobody can make a folder, root neither."""
+    (tmp_path / "a_file").write_text("")
+    said = refused([*tiny_files.overrides(), f"output_dir={tmp_path / where}"])
+    assert "can't write" in said and "set output_dir=/a/folder/you/can/write" in said
+
+
+def test_a_finished_run_is_kept(common):
+    overrides = [*common, "method=corrsteer_s"]
+    result, folder = run_small(overrides)
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    said = refused(overrides)
+    assert "already finished" in said and "resume=force" in said
+    again, _ = run_small(overrides, skip_finished=True)
+    assert again == result, "in a sweep it is skipped and its result returned"
+    (folder / "result.json").write_text(json.dumps({**result, "n": -1}))
+    assert run_small(overrides, skip_finished=True)[0]["n"] == -1, "skipped: nothing is computed"
+    assert run_small([*overrides, "resume=force"])[0]["n"] == 16
+
+
+def test_a_checkpoint_of_another_config(common):
+    config = small(common)
+    _, folder = run_small(common)
+    (folder / "result.json").unlink()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "run_key": "another"}, folder / "checkpoint.pt")
+    said = refused(common)
+    assert "another config" in said and RunDirectory(config).key in said and "resume=force" in said
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+    assert run_small([*common, "resume=force"])[0]["method"] == "crl"
+
+
+def test_two_configs_have_two_keys_and_what_does_not_matter_has_none():
+    plain = RunDirectory(composed([])).key
+    assert RunDirectory(composed(["seed=1"])).key != plain
+    assert RunDirectory(composed(["algorithm.lr_policy=0.1"])).key != plain
+    same = ["output_dir=x", "tracking=none", "resume=force", "sweep_name=s", "checkpoint.updates=1"]
+    assert RunDirectory(composed(same)).key == plain
+
+
+def test_a_failed_run_says_why_and_runs_again(own_files, tmp_path):
+    overrides = [*own_files.overrides(), f"output_dir={tmp_path / 'out'}"]
+    weights = own_files.root / "saes" / "blocks.1.hook_resid_post" / "sae_weights.safetensors"
+    good = weights.read_bytes()
+    cut(weights)
+    refused(overrides)
+    folder = RunDirectory(small(overrides)).path
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed" and "damaged" in status["error"]
+    assert "Traceback" in status["traceback"] and not (folder / "result.json").exists()
+    weights.write_bytes(good)
+    assert run_small(overrides)[0]["n"] == 16
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+
+
+def test_a_run_held_by_another_process_is_left_alone(common):
+    from filelock import FileLock
+
+    folder = RunDirectory(small(common)).path
+    folder.mkdir(parents=True)
+    with FileLock(str(folder / ".lock")):
+        assert "another process" in refused(common)
+    assert run_small(common)[0]["n"] == 16

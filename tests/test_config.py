@@ -1,0 +1,269 @@
+"""Every option and every point of every sweep, found by globbing: a new file needs no new test."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import HydraContext
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from crl_exp import config as configs
+from crl_exp.cli import explain, people_errors, register
+from crl_exp.errors import UserError
+from hydra_plugins.crl_exp_sweeper.grids import GridSweeper
+from tests.tiny_run import CONF, ROOT, composed, run_small
+
+OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
+# What these name (another model, other data) isn't there in a fast test; they are built, not run.
+NOT_RUN = {"model", "sae", "task", "tracking", "experiment", "sweep"}
+RUN = [pair for pair in OPTIONS if pair[0] not in NOT_RUN]
+# Values without a default, which a person has to give.
+GIVEN = {("task", "jsonl"): ["task.path=questions.jsonl"]}
+
+
+def test_the_globs_find_something():
+    assert ("method", "crl") in OPTIONS and ("fusion", "multiply") in OPTIONS
+    assert ("sweep", "demo") in OPTIONS and "demo" in SWEEPS
+    assert len(OPTIONS) > 30
+
+
+def choosing(group: str, option: str) -> str:
+    """The override that picks an option; presets aren't in the defaults list, so they are added."""
+    in_defaults = {name for entry in defaults() for name in entry}
+    return f"{group}={option}" if group in in_defaults else f"+{group}={option}"
+
+
+def defaults() -> list[dict]:
+    entries = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))["defaults"]  # type: ignore[index, call-overload]
+    return [entry for entry in entries if isinstance(entry, dict)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["/".join(pair) for pair in OPTIONS])
+def test_every_option_composes_and_builds(group, option):
+    config = composed([choosing(group, option), *GIVEN.get((group, option), [])])
+    exp = configs.experiment(config)
+    if group in configs.PARTS:
+        assert config[group]["_target_"].endswith("." + type(getattr(exp, group)).__name__)
+
+
+@pytest.mark.parametrize(("group", "option"), RUN, ids=["/".join(pair) for pair in RUN])
+def test_every_option_runs_on_a_tiny_model(group, option, tiny_files, tmp_path):
+    """Stage 1, two updates and the evaluation, with the option and everything else as it comes."""
+    overrides = [*tiny_files.overrides(), choosing(group, option), f"output_dir={tmp_path}"]
+    result, folder = run_small(overrides)
+    assert result["n"] == 16 and result["p_value"] <= 1
+    assert (folder / "interventions.parquet").exists()
+    if result["method"] == "crl":
+        steps = re.findall(r'^\{"step": (\d+)', (folder / "journal.jsonl").read_text(), re.M)
+        assert steps[0] == "1" and steps[-1] == "2"
+
+
+def sweep_points(name: str, *arguments: str) -> list[list[str]]:
+    """The overrides of every point of `sweeps/NAME.yaml`, by our sweeper itself."""
+    chosen = [f"+sweep={name}", *arguments]
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        from hydra import compose
+
+        hydra = compose("config", overrides=chosen, return_hydra_config=True).hydra
+        sweeper = GridSweeper(hydra.sweeper.grids, hydra.sweeper.params)
+        loader = GlobalHydra.instance().config_loader()
+        sweeper.context = HydraContext(config_loader=loader, callbacks=None)  # type: ignore[arg-type]
+        return sweeper.jobs(chosen)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_point_of_every_sweep_composes_and_builds(name):
+    points = sweep_points(name)
+    assert len(points) > 1
+    for point in points:
+        exp = configs.experiment(composed(point))
+        assert exp.sweep_name == name, "a sweep's runs lie under its own name"
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_point_of_every_sweep_fits_its_model_and_saes(name):
+    for point in sweep_points(name):
+        assert configs.validate(configs.experiment(composed(point)))
+
+
+def test_the_command_line_goes_into_every_point():
+    plain, given = sweep_points("demo"), sweep_points("demo", "task.n_train=77", "seed=5")
+    assert all("task.n_train=77" in point for point in given)
+    assert {config.seed for config in map(composed, given)} == {5}
+    assert len(given) < len(plain), "seeds of the grid are one point now that the seed is given"
+
+
+@pytest.mark.parametrize("stated", ["mean_positive", "constant"])
+def test_a_coefficient_on_the_command_line_beats_the_methods_own(stated):
+    assert composed(["method=crl"]).coefficient._target_.endswith(".Relative")
+    config = composed(["method=crl", f"coefficient={stated}"])
+    assert config.coefficient == composed(["method=none", f"coefficient={stated}"]).coefficient
+
+
+def test_a_group_set_to_null_says_what_to_give():
+    with pytest.raises(SystemExit) as ended, people_errors():
+        composed(["mask=null"])
+    assert "GROUP=NAME" in str(ended.value)
+    with pytest.raises(ValueError, match="our own fault"), people_errors():
+        raise ValueError("our own fault")
+
+
+def explained(*overrides: str) -> str:
+    """What `launch.py` prints for a fault in these overrides."""
+    with pytest.raises((UserError, HydraException, OmegaConfBaseException)) as caught:
+        configs.experiment(composed(overrides))
+    return explain(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("method=corrster_a", "'corrsteer_a'"),
+        ("coefficient=mean_postive", "'mean_positive'"),
+        ("+sweep=dmeo", "'demo'"),
+        ("task.n_trian=5", "'task.n_train'"),
+        ("algorithm.lr=1", "'algorithm.lr_policy'"),
+        ("fusoin=add", "'fusion'"),
+        ("+swep=demo", "'sweep'"),
+        ("+fusion.wieght=2", "'weight'"),
+        ("order=[fusion,noise,activaton,mask]", "'activation'"),
+        ("resume=frce", "'force'"),
+        ("warmup.pooling=maximum", "'max'"),
+        ("model.dtype=float23", "'float32'"),
+    ],
+)
+def test_a_typo_is_told_the_nearest_right_names(override, named):
+    said = explained(override)
+    assert "did you mean" in said and named in said, said
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("seed=first", "seed"),
+        ("algorithm.lr_policy=fast", "algorithm.lr_policy"),
+        ("policy.k=[1", "[1"),
+        ("task=jsonl", "task.path=…"),
+        ("~mask", "mask=NAME"),
+        ("method._target_=os.system", "method=NAME"),
+        ("fusion._target_=crl_exp.methods.CRL", "is not a Stage"),
+        ("sae.release=null sae.folder=null", "sae.folder=…"),
+        ("~fusion.weight", "fusion.weight=…"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_key(override, named):
+    assert named in explained(*override.split())
+
+
+def test_several_faults_are_told_at_once():
+    said = explained(
+        "policy.k=0", "decay.gamma=0", "engine.batch_size=0", "resume=never", "task.n_test=0",
+        "order=[fusion,noise]",
+    )  # fmt: skip
+    for key in ("policy.k=0", "decay.gamma=0", "engine.batch_size=0", "resume=", "task.n_test=0"):
+        assert key in said
+    assert "order=" in said and len(said.splitlines()) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("method=crll", "'crl'"), ("task.n_trian=5", "'task.n_train'"), ("+swep=demo", "'sweep'")],
+)
+def test_launch_says_it_without_a_traceback(override, named):
+    done = subprocess.run(
+        [sys.executable, "launch.py", override, "tracking=none"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "did you mean" in done.stderr and named in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+APP = """
+import hydra
+
+@hydra.main(version_base="1.3", config_path=".", config_name="app")
+def main(config):
+    with open(config.seen, "a") as file:
+        file.write(f"{config.a} {config.b} {config.note}\\n")
+    if config.a == 2:
+        raise ValueError(f"a is {config.a} and b is {config.b}")
+
+main()
+"""
+APP_CONFIG = """
+defaults: [_self_, {override hydra/sweeper: ours}]
+a: 0
+b: x
+note: none
+seen: ???
+output_dir: ???
+sweep_name: s
+hydra:
+  sweep: {dir: ., subdir: .}
+  output_subdir: null
+"""
+APP_SWEEPER = """
+_target_: hydra_plugins.crl_exp_sweeper.grids.GridSweeper
+grids: [{a: [1, 2]}, {a: 1}, {a: [2, 3], b: [y, z]}, {a: 4, note: null}]
+params: null
+"""
+
+
+def multirun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "app.py", "-m", *arguments],
+        cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grid_sweep(tmp_path_factory) -> tuple[subprocess.CompletedProcess, list[str], Path]:
+    """A real multirun of a small program, one point of which fails in two of its three jobs."""
+    folder = tmp_path_factory.mktemp("app")
+    (folder / "app.py").write_text(APP)
+    (folder / "app.yaml").write_text(APP_CONFIG)
+    (folder / "hydra" / "sweeper").mkdir(parents=True)
+    (folder / "hydra" / "sweeper" / "ours.yaml").write_text(APP_SWEEPER)
+    seen = folder / "seen.txt"
+    done = multirun(folder, f"seen={seen}", f"output_dir={folder / 'out'}")
+    return done, seen.read_text().splitlines(), folder
+
+
+def test_a_sweep_is_the_union_of_its_grids_each_point_once(grid_sweep):
+    _, seen, _ = grid_sweep
+    assert seen == [
+        "1 x none", "2 x none",  # the second grid's only point is here already
+        "2 y none", "2 z none", "3 y none", "3 z none", "4 x None",
+    ]  # fmt: skip
+
+
+def test_a_failed_job_stops_no_other_and_all_failures_are_named(grid_sweep):
+    done, seen, folder = grid_sweep
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "4 x None" in seen
+    for b in "xyz":
+        assert f"a is 2 and b is {b}" in said
+    assert "3 of 7 jobs failed" in said
+    assert (folder / "out" / "s" / "multirun.yaml").exists()
+
+
+def test_a_sweep_says_where_it_cannot_write(grid_sweep):
+    _, _, folder = grid_sweep
+    done = multirun(folder, f"seen={folder / 'no.txt'}", "output_dir=/dev/null/out")
+    assert done.returncode == 1 and not (folder / "no.txt").exists()
+    assert "can't write to /dev/null/out/s" in done.stderr and "set output_dir=" in done.stderr

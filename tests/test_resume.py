@@ -1,0 +1,175 @@
+"""A run that is killed goes on where it was, and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_run import ROOT, run_small
+
+UPDATES = 200
+TRAINING = [
+    f"algorithm.n_updates={UPDATES}", "algorithm.prompts_per_update=8", "algorithm.minibatches=2",
+    "algorithm.validate_every=4", "algorithm.anneal_lr=true", "policy.policy_depth=1",
+    "policy.hidden=512", "noise=gaussian", "layers=list", "layers.layers=[0,2]",
+]  # fmt: skip
+SIZES = ["task.n_train=24", "task.n_validation=8", "task.n_test=16"]
+KILLS = 10
+# What a run measures of the machine and of the moment, not what it computes.
+OF_THE_MOMENT = ("seconds", "peak_memory_bytes", "git_commit", "git_dirty")
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that must be the same: result, features, journal, interventions."""
+    result = json.loads((folder / "result.json").read_text())
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["time"]
+        line["metrics"] = {
+            k: v for k, v in line["metrics"].items() if not k.startswith("seconds_")
+        }
+    return {
+        "result": {k: v for k, v in result.items() if k not in OF_THE_MOMENT},
+        "features": (folder / "features.json").read_text(),
+        "journal": lines,
+        "interventions": (folder / "interventions.parquet").read_bytes(),
+    }
+
+
+def start(overrides: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "launch.py", *overrides],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def run_folder(output_dir: Path) -> Path | None:
+    return next(iter(output_dir.glob("single/*")), None)
+
+
+def last_step(output_dir: Path) -> int:
+    """The last update in the journal; a line that is being written doesn't count."""
+    folder = run_folder(output_dir)
+    journal = folder / "journal.jsonl" if folder else None
+    if journal is None or not journal.exists():
+        return 0
+    whole = journal.read_text().split("\n")[:-1]
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def saving(output_dir: Path) -> bool:
+    folder = run_folder(output_dir)
+    return bool(folder and list(folder.glob(".checkpoint.*.partial")))
+
+
+def kill_when(process: subprocess.Popen, ready: Callable[[], bool], delay: float) -> None:
+    """SIGKILL `delay` seconds after `ready`. Fails where the process ended before."""
+    while not ready():
+        assert process.poll() is None, process.communicate()[0]
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9, "it was over before it was killed"
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_and_resumed(tiny_files, tmp_path):
+    """Five kills some time into an update, five while a checkpoint is being written."""
+    common = [*tiny_files.overrides(), *TRAINING, *SIZES, "checkpoint.updates=3"]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    undisturbed = start([*common, f"output_dir={straight}"])
+    draw = random.Random(0)
+    moments = sorted(draw.sample(range(1, UPDATES - 60), KILLS))
+    for number, step in enumerate(moments):
+        process = start([*common, f"output_dir={broken}"])
+
+        def ready(step=step, in_checkpoint=number % 2) -> bool:
+            done = last_step(broken)
+            if in_checkpoint and done < step + 20:
+                return done >= step and saving(broken)
+            return done >= step
+
+        kill_when(process, ready, delay=0.0 if number % 2 else draw.random() * 0.02)
+        folder = run_folder(broken)
+        assert folder and not (folder / "result.json").exists()
+    last = start([*common, f"output_dir={broken}"])
+    for process in (undisturbed, last):
+        said = process.communicate()[0]
+        assert process.returncode == 0, said
+    folder = run_folder(broken)
+    assert folder and json.loads((folder / "status.json").read_text())["attempts"] == KILLS + 1
+    expected = run_folder(straight)
+    assert expected and outcome(folder) == outcome(expected)
+    assert len({line["step"] for line in outcome(expected)["journal"]}) == UPDATES
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_files, tmp_path_factory) -> tuple[list[str], Path]:
+    """Overrides of a finished run, and its run directory."""
+    common = [*tiny_files.overrides(), "checkpoint.updates=2", "algorithm.n_updates=5"]
+    _, folder = run_small([*common, f"output_dir={tmp_path_factory.mktemp('finished')}"])
+    return common, folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> tuple[list[str], Path]:
+    """A copy of that run without its result, to be run again."""
+    common, folder = finished
+    copy = tmp_path / folder.parent.name / folder.name
+    shutil.copytree(folder, copy)
+    (copy / "result.json").unlink()
+    return [*common, f"output_dir={tmp_path}"], copy
+
+
+@pytest.mark.parametrize("keep", [0, 100, 4000])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(keep, finished, copied):
+    overrides, folder = copied
+    path = folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.warns(UserWarning, match=r"checkpoint\.pt is damaged and is passed over"):
+        run_small(overrides)
+    assert outcome(folder) == outcome(finished[1])
+
+
+def test_with_both_checkpoints_damaged_it_starts_anew(finished, copied):
+    overrides, folder = copied
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        (folder / name).write_bytes(b"no")
+    with pytest.warns(UserWarning, match=r"checkpoint\.prev\.pt is damaged"):
+        run_small(overrides)
+    assert outcome(folder) == outcome(finished[1])
+
+
+def test_a_checkpoint_that_was_not_put_in_place_is_dropped(finished, copied):
+    """Killed between the two renames: the new one is still a partial file, the old one is prev."""
+    overrides, folder = copied
+    partial = folder / ".checkpoint.99.partial"
+    (folder / "checkpoint.pt").rename(partial)
+    run_small(overrides)
+    assert outcome(folder) == outcome(finished[1]) and not partial.exists()
+
+
+def test_lines_logged_after_the_checkpoint_are_not_kept_twice(finished, copied):
+    overrides, folder = copied
+    (folder / "checkpoint.pt").unlink()
+    with (folder / "journal.jsonl").open("a") as file:
+        file.write('{"step": 6, "time": 0, "metr')
+    run_small(overrides)
+    assert outcome(folder) == outcome(finished[1])
+
+
+def test_a_run_killed_after_training_trains_no_more(finished, copied):
+    overrides, folder = copied
+    before = (folder / "journal.jsonl").read_bytes()
+    run_small(overrides)
+    assert (folder / "journal.jsonl").read_bytes() == before, "times too: nothing was done again"
+    assert outcome(folder) == outcome(finished[1])
