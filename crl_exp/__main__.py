@@ -12,6 +12,7 @@ from crl_exp.errors import UserError
 # Each module has `main(argv) -> int` and is imported only when its command is called.
 COMMANDS = {
     "assets": ("crl_exp.assets_command", "fetch the model and the data into the cache"),
+    "sync": ("crl_exp.tracking", "bring MLflow up to date with the run directories"),
     "report": ("crl_exp.report", "tables and figures of a finished sweep"),
 }
 

@@ -127,7 +127,9 @@ class SweepComparison:
 
         The test set is never looked at. Controls are not chosen from.
         """
-        families = [rows for rows in self.families.values() if len(rows) > 1 and not rows[0].control]
+        families = [
+            rows for rows in self.families.values() if len(rows) > 1 and not rows[0].control
+        ]
         return {max(rows, key=lambda row: row.validation) for rows in families}
 
 
@@ -160,7 +162,9 @@ def compare_runs(records: list[Record]) -> SweepComparison:
         for key, runs in groups.items()
     ]
     order = {name: i for i, name in enumerate(NAMES)}
-    rows.sort(key=lambda r: (order.get(r.method, 99), r.shuffled, r.family, len(r.layers), r.layers))
+    rows.sort(
+        key=lambda r: (order.get(r.method, 99), r.shuffled, r.family, len(r.layers), r.layers)
+    )
     return SweepComparison(tuple(rows), unfinished)
 
 
@@ -173,7 +177,9 @@ def refuse_unlike(records: list[Record]) -> None:
         for key, values in asked.items():
             runs.setdefault(json.dumps(values.get(name)), []).append(key)
         if len(runs) > 1:
-            told = [f"{value} in {len(keys)} ({', '.join(keys[:3])})" for value, keys in runs.items()]
+            told = [
+                f"{value} in {len(keys)} ({', '.join(keys[:3])})" for value, keys in runs.items()
+            ]
             faults.append(f"  {name}: {'; '.join(told)}")
     if faults:
         raise UserError(
@@ -189,7 +195,12 @@ def _asked(record: Record) -> dict[str, Any]:
     skipped = (*NOT_THE_TEST, *NOT_THE_MODEL)
     kept = {key: value for key, value in flatten(sections).items() if key not in skipped}
     sizes = {name: figures["n"] for name, figures in record.result["test_sets"].items()}
-    return {**kept, "n": record.result["n"], "scorer": record.result["scorer"], "test_sets.n": sizes}
+    return {
+        **kept,
+        "n": record.result["n"],
+        "scorer": record.result["scorer"],
+        "test_sets.n": sizes,
+    }
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -193,7 +193,9 @@ def training(sweep: SweepComparison, path: Path) -> bool:
             for row in here:
                 _curves(axis, row, looks[row.family][0])
             floor = 100 * float(here[0].values("accuracy_baseline", "validation").mean())
-            axis.axhline(floor, color="black", linewidth=0.8, linestyle=":", label="unsteered, validation")
+            axis.axhline(
+                floor, color="black", linewidth=0.8, linestyle=":", label="unsteered, validation"
+            )
             axis.set_title(f"layer{'s' if len(layers) > 1 else ''} {layers_text(layers)}")
             axis.tick_params(labelbottom=True, labelleft=True)
         for axis in axes[:, 0]:

@@ -5,6 +5,7 @@ Shapes: N steered tokens, B episodes (answers), T tokens, D d_model, C allowed f
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ class PPO:
     clip_coef, ent_coef, gae_lambda, max_grad_norm, normalize_advantage: as in the paper.
     lr_policy, lr_critic, weight_decay: of AdamW. anneal_lr: linearly to zero.
     flatten_tokens: average the loss over all tokens; off, over each answer first.
+    average: decay per update of an exponential average of the weights (Polyak & Juditsky 1992); the
+        averaged policy is validated and evaluated, the other one explores. 0: no averaging.
     validate_every: updates between two looks at the validation split; the policy that did best
         there is the one evaluated. 0: never look, use the last.
     """
@@ -43,6 +46,7 @@ class PPO:
     weight_decay: float
     anneal_lr: bool
     flatten_tokens: bool
+    average: float
     validate_every: int
 
     def faults(self) -> list[str]:
@@ -57,6 +61,8 @@ class PPO:
         for name in ("ent_coef", "weight_decay", "validate_every"):
             if not getattr(self, name) >= 0:
                 found.append(f"algorithm.{name}={getattr(self, name)}: must be 0 or more")
+        if not 0 <= self.average < 1:
+            found.append(f"algorithm.average={self.average}: must be in [0, 1)")
         if not 0 <= self.gae_lambda <= 1:
             found.append(f"algorithm.gae_lambda={self.gae_lambda}: must be in [0, 1]")
         if self.minibatches > 0 and self.prompts_per_update % self.minibatches:
@@ -131,6 +137,8 @@ class LayerLearner:
 
     def __init__(self, agent: LayerAgent, ppo: PPO):
         self.agent, self.ppo = agent, ppo
+        self.averaged = copy.deepcopy(agent)
+        self.averaged.sae = agent.sae
         policy_parameters = [*agent.policy.parameters(), *agent.pipeline.parameters()]
         self.policy_optimizer = torch.optim.AdamW(
             policy_parameters, lr=ppo.lr_policy, weight_decay=ppo.weight_decay
@@ -154,7 +162,13 @@ class LayerLearner:
             for rows in order_N.chunk(self.ppo.minibatches):
                 part = rollout.part(rows.to(rollout.obs_ND.device))
                 seen.append(self._minibatch(part, step))
+        self._average()
         return {name: sum(s[name] for s in seen) / len(seen) for name in seen[0]}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        for mean, now in zip(self.averaged.parameters(), self.agent.parameters(), strict=True):
+            mean.lerp_(now, 1 - self.ppo.average)
 
     def _optimizers(self):
         return [
@@ -211,11 +225,13 @@ class LayerLearner:
     def state(self) -> dict:
         return {
             "agent": self.agent.state_dict(),
+            "averaged": self.averaged.state_dict(),
             "policy_optimizer": self.policy_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
         }
 
     def load(self, state: dict) -> None:
         self.agent.load_state_dict(state["agent"])
+        self.averaged.load_state_dict(state["averaged"])
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])

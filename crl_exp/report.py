@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 from pathlib import Path
 
 from rich.console import Console
@@ -35,16 +36,43 @@ def write_report(sweep: SweepComparison, folder: Path) -> list[Path]:
     """Write tables and figures into `folder`; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     names = ("table.md", "table.csv", "by_layer.png", "training.png")
-    markdown, csv, by_layer, training = (folder / name for name in names)
-    write_atomic(markdown, tables.markdown(sweep))
-    tables.write_csv(sweep, csv)
-    written = [markdown, csv]
+    table, lines, by_layer, training = (folder / name for name in names)
+    write_atomic(table, tables.markdown(sweep))
+    write_csv(sweep, lines)
+    written = [table, lines]
     if any(row.method != "none" for row in sweep.rows):
         figures.by_layer(sweep, by_layer)
         written.append(by_layer)
     if figures.training(sweep, training):
         written.append(training)
     return written
+
+
+def write_csv(sweep: SweepComparison, path: Path) -> None:
+    """One line a row and test set (`test`, then further ones), figures as fractions."""
+    columns = (
+        "method", "layers", "seeds", "test_set", "chosen_on_validation", "validation", "n",
+        "accuracy_baseline", "accuracy_steered", "delta", "delta_low", "delta_high", "p_value",
+        "p_holm", "fixed", "broken", "invalid_baseline", "invalid_steered", "unique_features",
+    )  # fmt: skip
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for row in sweep.rows:
+            for name in (None, *sweep.test_sets):
+                means = {key: row.mean(key, name) for key in columns[6:10]}
+                low, high = row.interval(name)
+                p = float(row.values("p_value", name).max())
+                flips = [row.mean(k, name) for k in ("fixed", "broken", *columns[16:18])]
+                writer.writerow(
+                    [
+                        row.family, " ".join(map(str, row.layers)),
+                        " ".join(map(str, row.seeds)), name or "test", row in sweep.chosen,
+                        row.validation, *means.values(), low, high, p,
+                        sweep.p_holm[row] if name is None else "", *flips,
+                        row.mean("unique_features"),
+                    ]
+                )  # fmt: skip
 
 
 def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:

@@ -1,10 +1,8 @@
-"""A sweep's rows as text: in the terminal, as Markdown, as CSV."""
+"""A sweep's rows as text: in the terminal and as Markdown."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -62,7 +60,9 @@ def main_cells(sweep: SweepComparison, row: Row) -> list[str]:
 
 
 def set_columns(sweep: SweepComparison) -> list[str]:
-    sets = [f"{_set_name(sweep, name)}, n = {split(sweep.first, name)['n']}" for name in _sets(sweep)]
+    sets = [
+        f"{_set_name(sweep, name)}, n = {split(sweep.first, name)['n']}" for name in _sets(sweep)
+    ]
     return ["method", "layers", *sets]
 
 
@@ -158,7 +158,11 @@ def markdown(sweep: SweepComparison) -> str:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         parts += [f"## {set_title(sweep)}", _markdown_table(set_columns(sweep), cells)]
     runs = [run_cells(row, run) for row in sweep.rows for run in row.runs]
-    parts += ["## Runs", "Intervals are paired bootstraps over items.", _markdown_table(RUN_COLUMNS, runs)]
+    parts += [
+        "## Runs",
+        "Intervals are paired bootstraps over items.",
+        _markdown_table(RUN_COLUMNS, runs),
+    ]
     if sweep.unfinished:
         parts += ["## Not finished", "\n".join(f"- {line}" for line in unfinished(sweep))]
     return "\n\n".join(parts) + "\n"
@@ -185,33 +189,6 @@ def _markdown_table(columns: Sequence[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in safe)
 
 
-def write_csv(sweep: SweepComparison, path: Path) -> None:
-    """One line a row and test set (`test`, then further ones), figures as fractions."""
-    columns = (
-        "method", "layers", "seeds", "test_set", "chosen_on_validation", "validation", "n",
-        "accuracy_baseline", "accuracy_steered", "delta", "delta_low", "delta_high", "p_value",
-        "p_holm", "fixed", "broken", "invalid_baseline", "invalid_steered", "unique_features",
-    )  # fmt: skip
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        for row in sweep.rows:
-            for name in (None, *sweep.test_sets):
-                means = {key: row.mean(key, name) for key in columns[6:10]}
-                low, high = row.interval(name)
-                p = float(row.values("p_value", name).max())
-                flips = [row.mean(k, name) for k in ("fixed", "broken", *columns[16:18])]
-                writer.writerow(
-                    [
-                        row.family, " ".join(map(str, row.layers)),
-                        " ".join(map(str, row.seeds)), name or "test", row in sweep.chosen,
-                        row.validation, *means.values(), low, high, p,
-                        sweep.p_holm[row] if name is None else "", *flips,
-                        row.mean("unique_features"),
-                    ]
-                )  # fmt: skip
-
-
 def print_report(sweep: SweepComparison, console: Console) -> None:
     left_out = () if console.width >= FULL_WIDTH else LEFT_OUT
     kept = [i for i, column in enumerate(COLUMNS) if column not in left_out]
@@ -229,7 +206,9 @@ def print_report(sweep: SweepComparison, console: Console) -> None:
         console.print(f"not finished: {line}", style="yellow", highlight=False)
 
 
-def _print_table(console: Console, name: str, columns: Sequence[str], rows: list[list[str]]) -> None:
+def _print_table(
+    console: Console, name: str, columns: Sequence[str], rows: list[list[str]]
+) -> None:
     """Numbers are never wrapped; a method is named once."""
     table = Table(title=name, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
                   show_edge=False)  # fmt: skip

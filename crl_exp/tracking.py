@@ -155,7 +155,8 @@ def _faults() -> tuple[type[Exception], ...]:
 
     # requests' exceptions and filelock's Timeout are OSErrors.
     return (
-        MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ImportError, UserError,
+        MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ImportError,
+        UserError,
     )  # fmt: skip
 
 

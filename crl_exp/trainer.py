@@ -63,7 +63,7 @@ class Trainer:
         self.step = 0
         self.best_score = float("-inf")
         self.best_step = 0
-        self.best_agents = {layer: copy.deepcopy(a.state_dict()) for layer, a in agents.items()}
+        self.best_agents = self._averaged_states()
 
     def train(self, play: Play, validate: Validate, on_step: Callable[[int], None]) -> None:
         """Run to the last update, from a checkpoint if there is one; ends with the best policy."""
@@ -82,9 +82,9 @@ class Trainer:
                 self.run.save_checkpoint(self._state())
                 saved_at = time.monotonic()
         self.run.save_checkpoint(self._state())
-        if self.ppo.validate_every:
-            for layer, agent in self.agents.items():
-                agent.load_state_dict(self.best_agents[layer])
+        last = self.best_agents if self.ppo.validate_every else self._averaged_states()
+        for layer, agent in self.agents.items():
+            agent.load_state_dict(last[layer])
 
     def _update(self, play: Play) -> dict[str, float]:
         started = time.perf_counter()
@@ -113,11 +113,18 @@ class Trainer:
         every = self.ppo.validate_every
         if not every or (self.step % every and self.step != self.ppo.n_updates):
             return
-        score = validate(PolicyController(self.agents, self.decay))
+        averaged = {layer: learner.averaged for layer, learner in self.learners.items()}
+        score = validate(PolicyController(averaged, self.decay))
         self.run.log(self.step, {"validation_reward": score})
         if score > self.best_score:
             self.best_score, self.best_step = score, self.step
-            self.best_agents = {la: copy.deepcopy(a.state_dict()) for la, a in self.agents.items()}
+            self.best_agents = self._averaged_states()
+
+    def _averaged_states(self) -> dict[int, dict]:
+        return {
+            layer: copy.deepcopy(learner.averaged.state_dict())
+            for layer, learner in self.learners.items()
+        }
 
     def _state(self) -> dict:
         return {

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +12,8 @@ from hypothesis import strategies as st
 
 from crl_exp.controllers.base import StepContext
 from crl_exp.correlation import StreamingCorrelation
-from crl_exp.errors import UserError
-from crl_exp.warmup import POOLINGS, LayerStatistics, Observer, measure, shared_statistics
-from tests.tiny_steering import random_sae, statistics
-
-REPO = Path(__file__).resolve().parents[1]
+from crl_exp.warmup import POOLINGS, Observer, measure
+from tests.tiny_steering import random_sae
 
 
 def stream(z_NF: np.ndarray, y_N: np.ndarray, ends: list[int] | None = None):
@@ -178,76 +171,3 @@ def test_measured_statistics_equal_plain_numpy() -> None:
     assert got.best(0.01) == [best]
     often = got.allowed(0.6).tolist()
     assert often == [i for i in range(16) if (acts_NF[:, i] > 0).mean() >= 0.6]
-
-
-RACE = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, ".")
-from tests.tiny_steering import random_sae, statistics
-from crl_exp.warmup import shared_statistics
-home, me = Path(sys.argv[1]), sys.argv[2]
-(home / f"ready_{me}").touch()
-while len(list(home.glob("ready_*"))) < 2:
-    time.sleep(0.01)
-def compute(missing):
-    with open(home / "computed", "a") as log:
-        log.write(" ".join(map(str, missing)) + "\\n")
-    time.sleep(0.5)
-    return {layer: statistics(layer, 8) for layer in missing}
-found = shared_statistics(home, "key", {2: random_sae(2, 8), 3: random_sae(3, 8)}, compute)
-assert set(found) == {2, 3} and found[3].layer == 3
-"""
-
-
-def test_processes_started_together_compute_a_layer_once(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RACE, str(tmp_path)]
-    both = [subprocess.Popen([*command, name], cwd=REPO, env=environment) for name in "ab"]
-    assert [process.wait(timeout=600) for process in both] == [0, 0]
-    assert (tmp_path / "computed").read_text() == "2 3\n"
-
-
-def test_stored_statistics_are_reused_by_layer_and_weights(tmp_path: Path) -> None:
-    asked: list[list[int]] = []
-
-    def compute(missing) -> dict[int, LayerStatistics]:
-        asked.append(sorted(missing))
-        return {layer: statistics(layer, 8) for layer in missing}
-
-    def get(key: str, **seeds: int) -> dict[int, LayerStatistics]:
-        saes = {int(k[1:]): random_sae(int(k[1:]), 8, seed=v) for k, v in seeds.items()}
-        return shared_statistics(tmp_path, key, saes, compute)
-
-    first = get("a", l2=0)
-    again = get("a", l2=0, l3=0)
-    assert vars(first[2]).keys() == vars(again[2]).keys()
-    for name, tensor in statistics(2, 8).by_feature.items():
-        assert torch.equal(again[2].by_feature[name], tensor)
-    assert torch.equal(again[2].std_D, statistics(2, 8).std_D)
-    get("a", l2=1)
-    get("b", l2=0)
-    assert asked == [[2], [3], [2], [2]]
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other"])
-def test_a_corrupt_file_is_told(tmp_path: Path, damage: str) -> None:
-    saes = {2: random_sae(2, 8)}
-
-    def get() -> dict[int, LayerStatistics]:
-        return shared_statistics(tmp_path, "key", saes, lambda _: {2: statistics(2, 8)})
-
-    get()
-    file = next((tmp_path / "key").glob("*.safetensors"))
-    whole = file.read_bytes()
-    if damage == "other":
-        from safetensors.torch import save_file
-
-        save_file({"mean_D": torch.zeros(3)}, file, metadata={"statistics": '{"layer": 2}'})
-    else:
-        file.write_bytes({"cut": whole[:-20], "empty": b"", "text": b"hello" * 40}[damage])
-    with pytest.raises(UserError, match="delete the file") as caught:
-        get()
-    assert str(file) in str(caught.value)
-    file.unlink()
-    assert get()[2].n == 100

@@ -159,7 +159,7 @@ def test_ratio_is_one_at_the_first_minibatch_in_every_order(noise, mask, activat
         learner.update(rollout, 1, torch.Generator().manual_seed(0))
         ratio_N = learner.first_ratio_N
         assert ratio_N is not None and len(ratio_N) == (len(rollout.log_prob_N) + 1) // 2
-        torch.testing.assert_close(ratio_N, torch.ones_like(ratio_N), atol=1e-4, rtol=0), order
+        torch.testing.assert_close(ratio_N, torch.ones_like(ratio_N), atol=1e-4, rtol=0)
         if order == orders[0]:
             # The parameters did move, so that the ratio could have been another.
             later, _ = made.distribution(

@@ -1,11 +1,10 @@
-"""The report of a sweep, from synthetic run directories and numbers worked out by hand."""
+"""Tables and figures of a sweep, from synthetic run directories."""
 
 from __future__ import annotations
 
 import csv
 import os
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,11 @@ import pytest
 from rich.console import Console
 
 from crl_exp import tables
-from crl_exp.comparison import Row, SweepComparison, compare_runs, holm
+from crl_exp.comparison import SweepComparison, compare_runs
 from crl_exp.errors import UserError
 from crl_exp.records import find_records
 from crl_exp.report import find_sweep, main
-from crl_exp.runs import RunDirectory, write_json
-from crl_exp.statistics import compare
+from crl_exp.runs import RunDirectory
 from tests.synthetic import config, figures, finish, finished_run, result
 
 SHUFFLED = {"task.shuffle_labels": True}
@@ -34,76 +32,6 @@ def compared(folder: Path) -> SweepComparison:
     return compare_runs(find_records(folder / "demo"))
 
 
-def row(sweep: SweepComparison, family: str, *layers: int) -> Row:
-    (found,) = [r for r in sweep.rows if r.family == family and r.layers == layers]
-    return found
-
-
-def set_result(run: RunDirectory, **changes) -> None:
-    written = run.result()
-    assert written is not None
-    write_json(run.result_path, {**written, **changes})
-
-
-def test_synthetic_figures_have_the_keys_of_real_ones():
-    real = asdict(compare(np.zeros(4), np.ones(4), np.ones(4, dtype=bool)))
-    assert {*real, "invalid_baseline", "invalid_steered"} == set(figures(0.1))
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
-    assert holm([0.2]) == [0.2]
-
-
-def test_seeds_are_put_together(tmp_path):
-    runs = [finished_run(config(tmp_path, seed=s), d) for s, d in enumerate((0.10, 0.12, 0.14))]
-    for run, p, fixed in zip(runs, (0.01, 0.2, 0.03), (30, 40, 50), strict=True):
-        set_result(run, p_value=p, fixed=fixed, broken=10)
-    (one,) = compared(tmp_path).rows
-    assert one.seeds == [0, 1, 2]
-    assert one.mean("delta") == pytest.approx(0.12)
-    # t(2) = 4.302653, standard deviation 0.02: half width 4.302653 * 0.02 / sqrt(3)
-    assert one.interval() == pytest.approx((0.12 - 0.0496828, 0.12 + 0.0496828), abs=1e-6)
-    assert one.p_value == 0.2 and one.ser == pytest.approx(30 / 150)
-
-
-def test_one_seed_or_equal_seeds_have_the_paired_interval(tmp_path):
-    for seed in (0, 1):
-        finished_run(config(tmp_path, "corrsteer_s", seed=seed), 0.1, half=0.03)
-    finished_run(config(tmp_path, "crl"), 0.2, half=0.01)
-    sweep = compared(tmp_path)
-    assert row(sweep, "CorrSteer-S", 18).interval() == pytest.approx((0.07, 0.13))
-    assert row(sweep, "CRL", 18).interval() == pytest.approx((0.19, 0.21))
-
-
-def test_p_values_are_corrected_within_a_method(tmp_path):
-    for layer, p in ((8, 0.01), (12, 0.04), (15, 0.03)):
-        set_result(finished_run(config(tmp_path, layers=(layer,)), 0.1), p_value=p)
-    set_result(finished_run(config(tmp_path, "random"), 0.0), p_value=0.02)
-    sweep = compared(tmp_path)
-    corrected = {(r.family, r.layers[0]): p for r, p in sweep.p_holm.items()}
-    assert corrected == pytest.approx(
-        {("CRL", 8): 0.03, ("CRL", 12): 0.06, ("CRL", 15): 0.06, ("random features", 18): 0.02}
-    )
-
-
-def test_the_layer_is_chosen_on_validation_not_on_test(tmp_path):
-    for seed in (0, 1):
-        finished_run(config(tmp_path, layers=(8,), seed=seed), 0.20, validation=0.05)
-        finished_run(config(tmp_path, layers=(12,), seed=seed), 0.10, validation=0.15)
-    # The best single run on validation, but not the best mean.
-    finished_run(config(tmp_path, layers=(15,), seed=0), 0.3, validation=0.25)
-    finished_run(config(tmp_path, layers=(15,), seed=1), 0.3, validation=0.01)
-    for layer in (8, 12):
-        finished_run(config(tmp_path, "random", (layer,)), 0.1 * layer / 8)
-        finished_run(config(tmp_path, layers=(layer,), more=SHUFFLED), 0.01 * layer)
-    sweep = compared(tmp_path)
-    assert sweep.chosen == {row(sweep, "CRL", 12)}
-    (marked,) = [line for line in tables.markdown(sweep).splitlines() if "◀ |" in line]
-    assert marked.startswith("| CRL | 12 ◀ |")
-
-
 def test_headline_compares_the_chosen_ones(tmp_path):
     for seed, delta in enumerate((0.16, 0.18)):
         finished_run(config(tmp_path, seed=seed), delta)
@@ -116,51 +44,6 @@ def test_headline_compares_the_chosen_ones(tmp_path):
     assert "+12.0 [-0.7, 24.7] points (seeds: 2, n = 1500)" in told
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("task.n_test", 300), ("task.question", "other {text}"), ("model.name", "bigger"),
-     ("task.name", "refusal"), ("model.dtype", "bfloat16")],
-)  # fmt: skip
-def test_unlike_configs_are_refused(tmp_path, key, value):
-    finished_run(config(tmp_path), 0.1)
-    odd = finished_run(config(tmp_path, more={key: value}), 0.1)
-    with pytest.raises(UserError, match=rf"(?s)can't be compared.*{key}.*{odd.key}.*sweep_name"):
-        compared(tmp_path)
-
-
-@pytest.mark.parametrize(("key", "value"), [("n", 1499), ("scorer", "another rule")])
-def test_unlike_results_are_refused(tmp_path, key, value):
-    finished_run(config(tmp_path), 0.1)
-    set_result(finished_run(config(tmp_path, seed=1), 0.1), **{key: value})
-    with pytest.raises(UserError, match=rf"(?s)can't be compared.*  {key}: .*{value}"):
-        compared(tmp_path)
-
-
-def test_what_may_differ(tmp_path):
-    """Shuffled labels, size of the training split, device: other rows, no refusal."""
-    finished_run(config(tmp_path), 0.1)
-    finished_run(config(tmp_path, seed=1), 0.1)
-    shuffled = finished_run(config(tmp_path, more=SHUFFLED), 0.0)
-    set_result(shuffled, data_digest="another")
-    finished_run(config(tmp_path, more={"task.n_train": 50}), 0.05)
-    assert [(r.family, len(r.runs)) for r in compared(tmp_path).rows] == [
-        ("CRL", 2), ("CRL task.n_train=50", 1), ("CRL (shuffled labels)", 1),
-    ]  # fmt: skip
-
-
-def test_options_that_differ_are_named(tmp_path):
-    multiply = {"fusion": {"_target_": "crl_exp.stages.fusion.Multiply"}}
-    for seed in (0, 1):
-        finished_run(config(tmp_path, seed=seed), 0.1)
-    finished_run(config(tmp_path, more=multiply), 0.1)
-    finished_run(config(tmp_path, more={"fusion.weight": 3.0}), 0.1)
-    finished_run(config(tmp_path, more={"method.stage2": False}), 0.1)
-    finished_run(config(tmp_path, "corrsteer_a", more=multiply), 0.1)
-    assert sorted(r.family for r in compared(tmp_path).rows) == [
-        "CRL", "CRL fusion.weight=3.0", "CRL fusion=Multiply", "CRL without stage 2", "CorrSteer-A",
-    ]  # fmt: skip
-
-
 def test_unfinished_runs_are_listed_with_their_state(tmp_path, capsys):
     finished_run(config(tmp_path), 0.1)
     bad = RunDirectory(config(tmp_path, seed=1))
@@ -171,14 +54,6 @@ def test_unfinished_runs_are_listed_with_their_state(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{bad.key} failed: layer 18: loss is nan" in said and " running" in said
     assert f"- {bad.key} failed" in (tmp_path / "demo" / "report" / "table.md").read_text()
-
-
-def test_no_finished_run(tmp_path):
-    bad = RunDirectory(config(tmp_path))
-    with pytest.raises(RuntimeError), bad.opened():
-        raise RuntimeError
-    with pytest.raises(UserError, match=r"no run of demo is finished \(1 failed\)"):
-        compared(tmp_path)
 
 
 def test_unknown_sweep_names_the_nearest(tmp_path):

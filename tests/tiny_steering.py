@@ -23,6 +23,9 @@ from crl_exp.warmup import LayerStatistics
 class PlainSAE(nn.Module):
     """relu((x − b_dec) W_enc) W_dec + b_dec, with SAELens' names."""
 
+    W_dec: Tensor
+    b_dec: Tensor
+
     def __init__(self, W_dec_FD: Tensor, b_dec_D: Tensor):
         super().__init__()
         self.register_buffer("W_dec", W_dec_FD)
@@ -105,7 +108,7 @@ def ppo(**changes: Any) -> PPO:
         "n_updates": 10, "prompts_per_update": 8, "epochs": 1, "minibatches": 1, "clip_coef": 0.2,
         "ent_coef": 0.01, "gae_lambda": 0.95, "max_grad_norm": 0.5, "normalize_advantage": True,
         "lr_policy": 1e-3, "lr_critic": 1e-3, "weight_decay": 0.0, "anneal_lr": False,
-        "flatten_tokens": True, "validate_every": 0,
+        "flatten_tokens": True, "average": 0.0, "validate_every": 0,
     }  # fmt: skip
     return PPO(**(values | changes))
 

@@ -1,0 +1,188 @@
+"""Where runs are sent: the sync command, real servers, many processes, and what can go wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from crl_exp.errors import UserError
+from crl_exp.tracking import TrackingConfig, main, resolved_uri, sync
+from tests.mlflow_reading import children, client, history, runs, with_database
+from tests.synthetic import config, finished_run
+
+TRACKING = TrackingConfig(enabled=True, uri=None, experiment="crl_exp")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """An output folder with an MLflow file in it."""
+    return with_database(tmp_path)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_a_dead_server_is_a_warning(folder, caplog):
+    run = finished_run(config(folder), 0.1)
+    uri = f"http://127.0.0.1:{free_port()}"
+    with caplog.at_level(logging.WARNING):
+        sync(run, TrackingConfig(True, uri, "crl_exp"))
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "crl_exp.tracking"]
+    assert f"tracking.uri={uri}): nothing answers there" in said
+    assert f"python -m crl_exp sync {run.path}" in said
+    assert main([str(run.path)]) == 0
+    assert len(children(resolved_uri(None, folder))) == 1
+
+
+@pytest.mark.slow
+def test_a_silent_server_is_given_up(tmp_path, caplog, monkeypatch):
+    """It takes the connection and never answers."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    run = finished_run(config(tmp_path), 0.1)
+    with socket.socket() as s, caplog.at_level(logging.WARNING):
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        sync(run, TrackingConfig(True, f"http://127.0.0.1:{s.getsockname()[1]}", "crl_exp"))
+    assert "did not answer in time" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["folder", "not a database", "no permission"])
+def test_an_unusable_file_is_a_warning(tmp_path, caplog, kind):
+    run = finished_run(config(tmp_path), 0.1)
+    path = tmp_path / "db"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "not a database":
+        path.write_text("a shopping list, long enough to be read as a header" * 50)
+    else:
+        path = Path("/proc/nowhere/mlflow.db")
+    with caplog.at_level(logging.WARNING):
+        sync(run, TrackingConfig(True, f"sqlite:///{path}", "crl_exp"))
+    assert "did not take" in caplog.text and "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("uri", ["localhost:5000", "mlruns", "http://", "sqlite:///", "htp://x"])
+def test_a_bad_uri_is_a_fault_of_the_config(uri):
+    (fault,) = TrackingConfig(True, uri, "crl_exp").faults()
+    assert f"tracking.uri={uri}" in fault
+
+
+def test_a_password_in_the_uri_is_refused_and_not_repeated():
+    (fault,) = TrackingConfig(True, "https://me:secret@host", "crl_exp").faults()
+    assert "MLFLOW_TRACKING_PASSWORD" in fault and "secret" not in fault
+
+
+def test_switched_off_leaves_nothing(tmp_path):
+    run = finished_run(config(tmp_path), 0.1)
+    sync(run, TrackingConfig(False, None, "crl_exp"))
+    assert not (tmp_path / "mlflow.db").exists() and not (run.path / "mlflow.json").exists()
+
+
+def test_sync_command_on_a_sweep_to_another_file(folder, capsys):
+    for layer in (8, 12, 15):
+        finished_run(config(folder, layers=(layer,)), 0.1, steps=2)
+    other = f"sqlite:///{folder / 'elsewhere' / 'x.db'}"
+    for _ in range(2):
+        assert main([str(folder / "demo"), "--uri", other]) == 0
+        assert main([str(folder)]) == 0
+    assert "3 runs up to date" in capsys.readouterr().out
+    for uri in (other, resolved_uri(None, folder)):
+        assert len(children(uri)) == 3
+        assert [len(history(uri, r.info.run_id, "reward")) for r in children(uri)] == [2, 2, 2]
+
+
+def test_a_damaged_run_does_not_hide_the_others(folder):
+    made = [finished_run(config(folder, layers=(layer,)), 0.1) for layer in (8, 12)]
+    made[0].result_path.write_text("{")
+    with pytest.raises(UserError, match=r"result\.json is damaged"):
+        main([str(folder / "demo")])
+    assert [r.data.tags["run_key"] for r in children(resolved_uri(None, folder))] == [made[1].key]
+
+
+def test_no_run_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="no run in"):
+        main([str(tmp_path)])
+
+
+def start_sync(path: Path, *more: str) -> subprocess.Popen:
+    code = "import sys; from crl_exp.tracking import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(path), *more],
+        stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_processes_at_once_on_a_new_file(tmp_path):
+    """Different runs, and the same run twice: tables made once, one parent, nothing twice."""
+    made = [finished_run(config(tmp_path, layers=(la,)), 0.1, steps=30) for la in (8, 12, 15)]
+    started = [start_sync(run.path) for run in [*made, made[0]]]
+    errors = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0] * 4, errors
+    uri = resolved_uri(None, tmp_path)
+    assert len(runs(uri)) == 4
+    assert [len(history(uri, r.info.run_id, "reward")) for r in children(uri)] == [30] * 3
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A real MLflow server on loopback."""
+    port = free_port()
+    folder = tmp_path / "server"
+    folder.mkdir()
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination", str(folder / "artifacts"),
+    ]  # fmt: skip
+    quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    with (folder / "log").open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=quiet, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, 15)
+            process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen, output: Path) -> None:
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            assert process.poll() is None, output.read_text()
+            time.sleep(0.2)
+    pytest.fail(f"no MLflow server: {output.read_text()}")
+
+
+@pytest.mark.slow
+def test_over_http(tmp_path, server):
+    made = config(tmp_path)
+    made.tracking.uri = server
+    run = finished_run(made, 0.1, steps=1100)
+    tracking = TrackingConfig(True, server, "crl_exp")
+    for _ in range(2):
+        sync(run, tracking)
+    (child,) = children(server)
+    assert len(runs(server)) == 2 and child.info.status == "FINISHED"
+    assert len(history(server, child.info.run_id, "reward")) == 1100
+    assert len(history(server, child.info.run_id, "eval/delta")) == 1
+    path = client(server).download_artifacts(child.info.run_id, "result.json", str(tmp_path))
+    assert json.loads(Path(path).read_text()) == run.result()
+    assert not (tmp_path / "mlflow.db").exists() and not (tmp_path / "mlartifacts").exists()
