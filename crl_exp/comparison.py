@@ -20,7 +20,7 @@ from crl_exp.statistics import mean_interval
 
 CONTROLS = ("none", "random")
 # Keys of the task that don't change what is asked and scored on the test items.
-NOT_THE_TEST = ("task.shuffle_labels", "task.n_train")
+NOT_THE_TEST = ("task.shuffle_labels", "task.n_train", "task.n_train_benign")
 # Keys of the model that change how it is run, not which it is.
 NOT_THE_MODEL = ("model.device", "model.attn_implementation")
 

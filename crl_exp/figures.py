@@ -1,4 +1,4 @@
-"""A sweep's figures: what each layer gains, and the training curves. Type is 9 pt in print."""
+"""A sweep's figure by layer: what steering there gains. Type is 9 pt in print."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crl_exp.comparison import Row, SweepComparison, split
-from crl_exp.records import Record
 from crl_exp.tables import layers_text
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMN_INCHES = 3.5  # a column of a two-column paper
-PAGE_INCHES = 7.0
 # Okabe and Ito's palette, which colour-blind readers tell apart; black is kept for axes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -42,15 +40,22 @@ def style() -> Iterator[None]:
 
 
 def look(sweep: SweepComparison) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each family: the method's own, further families of it the next free."""
-    taken: dict[str, int] = {}
+    """Colour and marker of each family. A method's first family has the method's own, the others
+    what is free; shuffled labels look like the method's first (and are drawn hollow)."""
+    of_method: dict[str, int] = {}
+    for row in sweep.rows:
+        spare = [i for i in range(len(COLOURS)) if i not in FIXED_COLOURS.values()]
+        of_method.setdefault(row.method, FIXED_COLOURS.get(row.method, spare[0]))
+    free = [i for i in range(len(COLOURS)) if i not in of_method.values()]
+    looks, seen = {}, set()
     for family, rows in sweep.families.items():
-        wanted = FIXED_COLOURS.get(rows[0].method, len(FIXED_COLOURS))
-        if wanted in taken.values() and not rows[0].shuffled:
-            free = [i for i in range(len(COLOURS)) if i not in taken.values()]
-            wanted = free[0] if free else len(taken) % len(COLOURS)
-        taken[family] = wanted
-    return {family: (COLOURS[i], MARKERS[i]) for family, i in taken.items()}
+        method = rows[0].method
+        number = of_method[method]
+        if method in seen and not rows[0].shuffled:
+            number = free.pop(0) if free else (number + len(looks)) % len(COLOURS)
+        seen.add(method)
+        looks[family] = (COLOURS[number], MARKERS[number])
+    return looks
 
 
 def by_layer(sweep: SweepComparison, path: Path) -> None:
@@ -70,7 +75,7 @@ def by_layer(sweep: SweepComparison, path: Path) -> None:
             _layer_panel(axis, sweep, name)
             axis.set_title(_panel_title(sweep, name))
         axes[-1, 0].set_xlabel("steered layer")
-        _legend_below(figure, axes, columns=1)
+        legend_below(figure, axes, columns=1)
         figure.savefig(path)
         plt.close(figure)
 
@@ -86,37 +91,57 @@ def _panel_title(sweep: SweepComparison, name: str | None) -> str:
 def _layer_panel(axis: Axes, sweep: SweepComparison, name: str | None) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    single = [r for r in sweep.rows if len(r.layers) == 1 and r.method != "none"]
-    several = [r for r in sweep.rows if len(r.layers) > 1 and r.method != "none"]
-    layers = sorted({layer for row in (*single, *several) for layer in row.layers})
-    axis.axhline(0, color="black", linewidth=0.8)
-    looks = look(sweep)
-    for i, row in enumerate(several):
-        low, high = _in_points(row.interval(name), name)
-        colour = looks[row.family][0]
-        together = list(row.layers) == layers
-        which = f"all {len(layers)} layers" if together else f"layers {layers_text(row.layers)}"
-        axis.axhline(
-            _mean(row, name), color=colour, linestyle=DASHES[i % len(DASHES)],
-            label=f"{row.family}, {which}",
-        )  # fmt: skip
-        axis.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
-    families = list(dict.fromkeys(row.family for row in single))
+    shown = [row for row in sweep.rows if row.method != "none"]
+    layers = sorted({row.layers[0] for row in shown if len(row.layers) == 1})
+    together = [row for row in shown if len(row.layers) > 1]
     gap = min(np.diff(layers), default=1)
+    families = list(dict.fromkeys(row.family for row in shown if len(row.layers) == 1))
+    looks = look(sweep)
+    axis.axhline(0, color="black", linewidth=0.8)
     for i, family in enumerate(families):
         shift = gap * 0.13 * (i - (len(families) - 1) / 2)
-        rows = [r for r in single if r.family == family]
+        rows = [row for row in shown if row.family == family and len(row.layers) == 1]
         _layer_points(axis, rows, name, shift, looks[family])
         for row in sweep.chosen.intersection(rows):
             axis.plot(
                 row.layers[0] + shift, _mean(row, name), "o", color="black", markersize=9.5,
                 markerfacecolor="none", markeredgewidth=0.9, label="chosen on validation",
             )  # fmt: skip
-    axis.set_xticks(layers)
+    ticks = {float(layer): str(layer) for layer in layers}
+    if together:
+        end = (layers[-1] if layers else 0) + 1.3 * gap
+        ticks[end] = "several" if len({row.layers for row in together}) > 1 else "all"
+        _together(axis, together, name, (end, gap * 0.22), looks)
+    axis.set_xticks(list(ticks), list(ticks.values()))
     axis.margins(x=0.06)
     axis.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     refusal = "benign" in sweep.test_sets
     axis.set_ylabel("Δ refused (points)" if refusal else "Δ accuracy (points)")
+
+
+def _together(
+    axis: Axes,
+    rows: list[Row],
+    name: str | None,
+    place: tuple[float, float],
+    looks: dict[str, tuple[str, str]],
+) -> None:
+    """Rows that steer several layers at once: a point with its interval at the right-hand end, and
+    a line through the panel to compare single layers with. place: x and the step between rows."""
+    end, step = place
+    alike = len({row.layers for row in rows}) == 1
+    for i, row in enumerate(rows):
+        x = end + step * (i - (len(rows) - 1) / 2)
+        colour, marker = looks[row.family]
+        which = f"all {len(row.layers)} layers" if alike else f"layers {layers_text(row.layers)}"
+        mean, (low, high) = _mean(row, name), _in_points(row.interval(name), name)
+        axis.axhline(mean, color=colour, linestyle=DASHES[i % len(DASHES)], linewidth=0.8)
+        axis.errorbar(
+            x, mean, yerr=[[max(mean - low, 0)], [max(high - mean, 0)]], color=colour,
+            marker=marker, markersize=5, linestyle=DASHES[i % len(DASHES)], linewidth=0.8,
+            elinewidth=1.2, capsize=2, label=f"{row.family}, {which}",
+            markerfacecolor="white" if row.shuffled else colour, zorder=3,
+        )  # fmt: skip
 
 
 def _layer_points(
@@ -155,7 +180,7 @@ def _in_points(interval: tuple[float, float], name: str | None) -> tuple[float, 
     return low, high
 
 
-def _legend_below(figure: Figure, axes: np.ndarray, columns: int) -> None:
+def legend_below(figure: Figure, axes: np.ndarray, columns: int) -> None:
     """One legend for all panels; points before lines."""
     from matplotlib.lines import Line2D
 
@@ -167,67 +192,3 @@ def _legend_below(figure: Figure, axes: np.ndarray, columns: int) -> None:
     ordered = sorted(found.items(), key=lambda item: isinstance(item[1], Line2D))
     names, handles = zip(*ordered, strict=True)
     figure.legend(handles, names, loc="outside lower left", ncols=columns)
-
-
-def training(sweep: SweepComparison, path: Path) -> bool:
-    """Reward by update, a panel for each layer set. Returns whether there was any journal."""
-    rows = [row for row in sweep.rows if any(run.journal for run in row.runs)]
-    if not rows:
-        return False
-    import matplotlib.pyplot as plt
-
-    panels = sorted({row.layers for row in rows}, key=lambda la: (len(la), la))
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    width = PAGE_INCHES if columns == 3 else COLUMN_INCHES * columns
-    looks = look(sweep)
-    with style():
-        figure, axes = plt.subplots(
-            lines, columns, figsize=(width, 1.9 * lines + 0.9), sharex=True, sharey=True,
-            squeeze=False,
-        )  # fmt: skip
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        for axis, layers in zip(axes.flat, panels, strict=False):
-            here = [row for row in rows if row.layers == layers]
-            for row in here:
-                _curves(axis, row, looks[row.family][0])
-            floor = 100 * float(here[0].values("accuracy_baseline", "validation").mean())
-            axis.axhline(
-                floor, color="black", linewidth=0.8, linestyle=":", label="unsteered, validation"
-            )
-            axis.set_title(f"layer{'s' if len(layers) > 1 else ''} {layers_text(layers)}")
-            axis.tick_params(labelbottom=True, labelleft=True)
-        for axis in axes[:, 0]:
-            axis.set_ylabel("mean reward × 100")
-        for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
-            axis.set_xlabel("update of the policy")
-        _legend_below(figure, axes, columns=2)
-        figure.savefig(path)
-        plt.close(figure)
-    return True
-
-
-def _curves(axis: Axes, row: Row, colour: str) -> None:
-    """Validation, mean and range over seeds; the rollouts' reward, mean over seeds, pale."""
-    hollow, dash = ("white", "--") if row.shuffled else (colour, "-")
-    step, reward = _series(row.runs, "reward")
-    axis.plot(step, reward.mean(0), color=colour, alpha=0.35, linewidth=0.8, linestyle=dash,
-              label=f"{row.family}, rollouts")  # fmt: skip
-    step, reward = _series(row.runs, "validation_reward")
-    if not len(step):
-        return
-    axis.fill_between(step, reward.min(0), reward.max(0), color=colour, alpha=0.2, linewidth=0)
-    axis.plot(step, reward.mean(0), color=colour, marker="o", markersize=3, markerfacecolor=hollow,
-              linestyle=dash, label=f"{row.family}, validation")  # fmt: skip
-
-
-def _series(runs: tuple[Record, ...], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A metric's steps [T] that all seeds have, and its values × 100 [S, T]."""
-    found = [
-        {line["step"]: line["metrics"][name] for line in run.journal if name in line["metrics"]}
-        for run in runs
-        if run.journal
-    ]
-    steps = sorted(set.intersection(*[set(values) for values in found]))
-    return np.array(steps), 100 * np.array([[v[s] for s in steps] for v in found])

@@ -196,9 +196,9 @@ class LayerLearner:
         )
         grad_norm_critic = self._step(self.critic_optimizer, critic_loss, "critic_loss", step)
         return {
-            "policy_loss": float(policy.loss),
-            "critic_loss": float(critic_loss),
-            "entropy": float(entropy),
+            "policy_loss": float(policy.loss.detach()),
+            "critic_loss": float(critic_loss.detach()),
+            "entropy": float(entropy.detach()),
             "approx_kl": float(policy.approx_kl),
             "clip_fraction": float(policy.clip_fraction),
             "grad_norm_policy": grad_norm_policy,
@@ -218,7 +218,7 @@ class LayerLearner:
     def _check_finite(self, value: Tensor, name: str, step: int) -> None:
         if not torch.isfinite(value):
             raise NonFiniteError(
-                f"update {step}, layer {self.agent.layer}: {name} is {float(value)}; lower "
+                f"update {step}, layer {self.agent.layer}: {name} is {float(value.detach())}; lower "
                 "algorithm.lr_policy or algorithm.lr_critic, or coefficient.multiplier"
             )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from crl_exp import figures, tables
+from crl_exp import curves, figures, tables
 from crl_exp.comparison import SweepComparison, compare_runs
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.records import find_records
@@ -43,7 +43,7 @@ def write_report(sweep: SweepComparison, folder: Path) -> list[Path]:
     if any(row.method != "none" for row in sweep.rows):
         figures.by_layer(sweep, by_layer)
         written.append(by_layer)
-    if figures.training(sweep, training):
+    if curves.training(sweep, training):
         written.append(training)
     return written
 

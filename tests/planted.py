@@ -11,7 +11,7 @@ from crl_exp.models import LanguageModel
 from tests import tiny
 from tests.tiny_run import random_sae_weights, save_sae, write_task
 
-LAYER, PLANTED, LIVE = 1, 37, 16
+LAYER, PLANTED = 1, 37
 MODEL_SEED, SAE_SEED, TASK_SEED = 2, 0, 0
 YES, NO = tiny.WORDS.index("yes"), tiny.WORDS.index("no")
 
@@ -56,21 +56,14 @@ def towards_yes(lm: LanguageModel, users: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def sae_weights(x_ND: Tensor, direction_D: Tensor) -> dict:
-    """A JumpReLU SAE: feature PLANTED has this direction, the others random ones across it.
+    """A JumpReLU SAE of random directions, with this one in the place of feature PLANTED.
 
-    The live features are active on half of the residuals given, the others on none.
+    Biases are such that each feature is active on half of the residuals given.
     """
     weights = random_sae_weights(SAE_SEED)
-    W_dec_FD = weights["W_dec"]
-    W_dec_FD -= (W_dec_FD @ direction_D)[:, None] * direction_D
-    weights["W_dec"] = torch.nn.functional.normalize(W_dec_FD, dim=1)
     weights["W_dec"][PLANTED] = direction_D
     weights["W_enc"] = weights["W_dec"].T.contiguous()
     weights["b_dec"] = torch.zeros_like(weights["b_dec"])
-    live_F = torch.zeros(tiny.D_SAE, dtype=torch.bool)
-    live_F[torch.randperm(tiny.D_SAE, generator=torch.Generator().manual_seed(0))[: LIVE - 1]] = True
-    live_F[PLANTED] = True
     weights["b_enc"] = -(x_ND @ weights["W_enc"]).median(dim=0).values
-    weights["b_enc"][~live_F] = -1000.0
     weights["threshold"] = torch.full_like(weights["threshold"], 1e-3)
     return weights

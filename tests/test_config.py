@@ -79,7 +79,7 @@ def sweep_points(name: str, *arguments: str) -> list[list[str]]:
         hydra = compose("config", overrides=chosen, return_hydra_config=True).hydra
         sweeper = GridSweeper(hydra.sweeper.grids, hydra.sweeper.params)
         loader = GlobalHydra.instance().config_loader()
-        sweeper.context = HydraContext(config_loader=loader, callbacks=None)  # type: ignore[arg-type]
+        sweeper.hydra_context = HydraContext(config_loader=loader, callbacks=None)  # type: ignore[arg-type]
         return sweeper.jobs(chosen)
 
 

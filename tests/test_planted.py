@@ -17,8 +17,8 @@ from tests.tiny_run import lab_of, run_small
 SIZES = ["task.n_train=300", "task.n_validation=100", "task.n_test=400", "engine.batch_size=100"]
 # Stage 1 is switched off in the logits (weight 0), so that what PPO finds, it finds by itself.
 PPO = [
-    "method=crl", "fusion.weight=0", "algorithm.n_updates=100", "algorithm.prompts_per_update=50",
-    "algorithm.validate_every=0", "algorithm.lr_policy=0.01",
+    "method=crl", "fusion.weight=0", "policy.policy_depth=1", "policy.hidden=64",
+    "algorithm.n_updates=60", "algorithm.prompts_per_update=50", "algorithm.validate_every=0",
 ]  # fmt: skip
 
 

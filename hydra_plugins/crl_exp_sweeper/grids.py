@@ -37,20 +37,20 @@ class GridSweeper(Sweeper):
         self.grids = grids or [{}]
         self.params = params or {}
         self.launcher: Launcher | None = None
-        self.context: HydraContext | None = None
+        self.hydra_context: HydraContext | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.context, self.config = hydra_context, config
+        self.hydra_context, self.config = hydra_context, config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def jobs(self, arguments: list[str]) -> list[list[str]]:
         """Every point's overrides, repeated points once."""
-        assert self.context is not None
-        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         given = {override.key_or_group for override in parser.parse_overrides(arguments)}
         points = []
         for grid in self.grids:
