@@ -6,6 +6,7 @@ Shapes: N steered tokens, B episodes (answers), T tokens, D d_model, C allowed f
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -216,9 +217,10 @@ class LayerLearner:
         return float(norm)
 
     def _check_finite(self, value: Tensor, name: str, step: int) -> None:
-        if not torch.isfinite(value):
+        number = float(value.detach())
+        if not math.isfinite(number):
             raise NonFiniteError(
-                f"update {step}, layer {self.agent.layer}: {name} is {float(value.detach())}; lower "
+                f"update {step}, layer {self.agent.layer}: {name} is {number}; lower "
                 "algorithm.lr_policy or algorithm.lr_critic, or coefficient.multiplier"
             )
 

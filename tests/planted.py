@@ -1,4 +1,4 @@
-"""A tiny model with one feature in its SAE that truly raises the reward; see docs/planted_feature.md."""
+"""A tiny model whose SAE holds a feature that raises the reward; see docs/planted_feature.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def plant(root: Path) -> list[str]:
     tiny.save_model("llama", root / "model", MODEL_SEED)
     path = write_task(root / "task.jsonl", n=1000, seed=TASK_SEED, answers=("yes",))
     lm = tiny.language_model("llama", MODEL_SEED)
-    x_ND, direction_D = towards_yes(lm, [f"w{i} w{(7 * i) % 58} w{(3 * i) % 58}" for i in range(58)])
+    x_ND, direction_D = towards_yes(
+        lm, [f"w{i} w{(7 * i) % 58} w{(3 * i) % 58}" for i in range(58)]
+    )
     save_sae(root / "saes", LAYER, sae_weights(x_ND, direction_D))
     return [
         "tracking=none", "sae.name=planted", f"sae.folder={root / 'saes'}",

@@ -57,7 +57,12 @@ def actions(answered: Answers) -> dict[tuple[int, int], list]:
     for step in answered.generation.steps:
         action = step.action
         assert step.token_B is not None
-        parts = (action.feature_idx_BK, action.coefficient_BK, action.delta_BD, step.token_B[:, None])
+        parts = (
+            action.feature_idx_BK,
+            action.coefficient_BK,
+            action.delta_BD,
+            step.token_B[:, None],
+        )
         rows = torch.cat([part.double() for part in parts], dim=1)
         found.setdefault((step.layer, step.token_index), []).append(rows[step.alive_B])
     return {place: torch.cat(rows).tolist() for place, rows in found.items()}

@@ -1,4 +1,4 @@
-"""A planted feature is found by stage 1 and learned by stage 2. docs/planted_feature.md explains."""
+"""A planted feature is found by stage 1 and learned by stage 2: docs/planted_feature.md."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def runs(common) -> dict[str, tuple[dict[str, Any], Path]]:
     methods = {
         "random": ["method=random"], "corrsteer_s": ["method=corrsteer_s"], "crl": PPO,
     }  # fmt: skip
-    return {name: run_small([*common, *more]) for name, more in methods.items()}
+    same_strength = [*common, "method.multipliers=[1]"]
+    return {name: run_small([*same_strength, *more]) for name, more in methods.items()}
 
 
 def test_there_is_something_to_learn(common):

@@ -34,9 +34,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     for line in lines:
         del line["time"]
-        line["metrics"] = {
-            k: v for k, v in line["metrics"].items() if not k.startswith("seconds_")
-        }
+        line["metrics"] = {k: v for k, v in line["metrics"].items() if not k.startswith("seconds_")}
     return {
         "result": {k: v for k, v in result.items() if k not in OF_THE_MOMENT},
         "features": (folder / "features.json").read_text(),

@@ -1,4 +1,4 @@
-"""Whole experiments on tiny models: the folders a user would have, and the overrides naming them."""
+"""Whole experiments on tiny models: folders as a user has them, and the overrides for them."""
 
 from __future__ import annotations
 

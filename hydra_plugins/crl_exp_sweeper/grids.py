@@ -97,6 +97,8 @@ def _raise_failures(jobs: list[list[str]], returns: Sequence[JobReturn]) -> None
         log.error("failed: %s\n    %s", " ".join(job), job_return._return_value)
     if failed:
         log.error(
-            "%d of %d jobs failed. The same command runs only what is missing", len(failed), len(jobs)
+            "%d of %d jobs failed. The same command runs only what is missing",
+            len(failed),
+            len(jobs),
         )
         _ = failed[0][1].return_value
