@@ -77,6 +77,7 @@ bench: assets ## measure speed and memory
 
 mlflow: setup ## compare runs in the browser, on loopback (PORT=5000)
 	@mkdir -p outputs
+	@echo "open http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning"
 	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) \
 		--backend-store-uri sqlite:///outputs/mlflow.db --artifacts-destination outputs/mlartifacts
 

@@ -46,10 +46,14 @@ def run_experiment(config: DictConfig, skip_finished: bool) -> dict[str, Any]:
             f"this run is already finished: {run.result_path}. "
             "Add resume=force to run it again from the start"
         )
-    with run.opened():
-        result = _run(exp, layers, run)
-        write_json(run.result_path, result)
-    sync(run, exp.tracking)
+    try:
+        with run.opened():
+            result = _run(exp, layers, run)
+            write_json(run.result_path, result)
+    finally:
+        # A failed or cancelled run belongs in MLflow too, with its status.
+        if (run.path / "status.json").is_file():
+            sync(run, exp.tracking)
     return result
 
 

@@ -25,7 +25,15 @@ from crl_exp.errors import UserError
 
 # Where a run is written and logged, and how it is asked for, don't change what it computes.
 NOT_IN_KEY = ("hydra", "output_dir", "sweep_name", "tracking", "resume", "checkpoint")
-RESUME = ("new", "retry", "force")
+RESUME = ("new", "force")
+FROM_THE_LAST_TIME = (
+    "result.json",
+    "features.json",
+    "interventions.parquet",
+    "journal.jsonl",
+    "checkpoint.pt",
+    "checkpoint.prev.pt",
+)
 
 
 def content_key(value: Any) -> str:
@@ -103,7 +111,7 @@ class RunDirectory:
 
     def _start(self) -> None:
         if self.config.resume == "force":
-            for name in ("result.json", "journal.jsonl", "checkpoint.pt", "checkpoint.prev.pt"):
+            for name in FROM_THE_LAST_TIME:
                 (self.path / name).unlink(missing_ok=True)
         plain = OmegaConf.to_container(self.config, resolve=True)
         assert isinstance(plain, dict)
@@ -189,7 +197,8 @@ class RunDirectory:
         try:
             state = torch.load(path, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-            warnings.warn(f"{path} is damaged and is passed over ({error})", stacklevel=2)
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"{path} is damaged and is passed over ({why})", stacklevel=2)
             return None
         if state.get("run_key") != self.key:
             raise UserError(

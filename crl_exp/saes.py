@@ -95,7 +95,7 @@ class SAEConfig:
         path = self.path(layer) / "cfg.json"
         try:
             cfg = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: not JSON, or not even UTF-8
             return [f"{path} can't be read ({error}); restore the folder or set sae.folder=…"]
         found = []
         if cfg.get("d_in") != d_model:

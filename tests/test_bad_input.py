@@ -55,12 +55,12 @@ def refused(overrides: list[str]) -> str:
         ("layers=list layers.layers=[1,7]", r"layer 7 is out of range"),
         ("layers=list layers.layers=[]", r"layers=all"),
         ("sae.folder=no/such/folder", r"sae\.folder=no/such/folder has no SAE.*sae\.id_template"),
-        ("sae.id_template=l{layer}", r"has no SAE whose id looks like 'l\{layer\}'"),
+        ('sae.id_template="l{layer}"', r"has no SAE whose id looks like 'l\{layer\}'"),
         ("sae.folder=null sae.release=gemma-scop", r"sae\.release=gemma-scop.*did you mean"),
         ("model.path=no/such/model", r"model\.path=no/such/model: can't load.*model=smollm2_135m"),
         ("task.n_test=0", r"task\.n_test=0: must be at least 1"),
         ("task.n_train=500", r"has 80 items, but .* lower .*task\.n_train=500"),
-        ("algorithm.prompts_per_update=25", r"prompts_per_update=25 exceeds task\.n_train=24"),
+        ("algorithm.prompts_per_update=26", r"prompts_per_update=26 exceeds task\.n_train=24"),
         ("task.max_new_tokens=3", r"task\.max_new_tokens=3: .* set task\.max_new_tokens=1"),
         ("task.choices=[yes]", r"task\.choices=\['yes'\]: give two answers or more"),
         ("task.choices=[w1,w2]", r"line 1: the answer .* not one of task\.choices"),
@@ -197,6 +197,12 @@ def test_a_damaged_line_of_the_task_is_named(line, own_files, tmp_path):
     path.write_text(path.read_text() + line + "\n")
     said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
     assert "task.jsonl, line 81" in said and "expected" in said
+
+
+def test_a_task_that_is_not_text_is_named(own_files, tmp_path):
+    garble(own_files.root / "task.jsonl")
+    said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
+    assert "task.path=" in said and "can't be read" in said
 
 
 def test_a_task_without_items(own_files, tmp_path):

@@ -16,6 +16,7 @@ from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.engine import Engine, EngineConfig, Job
 from crl_exp.models import LanguageModel
 from crl_exp.policy import PolicyController
+from crl_exp.prompts import PromptStore
 from tests import tiny
 from tests.tiny_steering import (
     AddVector,
@@ -135,6 +136,21 @@ def test_other_layers_tokens_and_rows_are_untouched(kind: str, site: int) -> Non
             assert torch.equal(a[other], b[other])
             assert torch.equal(a[mine, :, :prompt_keys], b[mine, :, :prompt_keys])
             assert torch.equal(a[mine], b[mine]) == (i <= site)
+
+
+@pytest.mark.parametrize("site", [-1, 1, 3])
+def test_kept_prompts_are_as_they_were_after_steering(site: int) -> None:
+    made = engine("llama")
+    store = made.read(PROMPTS)
+    assert isinstance(store, PromptStore)
+    before = [t.clone() for t in (*store.kv_L, store.residual_LND)]
+    delta_D = torch.randn(tiny.D_MODEL, generator=torch.Generator().manual_seed(2))
+    jobs = [Job(AddVector({site: delta_D}), [0, 3, 1]), Job(Look({2: 2}, steers=False), [4])]
+    first = made.generate(store, jobs, 4)
+    after = [*store.kv_L, store.residual_LND]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    again = made.generate(store, jobs, 4)
+    assert [g.tokens for g in again] == [g.tokens for g in first]
 
 
 @pytest.mark.parametrize(

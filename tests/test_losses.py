@@ -232,3 +232,15 @@ def test_learning_rate_is_annealed_to_the_last_update() -> None:
         pytest.approx([0.3, 0.6]),
         pytest.approx([0.1, 0.2]),
     ]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.75])
+def test_averaged_weights_by_hand(decay: float) -> None:
+    made = agent(random_sae(5, 6, d_sae=6), 6, pipeline()).double()
+    learner = LayerLearner(made, ppo(average=decay, lr_policy=0.1))
+    expected = made.state_dict()["policy.0.weight"].clone()
+    for step in (1, 2, 3):
+        learner.update(small_rollout(made, seed=step), step, torch.Generator().manual_seed(0))
+        expected = decay * expected + (1 - decay) * made.state_dict()["policy.0.weight"]
+    torch.testing.assert_close(learner.averaged.state_dict()["policy.0.weight"], expected)
+    assert learner.averaged.sae[0] is made.sae[0]

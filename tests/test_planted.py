@@ -25,7 +25,13 @@ PPO = [
 @pytest.fixture(scope="module")
 def common(tmp_path_factory) -> list[str]:
     root = tmp_path_factory.mktemp("planted")
-    return [*plant(root), *SIZES, "coefficient=relative", f"output_dir={root / 'out'}"]
+    return [
+        *plant(root),
+        *SIZES,
+        "coefficient=relative",
+        "coefficient.ratio=0.25",
+        f"output_dir={root / 'out'}",
+    ]
 
 
 @pytest.fixture(scope="module")

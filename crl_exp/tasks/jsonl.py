@@ -44,8 +44,9 @@ class JsonLines(Task):
     def _items(self) -> Iterator[Item]:
         path = Path(self.path).expanduser()
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
+            # Not splitlines(): JSON strings may hold line separators that aren't line ends.
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"task.path={self.path}: can't be read ({error})") from error
         for number, line in enumerate(lines, start=1):
             if not line.strip():
