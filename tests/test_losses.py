@@ -31,7 +31,7 @@ def test_clipped_loss_by_hand() -> None:
     old = torch.full((5,), -1.0, dtype=torch.float64)
     new = (old + RATIO.log()).requires_grad_()
     got = ppo_policy_loss(new, old, ADVANTAGE, WEIGHT, clip_coef=0.2)
-    assert float(got.loss) == pytest.approx(-(0.24 + 0.2 - 0.33 - 0.16 - 0.3))
+    assert got.loss.item() == pytest.approx(-(0.24 + 0.2 - 0.33 - 0.16 - 0.3))
     assert float(got.clip_fraction) == pytest.approx(0.1 + 0.2 + 0.2 + 0.2)
     kl = 0.1 * 0.0945349 + 0.2 * 0.1931472 + 0.3 * 0.0046898 + 0.2 * 0.1931472 + 0.2 * 0.0945349
     assert float(got.approx_kl) == pytest.approx(kl, rel=1e-5)
