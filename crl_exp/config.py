@@ -225,11 +225,6 @@ def validate(exp: Experiment) -> list[int]:
     except UserError as error:
         faults.append(str(error))
     faults += [f for layer in layers for f in exp.sae.metadata_faults(layer, config.hidden_size)]
-    if exp.algorithm.prompts_per_update > exp.task.n_train:
-        faults.append(
-            f"algorithm.prompts_per_update={exp.algorithm.prompts_per_update} exceeds "
-            f"task.n_train={exp.task.n_train}"
-        )
     faults += [fault for fault in exp.method.conflicts(exp) if fault]
     if faults:
         raise UserError("\n".join(faults))

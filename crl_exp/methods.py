@@ -176,9 +176,17 @@ class CRL(CorrSteer):
         return [*super().faults(), found]
 
     def conflicts(self, exp: Experiment) -> list[str]:
+        found = []
         if self.features == "fixed" and exp.policy.k > 1:
-            return [f"method.features=fixed has one feature a layer, but policy.k={exp.policy.k}"]
-        return []
+            found.append(
+                f"method.features=fixed has one feature a layer, but policy.k={exp.policy.k}"
+            )
+        prompts_per_update, n_train = exp.algorithm.prompts_per_update, exp.task.n_train
+        if self.stage2 and prompts_per_update > n_train:
+            found.append(
+                f"algorithm.prompts_per_update={prompts_per_update} exceeds task.n_train={n_train}"
+            )
+        return found
 
     def prepare(self, lab: Lab) -> Controller:
         exp = lab.exp

@@ -197,7 +197,8 @@ class RunDirectory:
         try:
             state = torch.load(path, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
+            # Not torch's own words: they advise to load the file unsafely.
+            why = type(error).__name__
             warnings.warn(f"{path} is damaged and is passed over ({why})", stacklevel=2)
             return None
         if state.get("run_key") != self.key:

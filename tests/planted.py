@@ -11,7 +11,7 @@ from crl_exp.models import LanguageModel
 from tests import tiny
 from tests.tiny_run import random_sae_weights, save_sae, write_task
 
-LAYER, PLANTED = 1, 37
+LAYER, PLANTED, DEAD = 1, 37, 8
 MODEL_SEED, SAE_SEED, TASK_SEED = 2, 0, 0
 YES, NO = tiny.WORDS.index("yes"), tiny.WORDS.index("no")
 
@@ -60,12 +60,14 @@ def towards_yes(lm: LanguageModel, users: list[str]) -> tuple[Tensor, Tensor]:
 def sae_weights(x_ND: Tensor, direction_D: Tensor) -> dict:
     """A JumpReLU SAE of random directions, with this one in the place of feature PLANTED.
 
-    Biases are such that each feature is active on half of the residuals given.
+    Biases are such that the first DEAD features are never active, so that stage 1 leaves them out,
+    and the others are on half of the residuals given.
     """
     weights = random_sae_weights(SAE_SEED)
     weights["W_dec"][PLANTED] = direction_D
     weights["W_enc"] = weights["W_dec"].T.contiguous()
     weights["b_dec"] = torch.zeros_like(weights["b_dec"])
     weights["b_enc"] = -(x_ND @ weights["W_enc"]).median(dim=0).values
+    weights["b_enc"][:DEAD] = -1000.0
     weights["threshold"] = torch.full_like(weights["threshold"], 1e-3)
     return weights

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from crl_exp.errors import UserError
 from crl_exp.runs import RunDirectory
 from tests.tiny_run import (
+    ROOT,
+    SMALL,
     TinyFiles,
     composed,
     random_sae_weights,
@@ -121,6 +125,7 @@ def test_an_sae_of_another_width(common, tmp_path):
     save_sae(tmp_path / "saes", 1, random_sae_weights(0, d_in=16))
     said = refused([*common, f"sae.folder={tmp_path / 'saes'}"])
     assert "d_in=16" in said and "32 wide" in said and "sae=…" in said
+    assert not (tmp_path / "out").exists(), "found out only after the weights were loaded"
 
 
 def test_an_sae_of_another_layer(common, tmp_path):
@@ -247,6 +252,27 @@ def test_a_finished_run_is_kept(common):
     (folder / "result.json").write_text(json.dumps({**result, "n": -1}))
     assert run_small(overrides, skip_finished=True)[0]["n"] == -1, "skipped: nothing is computed"
     assert run_small([*overrides, "resume=force"])[0]["n"] == 16
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_what_is_missing(tiny_files, tmp_path):
+    """`launch.py` itself: with -m a finished run is skipped, without it is refused."""
+    sizes = [f"{key}={SMALL[key]}" for key in ("task.n_train", "task.n_validation", "task.n_test")]
+    common = [*tiny_files.overrides(), *sizes, f"output_dir={tmp_path}", "layers.layer=1"]
+
+    def launch(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "launch.py", *arguments, *common]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    first = launch("-m", "method=none,corrsteer_s")
+    assert first.returncode == 0 and "skipped" not in first.stdout, first.stdout + first.stderr
+    assert len(list(tmp_path.glob("single/*/result.json"))) == 2
+    second = launch("-m", "method=none,corrsteer_s,corrsteer_a")
+    assert second.returncode == 0 and second.stdout.count("already finished, skipped") == 2
+    assert len(list(tmp_path.glob("single/*/result.json"))) == 3
+    alone = launch("method=none")
+    assert alone.returncode == 1 and "resume=force" in alone.stderr
+    assert "Traceback" not in alone.stderr
 
 
 def test_a_checkpoint_of_another_config(common):

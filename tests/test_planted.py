@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from crl_exp.statistics import compare
-from tests.planted import LAYER, PLANTED, YES, plant
+from tests.planted import DEAD, LAYER, PLANTED, YES, plant
+from tests.tiny import D_SAE
 from tests.tiny_run import lab_of, run_small
 
 SIZES = ["task.n_train=300", "task.n_validation=100", "task.n_test=400", "engine.batch_size=100"]
@@ -51,6 +52,7 @@ def test_there_is_something_to_learn(common):
 
 def test_warmup_ranks_the_planted_feature_first(common):
     statistics = lab_of([*common, "method=corrsteer_s"]).statistics()[LAYER]
+    assert statistics.allowed(min_frequency=0.02).tolist() == list(range(DEAD, D_SAE))
     first, second = statistics.best(min_frequency=0.02, k=2)
     assert first == PLANTED
     assert statistics.correlation[first] > statistics.correlation[second] + 0.1

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny_run import ROOT, run_small
 
@@ -133,9 +134,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(keep, finished, copied
     overrides, folder = copied
     path = folder / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:keep])
+    before = torch.load(folder / "checkpoint.prev.pt", weights_only=True)
+    kept = (folder / "journal.jsonl").read_bytes()[: before["journal_bytes"]]
     with pytest.warns(UserWarning, match=r"checkpoint\.pt is damaged and is passed over"):
         run_small(overrides)
     assert outcome(folder) == outcome(finished[1])
+    journal = (folder / "journal.jsonl").read_bytes()
+    assert before["step"] == 4 and journal.startswith(kept), "it didn't go on from there"
 
 
 def test_with_both_checkpoints_damaged_it_starts_anew(finished, copied):
