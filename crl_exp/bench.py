@@ -31,7 +31,7 @@ from crl_exp.saes import REPO
 from crl_exp.terminal import console
 
 REPEATS = 5
-PROMPTS, NEW_TOKENS = 50, 32
+PROMPTS, NEW_TOKENS = 32, 16
 
 
 @dataclass
@@ -103,7 +103,9 @@ def measure(lab: Lab) -> list[Ratio]:
     def steered() -> None:
         answer(lab.engine.read(ids), fixed, NEW_TOKENS, None)
 
-    agents = CRL("crl", [1.0], stage2=True, features="free").free_agents(lab)
+    method = lab.exp.method
+    assert isinstance(method, CRL), "bench composes the default method"
+    agents = method.free_agents(lab)
     generator = torch.Generator(lab.lm.device).manual_seed(0)
     explorer = PolicyController(agents, lab.exp.decay, generator)
     learner = LayerLearner(agents[layer], lab.exp.algorithm)

@@ -56,29 +56,37 @@ class CorrSteer(Method):
 
     multipliers: grid for scaling all coefficients together; the one that does best on the
         validation split is taken (the smallest of equals).
+    n_candidates: the most correlated features that are tried alone on the validation split, of all
+        layers in S, of each in A and P; the one that does best is kept. 1, as published: the most
+        correlated one is taken unseen.
     """
 
     multipliers: list[float]
+    n_candidates: int
 
     def faults(self) -> list[str]:
+        found = []
         bad = [m for m in self.multipliers if not (math.isfinite(m) and m > 0)]
         if bad or not self.multipliers:
-            return [f"method.multipliers={self.multipliers}: must be positive finite numbers"]
-        return []
-
-    def candidates(self, lab: Lab) -> list[Steer]:
-        """The best allowed feature of each layer with its coefficient."""
-        found = []
-        for layer, statistics in lab.statistics().items():
-            best = statistics.best(lab.exp.warmup.min_frequency)
-            if not best:
-                raise UserError(
-                    f"layer {layer}: no feature is active in {lab.exp.warmup.min_frequency:.0%} "
-                    "of the answers; lower warmup.min_frequency"
-                )
-            coefficient_F = lab.exp.coefficient.values(statistics, lab.saes[layer])
-            found.append(Steer(layer, best[0], float(coefficient_F[best[0]])))
+            found.append(f"method.multipliers={self.multipliers}: must be positive finite numbers")
+        if self.n_candidates < 1:
+            found.append(f"method.n_candidates={self.n_candidates}: must be at least 1")
         return found
+
+    def candidates(self, lab: Lab) -> list[list[Steer]]:
+        """By layer, the most correlated allowed features with their coefficients, best first."""
+        return [self._of_layer(lab, layer) for layer in lab.statistics()]
+
+    def _of_layer(self, lab: Lab, layer: int) -> list[Steer]:
+        statistics = lab.statistics()[layer]
+        best = statistics.best(lab.exp.warmup.min_frequency, self.n_candidates)
+        if not best:
+            raise UserError(
+                f"layer {layer}: no feature is active in {lab.exp.warmup.min_frequency:.0%} "
+                "of the answers; lower warmup.min_frequency"
+            )
+        coefficient_F = lab.exp.coefficient.values(statistics, lab.saes[layer])
+        return [Steer(layer, feature, float(coefficient_F[feature])) for feature in best]
 
     def select(self, lab: Lab) -> list[Steer]:
         """The features to add, coefficients scaled."""
@@ -94,9 +102,21 @@ class CorrSteer(Method):
         lab.note(f"multiplier for layers {[s.layer for s in steers]}", multiplier)
         return best, reward
 
+    def pick(self, lab: Lab, steers: list[Steer]) -> Steer:
+        """The one that does best alone on validation; a single one is taken as it is."""
+        if len(steers) == 1:
+            return steers[0]
+        layers = sorted({steer.layer for steer in steers})
+        rewards = []
+        with lab.bar(f"trying features of layers {layers}", len(steers)) as advance:
+            for steer in steers:
+                rewards.append(self.scaled(lab, [steer])[1])
+                advance(1)
+        return steers[rewards.index(max(rewards))]
+
     def each_layer(self, lab: Lab) -> list[Steer]:
         """CorrSteer-A's features."""
-        return self.scaled(lab, self.candidates(lab))[0]
+        return self.scaled(lab, [self.pick(lab, steers) for steers in self.candidates(lab)])[0]
 
     def prepare(self, lab: Lab) -> Controller:
         return lab.fixed(self.select(lab))
@@ -112,7 +132,9 @@ class CorrSteerS(CorrSteer):
         def correlation(steer: Steer) -> float:
             return float(statistics[steer.layer].correlation[steer.feature_idx])
 
-        return self.scaled(lab, [max(self.candidates(lab), key=correlation)])[0]
+        every = [steer for steers in self.candidates(lab) for steer in steers]
+        best = sorted(every, key=correlation, reverse=True)
+        return self.scaled(lab, [self.pick(lab, best[: self.n_candidates])])[0]
 
 
 @dataclass
@@ -130,7 +152,8 @@ class CorrSteerP(CorrSteer):
 
     def select(self, lab: Lab) -> list[Steer]:
         floor = lab.validation_reward(Unsteered())
-        kept = [s for s in self.candidates(lab) if self.scaled(lab, [s])[1] > floor]
+        found = [self.pick(lab, steers) for steers in self.candidates(lab)]
+        kept = [steer for steer in found if self.scaled(lab, [steer])[1] > floor]
         if not kept:
             lab.warn("CorrSteer-P kept no layer: none alone beats the unsteered model")
             return []

@@ -74,6 +74,7 @@ def refused(overrides: list[str]) -> str:
         ("coefficient.ratio=inf", r"coefficient\.ratio=inf: must be a positive finite"),
         ("coefficient=constant coefficient.value=nan", r"coefficient\.value=nan: must be"),
         ("method=corrsteer_a method.multipliers=[1,nan]", r"method\.multipliers=.*nan"),
+        ("method=corrsteer_s method.n_candidates=0", r"method\.n_candidates=0.*at least 1"),
         ("policy.k=0", r"policy\.k=0: must be at least 1"),
         ("policy.k=65", r"only \d+ features may be steered, but policy\.k=65; lower policy\.k"),
         ("method.features=fixed policy.k=2", r"method\.features=fixed .* policy\.k=2"),

@@ -74,6 +74,7 @@ def kill_when(process: subprocess.Popen, ready: Callable[[], bool], delay: float
     """SIGKILL `delay` seconds after `ready`. Fails where the process ended before."""
     while not ready():
         assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.0005)  # short: a checkpoint is written in milliseconds
     time.sleep(delay)
     process.kill()
     process.communicate()

@@ -1,0 +1,90 @@
+"""What CorrSteer-S, -A and -P, their candidates and the random control choose to add."""
+
+from __future__ import annotations
+
+import pytest
+
+from crl_exp.controllers.fixed import Steer
+from tests.tiny_run import lab_of
+
+SIZES = ["task.n_train=44", "task.n_validation=32", "task.n_test=4"]
+
+
+@pytest.fixture(scope="module")
+def common(tiny_files, tmp_path_factory) -> list[str]:
+    out = tmp_path_factory.mktemp("methods")
+    steering = ["layers=all", "coefficient=relative", "coefficient.ratio=0.5"]
+    return [*tiny_files.overrides(), *SIZES, *steering, f"output_dir={out}"]
+
+
+def most_correlated(lab, layer: int, k: int = 1) -> list[int]:
+    statistics = lab.statistics()[layer]
+    allowed = statistics.allowed(lab.exp.warmup.min_frequency).tolist()
+    return sorted(allowed, key=lambda f: float(statistics.correlation[f]), reverse=True)[:k]
+
+
+def alone(lab, layer: int, feature: int) -> float:
+    """Validation reward of one feature, at the best of the multipliers."""
+    coefficient = float(
+        lab.exp.coefficient.values(lab.statistics()[layer], lab.saes[layer])[feature]
+    )
+    return max(
+        lab.validation_reward(lab.fixed([Steer(layer, feature, coefficient * m)]))
+        for m in lab.exp.method.multipliers
+    )
+
+
+def test_s_takes_the_most_correlated_feature_of_all_layers(common):
+    lab = lab_of([*common, "method=corrsteer_s"])
+    (steer,) = lab.exp.method.select(lab)
+    best = {layer: most_correlated(lab, layer)[0] for layer in lab.saes}
+    layer = max(best, key=lambda at: float(lab.statistics()[at].correlation[best[at]]))
+    assert (steer.layer, steer.feature_idx) == (layer, best[layer])
+
+
+def test_a_takes_the_most_correlated_feature_of_each_layer(common):
+    lab = lab_of([*common, "method=corrsteer_a"])
+    found = {steer.layer: steer.feature_idx for steer in lab.exp.method.select(lab)}
+    assert found == {layer: most_correlated(lab, layer)[0] for layer in lab.saes}
+
+
+def test_p_keeps_the_layers_that_help_alone(common):
+    gentle = ["method.multipliers=[1]", "coefficient.ratio=0.2"]
+    lab = lab_of([*common, "method=corrsteer_p", *gentle])
+    floor = float(lab.baseline("validation").reward_B.mean())
+    best = {layer: most_correlated(lab, layer)[0] for layer in lab.saes}
+    helping = {layer: f for layer, f in best.items() if alone(lab, layer, f) > floor}
+    assert 0 < len(helping) < len(best), "this task can't tell -P from -A"
+    assert {s.layer: s.feature_idx for s in lab.exp.method.select(lab)} == helping
+
+
+def test_of_several_candidates_the_best_on_validation_is_taken(common):
+    lab = lab_of([*common, "method=corrsteer_a", "method.n_candidates=5"])
+    found = {steer.layer: steer.feature_idx for steer in lab.exp.method.select(lab)}
+    expected = {}
+    for layer in lab.saes:
+        features = most_correlated(lab, layer, 5)
+        expected[layer] = max(features, key=lambda f, at=layer: alone(lab, at, f))
+    assert found == expected
+    assert any(expected[layer] != most_correlated(lab, layer)[0] for layer in lab.saes)
+
+
+def test_s_tries_candidates_of_all_layers_together(common):
+    lab = lab_of([*common, "method=corrsteer_s", "method.n_candidates=6"])
+    pool = [(layer, f) for layer in lab.saes for f in most_correlated(lab, layer, 6)]
+    pool.sort(key=lambda p: float(lab.statistics()[p[0]].correlation[p[1]]), reverse=True)
+    assert len({layer for layer, _ in pool[:6]}) > 1
+    (steer,) = lab.exp.method.select(lab)
+    assert (steer.layer, steer.feature_idx) == max(pool[:6], key=lambda p: alone(lab, *p))
+
+
+def test_random_features_are_others_of_the_same_length(common):
+    lab = lab_of([*common, "method=random"])
+    fixed = lab_of([*common, "method=corrsteer_a"])
+    ours, theirs = lab.exp.method.select(lab), fixed.exp.method.select(fixed)
+    for random, steer in zip(ours, theirs, strict=True):
+        norm_F = lab.saes[steer.layer].dec_norm_F
+        assert random.layer == steer.layer and random.feature_idx != steer.feature_idx
+        assert random.coefficient * norm_F[random.feature_idx] == pytest.approx(
+            float(steer.coefficient * norm_F[steer.feature_idx]), rel=1e-5
+        )
