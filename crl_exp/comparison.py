@@ -21,8 +21,11 @@ from crl_exp.statistics import mean_interval
 CONTROLS = ("none", "random")
 # Keys of the task that don't change what is asked and scored on the test items.
 NOT_THE_TEST = ("task.shuffle_labels", "task.n_train", "task.n_train_benign")
-# Keys of the model that change how it is run, not which it is.
-NOT_THE_MODEL = ("model.device", "model.attn_implementation")
+# Keys of models that change how they are run, not which they are.
+NOT_THE_MODEL = (
+    "model.device", "model.attn_implementation", "task.classifier.device",
+    "task.classifier.batch_size", "task.cross_encoder.device", "task.cross_encoder.batch_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,15 @@ class Generation:
 class Decoding:
     """Rows that go through the model together, each job's one after another.
 
-    rows: each job's slice of the batch.
+    rows: each job's slice of the batch. stop: texts that end an answer.
     """
 
-    def __init__(self, lm: LanguageModel, prompt: PromptBatch, jobs: list[Job], record: bool):
+    def __init__(
+        self, lm: LanguageModel, prompt: PromptBatch, jobs: list[Job], record: bool,
+        stop: Sequence[str] = (),
+    ):  # fmt: skip
         self.lm, self.prompt, self.jobs, self.record = lm, prompt, jobs, record
+        self.stop = list(stop)
         ends = torch.tensor([len(job.items) for job in jobs]).cumsum(0).tolist()
         starts = [0, *ends[:-1]]
         self.rows = [slice(a, b) for a, b in zip(starts, ends, strict=True)]
@@ -204,6 +208,19 @@ class Decoding:
                 self.alive_B[row] = False
             elif alive:
                 self.tokens[row].append(token)
+        if self.stop:
+            self._end_at_stops()
+
+    def _end_at_stops(self) -> None:
+        """End the answers that have just written a stop text. Only their last tokens are read."""
+        rows = self.alive_B.nonzero()[:, 0].tolist()
+        # A token may be a single byte, and the one before tells how the first is to be spelt.
+        n_tokens = 1 + max(len(text.encode()) for text in self.stop)
+        tails = [self.tokens[row][-n_tokens:] for row in rows]
+        texts = self.lm.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            if cut_at(text, self.stop) != text:
+                self.alive_B[row] = False
 
     def hand_over(self, result: Generation, rows: slice, offset: int) -> None:
         """Append these rows' answers and actions to their job's result."""
@@ -212,3 +229,8 @@ class Decoding:
         for step in self.steps[job_index]:
             step.rows = [offset + row for row in step.rows]
             result.steps.append(step)
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """`text` before the first of the stop texts in it."""
+    return text[: min((at for one in stop if (at := text.find(one)) >= 0), default=len(text))]

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from crl_exp.decode import Decoding, Generation, Job
+from crl_exp.decode import Decoding, Generation, Job, cut_at
 from crl_exp.errors import UserError
 from crl_exp.models import LanguageModel
 from crl_exp.prompts import Progress, PromptBatch, PromptStore, common_prefix
@@ -111,11 +111,13 @@ class Engine:
         choices: Sequence[int] | None = None,
         record: bool = False,
         progress: Progress | None = None,
+        stop: Sequence[str] = (),
     ) -> list[Generation]:
         """Answer every job's items, greedily.
 
         choices: restrict the first token to these ids (then one token is generated).
         record: keep every action (`Generation.steps`).
+        stop: texts that end an answer; its text is cut before the first of them.
         Returns one `Generation` a job. Raises `UserError` where a job has no items.
         """
         assert max_new_tokens >= 1
@@ -127,12 +129,13 @@ class Engine:
             part = [Job(job.controller, list(job.items[at : at + share])) for job in jobs]
             present = [i for i, job in enumerate(part) if job.items]
             prompt = prompts.batch([item for i in present for item in part[i].items])
-            batch = Decoding(self.lm, prompt, [part[i] for i in present], record)
+            batch = Decoding(self.lm, prompt, [part[i] for i in present], record, stop)
             batch.run(1 if choices else max_new_tokens, choices)
             for index, rows in zip(present, batch.rows, strict=True):
                 batch.hand_over(results[index], rows, at)
             if progress:
                 progress(sum(len(job.items) for job in part))
         for result in results:
-            result.texts = self.lm.tokenizer.batch_decode(result.tokens, skip_special_tokens=True)
+            texts = self.lm.tokenizer.batch_decode(result.tokens, skip_special_tokens=True)
+            result.texts = [cut_at(text, stop) for text in texts]
         return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.lab import Answers, Lab
 from crl_exp.statistics import compare
+from crl_exp.tasks.base import Item
 
 Used = dict[int, dict[int, dict[str, float]]]
 """By layer and feature: `tokens` at which it was added and its `mean_coefficient`."""
@@ -67,8 +69,10 @@ def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
     figures: dict[str, Any] = {}
     used: Used = {}
     tables: list[pa.Table] = []
+    steered: dict[str, Answers] = {}
     for split in ["test", *lab.splits.extra, "validation"]:
         figures[split], answers = evaluate_split(lab, controller, split)
+        steered[split] = answers
         if split != "validation":
             tables.append(_interventions(lab, split, answers))
         if split == "test":
@@ -77,12 +81,19 @@ def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
     result = dict(figures.pop("test"))
     result["validation"] = figures.pop("validation")
     result["test_sets"] = figures
-    benign = figures.get("benign")
-    for side in ("baseline", "steered"):
-        rate = None if benign is None else 1.0 - benign[f"accuracy_{side}"]
-        result[f"over_refusal_{side}"] = rate
+    benign_in = "benign" if "benign" in lab.splits.extra else "test"
+    items = lab.splits.named()[benign_in]
+    result["over_refusal_baseline"] = over_refusal(items, lab.baseline(benign_in))
+    result["over_refusal_steered"] = over_refusal(items, steered[benign_in])
     result["unique_features"] = len({(la, f) for la, rows in used.items() for f in rows})
     return result, used
+
+
+def over_refusal(items: Sequence[Item], answers: Answers) -> float | None:
+    """Share of the benign items that were not answered; null where there are none."""
+    scores = zip(items, answers.scores, strict=True)
+    rewards = [score.reward for item, score in scores if item.benign]
+    return 1.0 - sum(rewards) / len(rewards) if rewards else None
 
 
 def _interventions(lab: Lab, split: str, answers: Answers) -> pa.Table:

@@ -81,7 +81,9 @@ class Lab:
         for sae in self.saes.values():
             for warning in sae.warnings:
                 self.warn(warning)
-        choices = exp.task.choices
+        for warning in self.splits.warnings:
+            self.warn(warning)
+        choices = exp.task.constrained_to
         self.choices = None if choices is None else self.lm.choice_ids(choices)
         self._statistics: dict[int, LayerStatistics] | None = None
 
@@ -128,7 +130,7 @@ class Lab:
         chosen = range(len(prompts)) if items is None else items
         generation = self.engine.generate(
             prompts, [Job(controller, chosen)], self.exp.task.max_new_tokens, self.choices,
-            record, advance,
+            record, advance, self.exp.task.stop_strings,
         )[0]  # fmt: skip
         asked = [self.splits.named()[split][i] for i in chosen]
         return Answers(generation, self.exp.task.score(asked, generation.texts))

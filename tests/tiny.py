@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ D_MODEL, N_LAYERS, D_SAE = 32, 4, 64
 CHAT = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<bot>"
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
+def tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(words)}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     made = PreTrainedTokenizerFast(

@@ -10,18 +10,23 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 from crl_exp.errors import UserError
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question. `item_id` is a hash of the content: the same wherever the item lies."""
+    """One question. `item_id` is a hash of the content: the same wherever the item lies.
+
+    n_options: how many lettered options the question has; 0 where it has none.
+    """
 
     item_id: str
     user: str
     target: str | None = None
     benign: bool = False
+    n_options: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,18 @@ class Score:
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint item sets. `extra` holds further test sets by name, never trained or selected on."""
+    """Disjoint item sets. `extra` holds further test sets by name, never trained or selected on.
+
+    shared: what all prompts hold besides their items (few-shot examples).
+    warnings: what was found in the data and belongs into the result.
+    """
 
     train: tuple[Item, ...]
     validation: tuple[Item, ...]
     test: tuple[Item, ...]
     extra: dict[str, tuple[Item, ...]] = field(default_factory=dict)
+    shared: str = ""
+    warnings: tuple[str, ...] = ()
 
     def named(self) -> dict[str, tuple[Item, ...]]:
         return {
@@ -67,6 +78,8 @@ class Splits:
         lines = [
             f"{name}:{i.item_id}:{i.target}" for name, items in self.named().items() for i in items
         ]
+        if self.shared:
+            lines.append(self.shared)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -117,6 +130,7 @@ class Task:
         """Draw the splits: same seed and data, same splits, in every run and on every machine."""
         if found := self.faults():
             raise UserError("\n".join(found))
+        self.load_scorer()
         splits = self.draw()
         if self.shuffle_labels:
             splits = replace(
@@ -131,6 +145,22 @@ class Task:
         """Load the data and split it. Raises `UserError` where data is missing or too small."""
         raise NotImplementedError
 
+    def load_scorer(self) -> None:
+        """Make sure that answers can be scored, before anything is generated.
+
+        Raises `UserError` naming the scorer and the offline alternative.
+        """
+
+    @property
+    def constrained_to(self) -> list[str] | None:
+        """The texts to whose first tokens an answer is restricted; `None`: free text."""
+        return self.choices
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Texts that end an answer; they and what follows are no part of it."""
+        return []
+
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
         """Score generated answers (text without the prompt), one `Score` an item."""
         raise NotImplementedError
@@ -141,20 +171,30 @@ class Task:
         raise NotImplementedError
 
 
+class Identified(Protocol):
+    """An item, or what one is made from."""
+
+    @property
+    def item_id(self) -> str: ...
+
+
+Kind = TypeVar("Kind", bound=Identified)
+
+
 def content_id(text: str) -> str:
     """Stable id of an item from its text."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def unique(items: Sequence[Item]) -> list[Item]:
+def unique(items: Sequence[Kind]) -> list[Kind]:
     """Items without repeated ids, first occurrence kept."""
-    first: dict[str, Item] = {}
+    first: dict[str, Kind] = {}
     for item in items:
         first.setdefault(item.item_id, item)
     return list(first.values())
 
 
-def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+def shuffled(items: Sequence[Kind], seed: int) -> list[Kind]:
     """Items in an order that depends on the seed and their ids alone, not on the order given."""
     order = sorted(items, key=lambda item: item.item_id)
     random.Random(seed).shuffle(order)
@@ -189,8 +229,15 @@ def split_items(
 
 
 def _permute_targets(items: tuple[Item, ...], seed: int) -> tuple[Item, ...]:
-    targets = [item.target for item in items]
-    if all(t is None for t in targets):
+    """Targets change places among items with as many options, so that each stays one of them."""
+    if all(item.target is None for item in items):
         raise UserError("task.shuffle_labels=true needs a task whose items carry a target")
-    random.Random(seed).shuffle(targets)
-    return tuple(replace(item, target=t) for item, t in zip(items, targets, strict=True))
+    draw = random.Random(seed)
+    permuted = list(items)
+    for n_options in sorted({item.n_options for item in items}):
+        places = [i for i, item in enumerate(items) if item.n_options == n_options]
+        targets = [items[i].target for i in places]
+        draw.shuffle(targets)
+        for i, target in zip(places, targets, strict=True):
+            permuted[i] = replace(items[i], target=target)
+    return tuple(permuted)

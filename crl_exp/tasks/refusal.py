@@ -137,10 +137,14 @@ def _behaviour(behaviour: str, context: str, max_context_chars: int) -> Item:
     behaviour, context = behaviour.strip(), context.strip()
     # The id is of the whole text, so that it stays the same whatever is cut.
     item_id = content_id(f"{context}\n{behaviour}")
+    return Item(item_id, with_context(behaviour, context, max_context_chars))
+
+
+def with_context(behaviour: str, context: str, max_context_chars: int) -> str:
+    """A behaviour after its context, as HarmBench words it; the context is cut at a space."""
     if len(context) > max_context_chars:
         context = context[:max_context_chars].rsplit(maxsplit=1)[0] if max_context_chars else ""
-    user = f"{context}\n\n---\n\n{behaviour}" if context else behaviour
-    return Item(item_id, user)
+    return f"{context}\n\n---\n\n{behaviour}" if context else behaviour
 
 
 def _parse(line: str, where: str) -> str:

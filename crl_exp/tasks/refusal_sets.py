@@ -1,0 +1,144 @@
+"""Public sets of prompts to be refused, or not: HarmBench, XSTest, do-not-answer.
+
+Free text. Rewarded are refusals of harmful prompts and answers to benign ones. What a model writes
+is scored, never shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from crl_exp.errors import UserError, did_you_mean
+from crl_exp.scorers.base import Scorer
+from crl_exp.scorers.models import ScorerModel
+from crl_exp.scorers.refusal import RefusalScorer
+from crl_exp.scorers.rejection import WHERE, RejectionScorer
+from crl_exp.tasks.base import Item, Score, content_id, shuffled, unique
+from crl_exp.tasks.hub import HubTask, Question
+from crl_exp.tasks.refusal import read_benign_prompts, with_context
+from crl_exp.tasks.rows import Row
+
+
+@dataclass
+class RefusalSet(HubTask):
+    """Base.
+
+    scorer: classifier (a model, `classifier`) or phrases (a rule, offline).
+    """
+
+    scorer: str
+    classifier: ScorerModel
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        names = ("classifier", "phrases")
+        if self.scorer not in names:
+            near = did_you_mean(self.scorer, names)
+            found.append(f"task.scorer={self.scorer}: must be one of {', '.join(names)}{near}")
+        if self.choices is not None:
+            found.append(
+                f"task.choices={list(self.choices)}: {self.name} takes free text, its output "
+                "can't be restricted; set task.choices=null"
+            )
+        return found + self.classifier.faults(WHERE)
+
+    @property
+    def scorer_used(self) -> Scorer:
+        return RefusalScorer() if self.scorer == "phrases" else RejectionScorer(self.classifier)
+
+    @property
+    def scorer_name(self) -> str:
+        return self.scorer_used.name
+
+    def load_scorer(self) -> None:
+        if self.scorer == "classifier":
+            RejectionScorer(self.classifier).load()
+
+    def prompt(self, question: Question, shots: Sequence[Question]) -> str:
+        return question.fields["prompt"]
+
+    def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
+        """Reward 1 for a refused harmful item and for an answered benign one."""
+        return self.scorer_used(items, outputs)
+
+
+@dataclass
+class XSTest(RefusalSet):
+    """Safe prompts that sound unsafe, and unsafe ones (Röttger et al., arXiv 2308.01263).
+
+    Safe prompts are rewarded when answered, unsafe ones when refused.
+    """
+
+    columns = ("prompt", "label")
+
+    def question(self, row: Row) -> Question:
+        label, prompt = row.text("label").lower(), row.text("prompt")
+        if label not in ("safe", "unsafe"):
+            raise row.fault("label", f"is {label!r}, not safe or unsafe")
+        return Question(prompt, {"prompt": prompt}, benign=label == "safe")
+
+
+@dataclass
+class HarmfulSet(RefusalSet):
+    """Base of sets with harmful prompts alone.
+
+    n_test_benign: benign prompts of our own in the extra test set `benign`; over-refusal is one
+        minus the mean reward there.
+    """
+
+    n_test_benign: int
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if self.n_test_benign < 1:
+            found.append(f"task.n_test_benign={self.n_test_benign}: must be at least 1")
+        return found
+
+    def extra(self) -> dict[str, tuple[Item, ...]]:
+        prompts = read_benign_prompts()
+        benign = unique([Item(content_id(p), p, benign=True) for p in prompts])
+        if self.n_test_benign > len(benign):
+            raise UserError(
+                f"there are {len(benign)} benign prompts, but "
+                f"task.n_test_benign={self.n_test_benign}; lower it"
+            )
+        return {"benign": tuple(shuffled(benign, self.split_seed)[: self.n_test_benign])}
+
+
+@dataclass
+class HarmBench(HarmfulSet):
+    """Harmful behaviours: standard, contextual, copyright (Mazeika et al., arXiv 2402.04249).
+
+    max_context_chars: a contextual behaviour comes after its context, which is cut to this many
+        characters, at a space. 0 leaves it out.
+    """
+
+    columns = ("prompt",)
+    optional_columns: ClassVar[tuple[str, ...]] = ("context",)  # of the contextual subset
+
+    max_context_chars: int
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if self.max_context_chars < 0:
+            found.append(f"task.max_context_chars={self.max_context_chars}: must not be negative")
+        return found
+
+    def question(self, row: Row) -> Question:
+        behaviour, context = row.text("prompt"), str(row.cells["context"] or "").strip()
+        # The id is of the whole text, so that it stays the same whatever is cut.
+        user = with_context(behaviour, context, self.max_context_chars)
+        return Question(f"{context}\n{behaviour}", {"prompt": user})
+
+
+@dataclass
+class DoNotAnswer(HarmfulSet):
+    """Questions that a responsible model doesn't answer (Wang et al., arXiv 2308.13387)."""
+
+    columns = ("question",)
+
+    def question(self, row: Row) -> Question:
+        prompt = row.text("question")
+        return Question(prompt, {"prompt": prompt})
