@@ -6,7 +6,6 @@ Each is one dataclass and one YAML file. All go through the same engine and the 
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from crl_exp.errors import UserError
 from crl_exp.policy import LayerAgent, PolicyController
 from crl_exp.stages.base import Pipeline
 from crl_exp.trainer import Trainer
+from crl_exp.warmup import LayerStatistics
 
 if TYPE_CHECKING:
     from crl_exp.config import Experiment
@@ -66,18 +66,23 @@ class CorrSteer(Method):
             return [f"method.multipliers={self.multipliers}: must be positive finite numbers"]
         return []
 
+    def best_feature(self, lab: Lab, statistics: LayerStatistics) -> int | None:
+        """The allowed feature of the highest correlation; None where none is allowed."""
+        best = statistics.best(lab.exp.warmup.min_frequency)
+        return best[0] if best else None
+
     def candidates(self, lab: Lab) -> list[Steer]:
-        """The best allowed feature of each layer with its coefficient."""
+        """One allowed feature of each layer with its coefficient."""
         found = []
         for layer, statistics in lab.statistics().items():
-            best = statistics.best(lab.exp.warmup.min_frequency)
-            if not best:
+            feature_idx = self.best_feature(lab, statistics)
+            if feature_idx is None:
                 raise UserError(
                     f"layer {layer}: no feature is active in {lab.exp.warmup.min_frequency:.0%} "
                     "of the answers; lower warmup.min_frequency"
                 )
             coefficient_F = lab.exp.coefficient.values(statistics, lab.saes[layer])
-            found.append(Steer(layer, best[0], float(coefficient_F[best[0]])))
+            found.append(Steer(layer, feature_idx, float(coefficient_F[feature_idx])))
         return found
 
     def select(self, lab: Lab) -> list[Steer]:
@@ -135,27 +140,6 @@ class CorrSteerP(CorrSteer):
             lab.warn("CorrSteer-P kept no layer: none alone beats the unsteered model")
             return []
         return self.scaled(lab, kept)[0]
-
-
-@dataclass
-class RandomFeatures(CorrSteer):
-    """Control: at each layer a random live feature, its addition as long as CorrSteer-A's there.
-
-    The multiplier is chosen for CorrSteer-A's features and kept, so that the norms match.
-    """
-
-    def select(self, lab: Lab) -> list[Steer]:
-        chosen = self.each_layer(lab)
-        draw = random.Random(lab.exp.seed)
-        return [self._swapped(lab, steer, draw) for steer in chosen]
-
-    def _swapped(self, lab: Lab, steer: Steer, draw: random.Random) -> Steer:
-        allowed = lab.statistics()[steer.layer].allowed(lab.exp.warmup.min_frequency).tolist()
-        others = [feature for feature in allowed if feature != steer.feature_idx] or allowed
-        feature_idx = draw.choice(others)
-        norm_F = lab.saes[steer.layer].dec_norm_F
-        same = float(norm_F[steer.feature_idx] / norm_F[feature_idx])
-        return Steer(steer.layer, feature_idx, steer.coefficient * same)
 
 
 @dataclass
