@@ -27,7 +27,7 @@ from crl_exp.learner import LayerLearner, collect
 from crl_exp.methods import CRL
 from crl_exp.policy import PolicyController
 from crl_exp.runs import RunDirectory
-from crl_exp.saes import REPO
+from crl_exp.sae_config import REPO
 from crl_exp.terminal import console
 
 REPEATS = 5

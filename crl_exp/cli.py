@@ -76,7 +76,7 @@ def known_keys() -> list[str]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from crl_exp.saes import REPO
+    from crl_exp.sae_config import REPO
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):

@@ -13,16 +13,17 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from crl_exp.architecture import check_architecture
 from crl_exp.coefficients import Coefficient, Decay
 from crl_exp.engine import EngineConfig
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.layers import LayerSet
 from crl_exp.learner import PPO
 from crl_exp.methods import Method
-from crl_exp.models import ModelConfig
+from crl_exp.model_config import ModelConfig
 from crl_exp.policy import PolicyConfig
 from crl_exp.runs import RESUME
-from crl_exp.saes import SAEConfig
+from crl_exp.sae_config import SAEConfig
 from crl_exp.stages.base import STAGES, Stage
 from crl_exp.tasks.base import Task
 from crl_exp.tracking import TrackingConfig
@@ -217,14 +218,15 @@ def validate(exp: Experiment) -> list[int]:
 
     Reads the model's config.json and the SAEs' cfg.json only. Raises `UserError` with every fault.
     """
-    config = exp.model.read_config().get_text_config()
+    config = check_architecture(exp.model)
     layers: list[int] = []
     faults: list[str] = []
     try:
         layers = exp.layers.resolve(exp.sae.available, config.num_hidden_layers)
     except UserError as error:
         faults.append(str(error))
-    faults += [f for layer in layers for f in exp.sae.metadata_faults(layer, config.hidden_size)]
+    for layer in layers:
+        faults += exp.sae.metadata_faults(layer, config.hidden_size, exp.model.name)
     faults += [fault for fault in exp.method.conflicts(exp) if fault]
     if faults:
         raise UserError("\n".join(faults))

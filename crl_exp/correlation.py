@@ -135,6 +135,7 @@ class StreamingCorrelation:
         active_F = self.rewarded.active_F + self.unrewarded.active_F
         return {
             "correlation": self.moments.correlation(),
+            "mean": self.moments.origin_F + self.moments.mean_F,
             "frequency": active_F / self.n,
             "frequency_rewarded": self.rewarded.frequency(),
             "frequency_unrewarded": self.unrewarded.frequency(),

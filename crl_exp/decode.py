@@ -90,7 +90,7 @@ class Decoding:
             valid_BT = torch.cat([valid_BT, valid_BT.new_ones(len(valid_BT), 1)], dim=1)
             with ExitStack() as stack:
                 if index == 0:
-                    stack.enter_context(lm.skipping(top, prompt.residual_LBD[max(top, 0)]))
+                    stack.enter_context(lm.skipping(top, prompt.residual(top)))
                     self._show_prompt_residuals()
                 stack.enter_context(self._hooks(index))
                 hidden_BTD = lm.decoder(
@@ -121,17 +121,7 @@ class Decoding:
             if job.controller.steers:
                 continue
             for layer, site in job.controller.sites.items():
-                if site < 0:
-                    raise UserError(
-                        f"layer {layer} is read at the embedding, which is not kept; "
-                        "choose a layer from 1 up"
-                    )
-                self._act(
-                    job_index,
-                    layer,
-                    self.prompt.residual_LBD[site][self.rows[job_index]],
-                    0,
-                )
+                self._act(job_index, layer, self.prompt.residual(site)[self.rows[job_index]], 0)
 
     @contextmanager
     def _hooks(self, token_index: int) -> Iterator[None]:
@@ -145,24 +135,11 @@ class Decoding:
         handles = []
         try:
             for site, who in sites.items():
-                handles.append(self._attach(site, self._steer(who, token_index)))
+                handles.append(self.lm.hook(site, self._steer(who, token_index)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _attach(self, site: int, steer: Callable[[Tensor], Tensor]):
-        if site < 0:
-            return self.lm.layers[0].register_forward_pre_hook(
-                lambda _module, args: (steer(args[0]), *args[1:])
-            )
-
-        def hook(_module, _inputs, output):
-            if isinstance(output, tuple):
-                return (steer(output[0]), *output[1:])
-            return steer(output)
-
-        return self.lm.layers[site].register_forward_hook(hook)
 
     def _steer(self, who: list[tuple[int, int]], token_index: int) -> Callable[[Tensor], Tensor]:
         def steer(hidden_BTD: Tensor) -> Tensor:

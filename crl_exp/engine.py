@@ -95,11 +95,11 @@ class Engine:
         return PromptStore(self.lm, prompts, self.config.batch_size, progress)
 
     def _kept_bytes(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Memory of the kept prompts: keys and values of each token, one residual a layer."""
+        """Memory of the kept prompts: keys and values of each token, one residual a site."""
         prefix = common_prefix(prompts)
         n_tokens = prefix + sum(len(p) - prefix for p in prompts)
         per_token = 2 * self.lm.n_layers * self.lm.d_kv
-        per_prompt = self.lm.n_layers * self.lm.d_model
+        per_prompt = (self.lm.n_layers + 1) * self.lm.d_model
         return (n_tokens * per_token + len(prompts) * per_prompt) * self.lm.dtype.itemsize
 
     @torch.no_grad()

@@ -29,13 +29,15 @@ INTERVENTIONS = pa.schema(
         ("token", pa.int32()),
         ("features", pa.list_(pa.int32())),
         ("coefficients", pa.list_(pa.float32())),
+        ("delta_norm", pa.float32()),
         ("log_prob", pa.float32()),
         ("value", pa.float32()),
         ("changed", pa.bool_()),
     ]
 )
-"""One row for each item, steered token and layer. `token` is the one produced; `changed`: whether
-the item's answer differs from the unsteered one."""
+"""One row for each item, steered token and layer. `token` is the one produced; `delta_norm`:
+length of what was added to the residual. `changed`: whether the item's answer differs from the
+unsteered one."""
 
 
 def evaluate_split(lab: Lab, controller: Controller, split: str) -> tuple[dict[str, Any], Answers]:
@@ -104,6 +106,7 @@ def _interventions(lab: Lab, split: str, answers: Answers) -> pa.Table:
     for step in answers.generation.steps:
         action = step.action
         features, coefficients = action.feature_idx_BK.tolist(), action.coefficient_BK.tolist()
+        delta_norms = action.delta_BD.norm(dim=1).tolist()
         assert step.token_B is not None
         tokens = step.token_B.tolist()
         nothing = [None] * len(tokens)
@@ -120,6 +123,7 @@ def _interventions(lab: Lab, split: str, answers: Answers) -> pa.Table:
             columns["token"].append(tokens[i])
             columns["features"].append([features[i][k] for k in kept])
             columns["coefficients"].append([coefficients[i][k] for k in kept])
+            columns["delta_norm"].append(delta_norms[i])
             columns["log_prob"].append(log_probs[i])
             columns["value"].append(values[i])
             columns["changed"].append(bool(changed[row]))

@@ -21,7 +21,7 @@ from crl_exp.evaluation import evaluate
 from crl_exp.lab import Lab
 from crl_exp.methods import NoSteering
 from crl_exp.runs import RunDirectory, write_json
-from crl_exp.saes import REPO
+from crl_exp.sae_config import REPO
 from crl_exp.tracking import sync
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory) -> dict[str, Any
         if not isinstance(exp.method, NoSteering):
             lab.statistics()
     with _timed(seconds, "train"):
-        controller = exp.method.prepare(lab)
+        controller, layers = exp.layers.prepare(lab)
     with _timed(seconds, "evaluate"):
         figures, used = evaluate(lab, controller)
     write_json(run.path / "features.json", _features(lab, used))

@@ -6,6 +6,7 @@ Shapes: B answers.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -19,8 +20,10 @@ from torch import Tensor
 from crl_exp.config import Experiment
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import FixedFeatures, Steer
+from crl_exp.controllers.vector import FixedVectors
 from crl_exp.engine import Engine, Generation, Job, Prompts
 from crl_exp.models import load_model
+from crl_exp.probe import checked
 from crl_exp.runs import RunDirectory, content_key
 from crl_exp.saes import LayerSAE, load_saes
 from crl_exp.tasks.base import Score, Splits
@@ -70,7 +73,7 @@ class Lab:
         self.splits: Splits = _shared("splits", asdict(exp.task), exp.task.splits, keep=4)
         self.model_key = asdict(exp.model)
         self.engine_key = [self.model_key, asdict(exp.engine)]
-        self.lm = _shared("model", self.model_key, lambda: load_model(exp.model), keep=1)
+        self.lm = _shared("model", self.model_key, lambda: checked(load_model(exp.model)), keep=1)
         self.engine = Engine(self.lm, exp.engine)
         self.saes: dict[int, LayerSAE] = _shared(
             "saes",
@@ -96,11 +99,27 @@ class Lab:
         """Keep something found on the way (a chosen multiplier, say) in the result."""
         self.notes[name] = value
 
+    def alone(self, layer: int) -> Lab:
+        """This lab with one of its layers only, notes and a folder of its own for checkpoints.
+
+        Model, prompts, statistics and warnings are shared.
+        """
+        part = copy.copy(self)
+        part.saes = {layer: self.saes[layer]}
+        part.run = self.run.part(f"layer_{layer}")
+        part.notes = {}
+        part._statistics = None
+        return part
+
     def bar(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         return progress_bar(what, total)
 
     def fixed(self, steers: list[Steer]) -> Controller:
         return FixedFeatures(steers, self.saes, self.exp.decay)
+
+    def vectors(self, vector_D: dict[int, Tensor]) -> Controller:
+        sites = {layer: sae.site for layer, sae in self.saes.items()}
+        return FixedVectors(vector_D, sites, self.exp.decay)
 
     # --- prompts and answers ---
 

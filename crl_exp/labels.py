@@ -12,6 +12,9 @@ from crl_exp.runs import NOT_IN_KEY
 NAMES = {
     "none": "unsteered",
     "random": "random features",
+    "random_direction": "random directions",
+    "top_activation": "most active features",
+    "raw_residual": "raw residual",
     "corrsteer_s": "CorrSteer-S",
     "corrsteer_a": "CorrSteer-A",
     "corrsteer_p": "CorrSteer-P",
@@ -51,6 +54,8 @@ def _name(record: Record) -> str:
     name: str = NAMES.get(method["name"]) or method["name"]
     if method.get("stage2") is False:
         name += " without stage 2"
+    if str(record.config["layers"].get("_target_")).endswith(".BestOnValidation"):
+        name += " at its best layer"
     return f"{name} (shuffled labels)" if record.config["task"].get("shuffle_labels") else name
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from crl_exp.controllers.base import Controller
 from crl_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from crl_exp.lab import Lab
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -14,11 +22,16 @@ class LayerSet:
     def wanted(self, available: list[int]) -> list[int]:
         raise NotImplementedError
 
+    def faults(self) -> list[str]:
+        return []
+
     def resolve(self, available: list[int], n_layers: int) -> list[int]:
         """The layers, sorted. Raises `UserError` for one out of range or without an SAE."""
         layers = sorted(set(self.wanted(available)))
         if not layers:
-            raise UserError("layers: the set is empty; try layers=all")
+            raise UserError(
+                f"layers: the set is empty (layers with an SAE: {available}); try layers=all"
+            )
         for layer in layers:
             if not 0 <= layer < n_layers:
                 raise UserError(
@@ -32,6 +45,10 @@ class LayerSet:
                     f"`python -m crl_exp.train_sae layers=[{layer}]`"
                 )
         return layers
+
+    def prepare(self, lab: Lab) -> tuple[Controller, list[int]]:
+        """The method's controller for these layers, and the layers that it steers."""
+        return lab.exp.method.prepare(lab), sorted(lab.saes)
 
 
 @dataclass
@@ -55,8 +72,68 @@ class Listed(LayerSet):
 
 
 @dataclass
+class Range(LayerSet):
+    """Every step-th layer from `first` to `last`, both included, that has an SAE, together."""
+
+    first: int
+    last: int
+    step: int
+
+    def faults(self) -> list[str]:
+        if self.step >= 1 and 0 <= self.first <= self.last:
+            return []
+        return [
+            f"layers: first={self.first}, last={self.last}, step={self.step}: must be "
+            "0 ≤ layers.first ≤ layers.last and layers.step ≥ 1"
+        ]
+
+    def wanted(self, available: list[int]) -> list[int]:
+        return [n for n in range(self.first, self.last + 1, self.step) if n in available]
+
+    def resolve(self, available: list[int], n_layers: int) -> list[int]:
+        if self.last >= n_layers:
+            raise UserError(
+                f"layers.last={self.last} is out of range: the model has layers 0 to "
+                f"{n_layers - 1}; set layers.last={n_layers - 1}"
+            )
+        return super().resolve(available, n_layers)
+
+
+@dataclass
 class All(LayerSet):
     """Every layer that has an SAE, steered together."""
 
     def wanted(self, available: list[int]) -> list[int]:
         return available
+
+
+@dataclass
+class BestOnValidation(LayerSet):
+    """One layer: the one at which the method does best on the validation split.
+
+    The method is run at each candidate alone; the test split plays no part. Of equals the lowest
+    layer is taken. The result's notes hold every candidate's mean reward.
+
+    among: candidates; null, every layer that has an SAE.
+    """
+
+    among: list[int] | None
+
+    def wanted(self, available: list[int]) -> list[int]:
+        return available if self.among is None else self.among
+
+    def prepare(self, lab: Lab) -> tuple[Controller, list[int]]:
+        tried: dict[int, tuple[float, Controller, dict]] = {}
+        for layer in sorted(lab.saes):
+            alone = lab.alone(layer)
+            controller = lab.exp.method.prepare(alone)
+            tried[layer] = (lab.validation_reward(controller), controller, alone.notes)
+            log.info("layer %d: %.4f on validation", layer, tried[layer][0])
+        best = max(tried, key=lambda layer: tried[layer][0])
+        lab.note(
+            "validation_reward_by_layer", {str(n): reward for n, (reward, *_) in tried.items()}
+        )
+        lab.note("layer_chosen_on_validation", best)
+        for name, value in tried[best][2].items():
+            lab.note(name, value)
+        return tried[best][1], [best]

@@ -6,7 +6,6 @@ Each is one dataclass and one YAML file. All go through the same engine and the 
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from crl_exp.errors import UserError
 from crl_exp.policy import LayerAgent, PolicyController
 from crl_exp.stages.base import Pipeline
 from crl_exp.trainer import Trainer
+from crl_exp.warmup import LayerStatistics
 
 if TYPE_CHECKING:
     from crl_exp.config import Experiment
@@ -73,13 +73,17 @@ class CorrSteer(Method):
             found.append(f"method.n_candidates={self.n_candidates}: must be at least 1")
         return found
 
+    def best_features(self, lab: Lab, statistics: LayerStatistics) -> list[int]:
+        """The `n_candidates` allowed features of the highest correlation, best first."""
+        return statistics.best(lab.exp.warmup.min_frequency, self.n_candidates)
+
     def candidates(self, lab: Lab) -> list[list[Steer]]:
-        """By layer, the most correlated allowed features with their coefficients, best first."""
+        """By layer, the best allowed features with their coefficients, best first."""
         return [self._of_layer(lab, layer) for layer in lab.statistics()]
 
     def _of_layer(self, lab: Lab, layer: int) -> list[Steer]:
         statistics = lab.statistics()[layer]
-        best = statistics.best(lab.exp.warmup.min_frequency, self.n_candidates)
+        best = self.best_features(lab, statistics)
         if not best:
             raise UserError(
                 f"layer {layer}: no feature is active in {lab.exp.warmup.min_frequency:.0%} "
@@ -158,27 +162,6 @@ class CorrSteerP(CorrSteer):
             lab.warn("CorrSteer-P kept no layer: none alone beats the unsteered model")
             return []
         return self.scaled(lab, kept)[0]
-
-
-@dataclass
-class RandomFeatures(CorrSteer):
-    """Control: at each layer a random live feature, its addition as long as CorrSteer-A's there.
-
-    The multiplier is chosen for CorrSteer-A's features and kept, so that the norms match.
-    """
-
-    def select(self, lab: Lab) -> list[Steer]:
-        chosen = self.each_layer(lab)
-        draw = random.Random(lab.exp.seed)
-        return [self._swapped(lab, steer, draw) for steer in chosen]
-
-    def _swapped(self, lab: Lab, steer: Steer, draw: random.Random) -> Steer:
-        allowed = lab.statistics()[steer.layer].allowed(lab.exp.warmup.min_frequency).tolist()
-        others = [feature for feature in allowed if feature != steer.feature_idx] or allowed
-        feature_idx = draw.choice(others)
-        norm_F = lab.saes[steer.layer].dec_norm_F
-        same = float(norm_F[steer.feature_idx] / norm_F[feature_idx])
-        return Steer(steer.layer, feature_idx, steer.coefficient * same)
 
 
 @dataclass

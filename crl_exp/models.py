@@ -8,93 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from crl_exp.assets import asset_path
-from crl_exp.errors import UserError, did_you_mean
-
-ASSET_PREFIX = "asset:"
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-
-@dataclass
-class ModelConfig:
-    """Which language model.
-
-    name: what results are filed under, and what an SAE's metadata is compared with.
-    path: a local folder, a hub id, or `asset:NAME` for one fetched by `make assets`.
-    revision: hub revision (null: the default branch).
-    dtype: float32, bfloat16 or float16.
-    device: cpu, cuda, cuda:1, …
-    attn_implementation: sdpa, eager or null (transformers' own choice for the architecture).
-    """
-
-    name: str
-    path: str
-    revision: str | None
-    dtype: str
-    device: str
-    attn_implementation: str | None
-
-    def local_path(self) -> str:
-        """Resolve `asset:` names. Raises `UserError` where the asset is missing."""
-        if self.path.startswith(ASSET_PREFIX):
-            return str(asset_path(self.path.removeprefix(ASSET_PREFIX)))
-        return self.path
-
-    def faults(self) -> list[str]:
-        """What can be said to be wrong before anything is loaded."""
-        found = []
-        if self.dtype not in DTYPES:
-            near = did_you_mean(self.dtype, DTYPES)
-            found.append(f"model.dtype={self.dtype}: must be one of {', '.join(DTYPES)}{near}")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            found.append(f"model.device={self.device}: no CUDA device here; set model.device=cpu")
-        if self.attn_implementation not in (None, "sdpa", "eager"):
-            found.append(
-                f"model.attn_implementation={self.attn_implementation}: the engine builds its own "
-                "masks, which sdpa, eager and null take"
-            )
-        return found
-
-    def read_config(self):
-        """The architecture's config, without weights. Raises `UserError` naming the mend."""
-        from transformers import AutoConfig
-
-        path = self.local_path()
-        try:
-            return AutoConfig.from_pretrained(path, revision=self.revision)
-        except (OSError, ValueError) as error:
-            raise UserError(_cannot_load(self, path, error)) from error
-
-
-def _cannot_load(config: ModelConfig, path: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    return (
-        f"model.path={config.path}: can't load a language model from {path!r} ({first_line}). "
-        "Give a folder with config.json and safetensors (model.path=/a/folder), a hub id that "
-        "this machine can reach (gated ones need `hf auth login`), or model=smollm2_135m, "
-        "which `make assets` fetches without a hub"
-    )
+from crl_exp.architecture import find_layers
+from crl_exp.errors import UserError
+from crl_exp.model_config import DTYPES, ModelConfig, cannot_load
 
 
 class LanguageModel:
     """A frozen causal language model with handles on its decoder layers."""
 
     def __init__(self, model: nn.Module, tokenizer, name: str):
+        self.layers = find_layers(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self.in_tuple = False  # whether layers hand their output on in a tuple; `hook` sees it
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
         config = model.config.get_text_config()  # type: ignore[operator, union-attr]
         self.n_layers: int = config.num_hidden_layers
@@ -102,7 +37,6 @@ class LanguageModel:
         n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or self.d_model // config.num_attention_heads
         self.d_kv: int = n_heads * head_dim
-        self.layers = find_layers(self.decoder, self.n_layers)
         self.window: int | None = getattr(config, "sliding_window", None)
         layer_types = set(getattr(config, "layer_types", None) or ())
         # Models that mix window and full layers take one mask for each type.
@@ -196,47 +130,49 @@ class LanguageModel:
         bias = None if head.bias is None else head.bias[rows]
         return nn.functional.linear(hidden_BD, head.weight[rows], bias)
 
+    def hook(self, site: int, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Show `see` the residual [B, T, D] at a site; what it returns, if anything, goes on.
+
+        site: the output of layer `site`; -1 is the input of layer 0.
+        """
+        if site < 0:
+
+            def before(_module, args, kwargs):
+                if args:
+                    seen = see(args[0])
+                    return None if seen is None else ((seen, *args[1:]), kwargs)
+                seen = see(kwargs["hidden_states"])
+                return None if seen is None else (args, {**kwargs, "hidden_states": seen})
+
+            return self.layers[0].register_forward_pre_hook(before, with_kwargs=True)
+
+        def after(_module, _inputs, output):
+            self.in_tuple = isinstance(output, tuple)
+            seen = see(output[0] if self.in_tuple else output)
+            return (seen, *output[1:]) if self.in_tuple and seen is not None else seen
+
+        return self.layers[site].register_forward_hook(after)
+
     @contextmanager
     def skipping(self, top: int, residual_BD: Tensor) -> Iterator[None]:
         """Within, layers 0..`top` are not computed: `top`'s output is `residual_BD`.
 
         The prompt's last token is the same for every policy up to the first steered layer, so
-        its residual there is read once and put in. Hooks on layer `top` see it as its output.
+        its residual there is read once and put in. Hooks on layer `top` see it as its output (and
+        so would hooks below, where no controller steers).
         """
         if top < 0:
             yield
             return
         put_in = residual_BD[:, None].to(self.dtype)
-        for layer in self.layers[:top]:
-            layer.forward = _pass_through  # type: ignore[method-assign]
-        self.layers[top].forward = lambda *_, **__: put_in  # type: ignore[method-assign]
+        given = (put_in,) if self.in_tuple else put_in
+        for layer in self.layers[: top + 1]:
+            layer.forward = lambda *_, **__: given  # type: ignore[method-assign]
         try:
             yield
         finally:
             for layer in self.layers[: top + 1]:
                 del layer.forward
-
-
-def _pass_through(hidden: Tensor, *_args, **_kwargs) -> Tensor:
-    return hidden
-
-
-def find_layers(decoder: nn.Module, n_layers: int) -> list[nn.Module]:
-    """The decoder's stack: its one direct ModuleList of `num_hidden_layers` blocks.
-
-    Raises `UserError` where the architecture keeps its layers otherwise.
-    """
-    stacks = [
-        child
-        for child in decoder.children()
-        if isinstance(child, nn.ModuleList) and len(child) == n_layers
-    ]
-    if len(stacks) != 1:
-        raise UserError(
-            f"can't find the {n_layers} decoder layers of {type(decoder).__name__} "
-            f"({len(stacks)} candidate lists); this architecture can't be steered"
-        )
-    return list(stacks[0])
 
 
 def load_model(config: ModelConfig) -> LanguageModel:
@@ -245,8 +181,17 @@ def load_model(config: ModelConfig) -> LanguageModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    if found := config.machine_faults():
+        raise UserError("\n".join(found))
     logging.disable_progress_bar()
     path = config.local_path()
+    # Quantised weights are made on their device and can't be moved there.
+    how: dict[str, Any] = {}
+    if config.quantization:
+        how = {
+            "quantization_config": config.quantization_config(),
+            "device_map": {"": config.device},
+        }
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
         model = AutoModelForCausalLM.from_pretrained(
@@ -255,9 +200,10 @@ def load_model(config: ModelConfig) -> LanguageModel:
             dtype=DTYPES[config.dtype],
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
-        ).to(config.device)  # type: ignore[arg-type]
-    except (OSError, ValueError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(_cannot_load(config, path, error)) from error
-    if config.path.startswith(ASSET_PREFIX):
-        assert Path(path).is_dir()
+            **how,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(cannot_load(config, path, error)) from error
+    if not config.quantization:
+        model = model.to(config.device)  # type: ignore[arg-type]
     return LanguageModel(model, tokenizer, config.name)

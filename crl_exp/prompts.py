@@ -1,8 +1,9 @@
-"""Prompts read once: their keys and values, and the last token's residual at every layer.
+"""Prompts read once: their keys and values, and the last token's residual at every site.
 
 Steering begins at the last prompt token, so all that comes before it is the same for every
 controller, epoch and seed. A `PromptStore` reads a split once and hands out batches to decode from.
-Shapes: N tokens in the store, B rows, T tokens, L layers, D d_model, H key heads, E head size.
+Shapes: N tokens in the store (or prompts), B rows, T tokens, L layers, S sites (L + 1), D d_model,
+H key heads, E head size. Site index 0 is the input of layer 0, then the output of each layer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class PromptBatch:
 
     last_B: last prompt token. position_B: its position.
     key_BT, valid_BT: position of each cached key, and whether it is a real one.
-    residual_LBD: the last token's residual at the output of each layer, unsteered.
+    residual_SBD: the last token's residual at the input of layer 0 and at the output of each layer,
+        unsteered; `residual(site)` picks one.
     rows: of the store's tokens [B, T + 1], the last prompt token included; padding points anywhere.
     """
 
@@ -34,9 +36,13 @@ class PromptBatch:
     position_B: Tensor
     key_BT: Tensor
     valid_BT: Tensor
-    residual_LBD: Tensor
+    residual_SBD: Tensor
     rows: Tensor
     store: PromptStore
+
+    def residual(self, site: int) -> Tensor:
+        """The last token's residual [B, D] at the output of layer `site`; -1: layer 0's input."""
+        return self.residual_SBD[site + 1]
 
     def cache(self, first_layer: int, with_last: int) -> DynamicCache:
         """A fresh cache of the layers from `first_layer` up; lower ones stay empty.
@@ -64,8 +70,8 @@ class PromptStore:
         self.start = starts[:-1]  # row of each prompt's first own token
         self.n_tokens = int(starts[-1])
         self.kv_L: list[Tensor] = []  # each [N, 2, H, E]
-        self.residual_LND = torch.empty(
-            lm.n_layers, len(self.prompts), lm.d_model, dtype=lm.dtype, device=lm.device
+        self.residual_SND = torch.empty(
+            lm.n_layers + 1, len(self.prompts), lm.d_model, dtype=lm.dtype, device=lm.device
         )
         self._read(batch_size, progress)
 
@@ -74,7 +80,7 @@ class PromptStore:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.kv_L) + self.residual_LND.nbytes
+        return sum(t.nbytes for t in self.kv_L) + self.residual_SND.nbytes
 
     def batch(self, items: Sequence[int]) -> PromptBatch:
         """Assemble the prompts at these positions into a left-padded batch."""
@@ -92,7 +98,7 @@ class PromptStore:
             position_B=(lengths_B - 1).to(device),
             key_BT=key_BT.clamp(min=0).to(device),
             valid_BT=valid_BT.to(device),
-            residual_LBD=self.residual_LND[:, list(items)],
+            residual_SBD=self.residual_SND[:, list(items)],
             rows=torch.cat([rows_BT, last_B1], dim=1).to(device),
             store=self,
         )
@@ -138,8 +144,8 @@ class PromptStore:
         for index, (keys, values) in enumerate(_keys_values(prefix_cache)):
             shape = (len(chunk), -1, -1, -1)
             cache.update(keys.expand(shape), values.expand(shape), index)
-        last_LBD = self._forward(ids_BT.to(self.lm.device), cache, lengths_B, start=self.prefix)
-        self._keep(chunk, cache, lengths_B, last_LBD)
+        last_SBD = self._forward(ids_BT.to(self.lm.device), cache, lengths_B, start=self.prefix)
+        self._keep(chunk, cache, lengths_B, last_SBD)
 
     def _forward(
         self, ids_BT: Tensor, cache: DynamicCache, lengths_B: Tensor, start: int
@@ -154,11 +160,10 @@ class PromptStore:
         rows = torch.arange(n_rows, device=device)
         residuals: list[Tensor] = []
 
-        def keep(_module, _inputs, output):
-            hidden = output[0] if isinstance(output, tuple) else output
+        def keep(hidden: Tensor) -> None:
             residuals.append(hidden[rows, lengths_B - 1])
 
-        handles = [layer.register_forward_hook(keep) for layer in self.lm.layers]
+        handles = [self.lm.hook(site, keep) for site in range(-1, self.lm.n_layers)]
         try:
             self.lm.decoder(
                 input_ids=ids_BT,
@@ -173,7 +178,7 @@ class PromptStore:
         return torch.stack(residuals)
 
     def _keep(
-        self, chunk: list[int], cache: DynamicCache, lengths_B: Tensor, last_LBD: Tensor
+        self, chunk: list[int], cache: DynamicCache, lengths_B: Tensor, last_SBD: Tensor
     ) -> None:
         read = _keys_values(cache)
         if not self.kv_L:
@@ -186,7 +191,7 @@ class PromptStore:
             for row, item in enumerate(chunk):
                 at, length = int(self.start[item]), int(lengths_B[row])
                 self.kv_L[index][at : at + length] = kv[row, self.prefix : self.prefix + length]
-        self.residual_LND[:, chunk] = last_LBD
+        self.residual_SND[:, chunk] = last_SBD
 
 
 def _keys_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:

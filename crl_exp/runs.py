@@ -6,6 +6,7 @@ result. Everything else (MLflow, tables, figures) is made from it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -70,6 +71,20 @@ class RunDirectory:
         self.path = Path(config.output_dir).expanduser() / config.sweep_name / self.key
         self.config = config
 
+    def part(self, name: str) -> RunDirectory:
+        """A folder inside this one with a journal and checkpoints of its own, of the same key."""
+        made = copy.copy(self)
+        made.path = self.path / name
+        made.path.mkdir(parents=True, exist_ok=True)
+        if self.config.resume == "force":
+            made.clear()
+        return made
+
+    def clear(self) -> None:
+        """Forget the last attempt."""
+        for name in FROM_THE_LAST_TIME:
+            (self.path / name).unlink(missing_ok=True)
+
     @property
     def result_path(self) -> Path:
         return self.path / "result.json"
@@ -111,8 +126,7 @@ class RunDirectory:
 
     def _start(self) -> None:
         if self.config.resume == "force":
-            for name in FROM_THE_LAST_TIME:
-                (self.path / name).unlink(missing_ok=True)
+            self.clear()
         plain = OmegaConf.to_container(self.config, resolve=True)
         assert isinstance(plain, dict)
         plain.pop("hydra", None)

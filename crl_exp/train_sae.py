@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from crl_exp.config import build
 from crl_exp.errors import UserError
-from crl_exp.models import LanguageModel, ModelConfig, load_model
+from crl_exp.model_config import ModelConfig
+from crl_exp.models import LanguageModel, load_model
 from crl_exp.sae_recipe.quality import (
     QualityConfig,
     card,

@@ -58,6 +58,11 @@ def refused(overrides: list[str]) -> str:
         ("layers.layer=3", r"layer 3 has no SAE; .*\[0, 1, 2\].*layers\.layer=0.*train_sae"),
         ("layers=list layers.layers=[1,7]", r"layer 7 is out of range"),
         ("layers=list layers.layers=[]", r"layers=all"),
+        ("layers=range layers.last=4", r"layers\.last=4 is out of range"),
+        ("layers=range layers.first=2 layers.last=1", r"0 ≤ layers\.first ≤ layers\.last"),
+        ("layers=best_on_validation layers.among=[0,9]", r"layer 9 is out of range"),
+        ("model.path=tiny:lama", r"model\.path=tiny:lama: .*did you mean 'llama'"),
+        ("model.quantization=nf4", r"model\.quantization=nf4 needs an NVIDIA GPU"),
         ("sae.folder=no/such/folder", r"sae\.folder=no/such/folder has no SAE.*sae\.id_template"),
         ('sae.id_template="l{layer}"', r"has no SAE whose id looks like 'l\{layer\}'"),
         ("sae.folder=null sae.release=gemma-scop", r"sae\.release=gemma-scop.*did you mean"),
@@ -135,9 +140,18 @@ def test_an_sae_of_another_layer(common, tmp_path):
     assert "blocks.2.hook_resid_post" in said and "sae.id_template" in said
 
 
-def test_an_sae_of_another_model_is_warned_about(common, tiny_files):
-    result, _ = run_small([*common, "method=corrsteer_s", "model.name=other"])
+def test_an_sae_of_another_model(common, tmp_path):
+    overrides = [*common, "method=corrsteer_s", "model.name=other"]
+    said = refused(overrides)
+    assert "was trained on tiny, but the model is other" in said and "sae.other_model=true" in said
+    assert not (tmp_path / "out").exists(), "found out only after the weights were loaded"
+    result, _ = run_small([*overrides, "sae.other_model=true"])
     assert any("was trained on tiny, but steers other" in text for text in result["warnings"])
+
+
+def test_an_sae_of_the_base_model_is_allowed_and_recorded(common):
+    result, _ = run_small([*common, "method=corrsteer_s", "model.name=tiny-instruct"])
+    assert any("trained on tiny, but steers tiny-instruct" in text for text in result["warnings"])
 
 
 def cut(path: Path) -> None:

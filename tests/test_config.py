@@ -19,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from crl_exp import config as configs
 from crl_exp.cli import explain, people_errors, register
 from crl_exp.errors import UserError
+from crl_exp.experiment import run_experiment
+from crl_exp.runs import run_key
 from hydra_plugins.crl_exp_sweeper.grids import GridSweeper
 from tests.tiny_run import CONF, ROOT, composed, run_small
 
@@ -27,8 +29,8 @@ SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
 # What these name (another model, other data) isn't there in a fast test; they are built, not run.
 NOT_RUN = {"model", "sae", "task", "tracking", "experiment", "sweep"}
 RUN = [pair for pair in OPTIONS if pair[0] not in NOT_RUN]
-# Values without a default, which a person has to give.
-GIVEN = {("task", "jsonl"): ["task.path=questions.jsonl"]}
+# Values without a default, which a person has to give; any other is given a word.
+GIVEN = {"sae.id_template": '"layer_{layer}"'}
 
 
 def test_the_globs_find_something():
@@ -48,18 +50,26 @@ def defaults() -> list[dict]:
     return [entry for entry in entries if isinstance(entry, dict)]  # type: ignore[misc]
 
 
+def given(group: str, option: str) -> list[str]:
+    """Overrides for what the option's file leaves open (`???`)."""
+    values = OmegaConf.load(CONF / group / f"{option}.yaml")
+    open_keys = [f"{group}.{key}" for key in values if OmegaConf.is_missing(values, key)]
+    return [f"{key}={GIVEN.get(key, 'given')}" for key in open_keys]
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["/".join(pair) for pair in OPTIONS])
 def test_every_option_composes_and_builds(group, option):
-    config = composed([choosing(group, option), *GIVEN.get((group, option), [])])
+    config = composed([choosing(group, option), *given(group, option)])
     exp = configs.experiment(config)
     if group in configs.PARTS:
         assert config[group]["_target_"].endswith("." + type(getattr(exp, group)).__name__)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @pytest.mark.parametrize(("group", "option"), RUN, ids=["/".join(pair) for pair in RUN])
-def test_every_option_runs_on_a_tiny_model(group, option, tiny_files, tmp_path):
+def test_every_option_runs_on_a_tiny_model(group, option, kind, tiny_files, tmp_path):
     """Stage 1, two updates and the evaluation, with the option and everything else as it comes."""
-    overrides = [*tiny_files.overrides(), choosing(group, option), f"output_dir={tmp_path}"]
+    overrides = [*tiny_files.overrides(kind), choosing(group, option), f"output_dir={tmp_path}"]
     result, folder = run_small(overrides)
     assert result["n"] == 16 and result["p_value"] <= 1
     assert (folder / "interventions.parquet").exists()
@@ -97,6 +107,60 @@ def test_every_point_of_every_sweep_composes_and_builds(name):
 def test_every_point_of_every_sweep_fits_its_model_and_saes(name):
     for point in sweep_points(name):
         assert configs.validate(configs.experiment(composed(point)))
+
+
+# --- +debug=tiny: any run or sweep, offline ---
+
+SAME = {"model": {"name": "", "path": ""}, "sae": {"folder": ""}}
+TINY = {
+    "llama": [],
+    "gemma2": ["model.path=tiny:gemma2", "model.name=tiny-gemma2", "sae.folder=tiny:gemma2"],
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_cache(tmp_path_factory):
+    """An empty cache: what is tiny is made, what needs `make assets` isn't there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRL_EXP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_debug_tiny_needs_no_assets(kind, tiny_cache):
+    config = composed(["+debug=tiny", *TINY[kind], f"output_dir={tiny_cache}"])
+    result = run_experiment(config, skip_finished=False)
+    assert result["n"] == 16 and result["method"] == "crl" and result["warnings"] == []
+    assert 0 < result["accuracy_baseline"] < 1, "nothing could be learned"
+
+
+def test_what_is_typed_beats_debug_tiny():
+    config = composed(["+debug=tiny", "task=sentiment", "algorithm.n_updates=7"])
+    assert config.task.name == "sentiment" and config.task.n_train == 24
+    assert config.algorithm.n_updates == 7 and config.model.name == "tiny-llama"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_point_of_every_sweep_runs_on_a_tiny_model(name, tiny_cache):
+    """By turns on Llama and Gemma-2. Points that differ in the seed alone are run once."""
+    seen: set[str] = set()
+    for i, point in enumerate(sweep_points(name, "+debug=tiny", f"output_dir={tiny_cache}")):
+        config = composed([*point, *TINY[["llama", "gemma2"][i % 2]]])
+        key = run_key(OmegaConf.merge(config, {"seed": 0, **SAME}))  # type: ignore[arg-type]
+        if key not in seen:
+            seen.add(key)
+            assert run_experiment(config, skip_finished=True)["n"] == 16, point
+
+
+@pytest.mark.slow
+def test_a_sweep_is_tried_by_the_line_that_the_docs_give(tiny_cache):
+    command = [sys.executable, "launch.py", "-m", "+sweep=decay", "+debug=tiny"]
+    done = subprocess.run(
+        [*command, f"output_dir={tiny_cache / 'typed'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tiny_cache / "typed" / "decay").glob("*/result.json"))) == 8
 
 
 def test_the_command_line_goes_into_every_point():

@@ -28,7 +28,7 @@ from tests.tiny_steering import (
     random_sae,
 )
 
-KINDS = ["llama", "gemma2", "gpt2"]
+KINDS = tiny.KINDS
 PROMPTS = tiny.prompts(5)
 ROWS = range(len(PROMPTS))
 MODELS: dict[str, LanguageModel] = {}
@@ -143,11 +143,11 @@ def test_kept_prompts_are_as_they_were_after_steering(site: int) -> None:
     made = engine("llama")
     store = made.read(PROMPTS)
     assert isinstance(store, PromptStore)
-    before = [t.clone() for t in (*store.kv_L, store.residual_LND)]
+    before = [t.clone() for t in (*store.kv_L, store.residual_SND)]
     delta_D = torch.randn(tiny.D_MODEL, generator=torch.Generator().manual_seed(2))
     jobs = [Job(AddVector({site: delta_D}), [0, 3, 1]), Job(Look({2: 2}, steers=False), [4])]
     first = made.generate(store, jobs, 4)
-    after = [*store.kv_L, store.residual_LND]
+    after = [*store.kv_L, store.residual_SND]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     again = made.generate(store, jobs, 4)
     assert [g.tokens for g in again] == [g.tokens for g in first]

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from crl_exp.engine import Engine, EngineConfig, Job
-from crl_exp.models import ModelConfig, load_model
-from crl_exp.saes import SAEConfig, load_saes
+from crl_exp.model_config import ModelConfig
+from crl_exp.models import load_model
+from crl_exp.sae_config import SAEConfig
+from crl_exp.saes import load_saes
 from crl_exp.tasks.sentiment import Sentiment
 from tests.tiny_steering import Look, explained_variance
 
@@ -23,10 +25,18 @@ def test_shipped_saes_explain_their_own_layer_best() -> None:
     """
     lm = load_model(
         ModelConfig(
-            "smollm2_135m", "asset:models/SmolLM2-135M-Instruct", None, "float32", "cpu", "sdpa"
+            name="SmolLM2-135M-Instruct",
+            path="asset:models/SmolLM2-135M-Instruct",
+            revision=None,
+            dtype="float32",
+            device="cpu",
+            attn_implementation="sdpa",
+            quantization=None,
         )
     )
-    config = SAEConfig("smollm2", "assets/smollm2_saes", None, "blocks.{layer}.hook_resid_post")
+    config = SAEConfig(
+        "smollm2", "assets/smollm2_saes", None, "blocks.{layer}.hook_resid_post", False
+    )
     saes = load_saes(config, config.available, lm.d_model, lm.name, lm.device)
     assert set(saes) == {8, 12, 15, 18, 22}
     prompts = [lm.prompt_ids(item.user, True) for item in sentiment().splits().test[:N_PROMPTS]]
@@ -52,6 +62,6 @@ def sentiment() -> Sentiment:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from crl_exp.saes import REPO
+    from crl_exp.sae_config import REPO
 
     return instantiate(OmegaConf.load(REPO / "conf/task/sentiment.yaml"), _convert_="object")

@@ -12,15 +12,22 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from crl_exp.models import LanguageModel
 
 WORDS = ["<pad>", "<eos>", "<user>", "<bot>", "yes", "no", *[f"w{i}" for i in range(58)]]
 D_MODEL, N_LAYERS, D_SAE = 32, 4, 64
+KINDS = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen2", "qwen3")
 CHAT = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<bot>"
 
 
@@ -36,7 +43,9 @@ def tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
 
 
 def model(kind: str, seed: int = 0):
-    """A random causal LM: llama (grouped heads), gemma2 (window 6, soft caps) or gpt2."""
+    """A random causal LM: llama (grouped heads), gemma2 (window 6, soft caps), gpt2 (absolute
+    positions), gpt_neox (partial rotary, parallel residual), qwen2 (biases), qwen3 (query norms).
+    """
     torch.manual_seed(seed)
     common = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     shape = {
@@ -51,6 +60,17 @@ def model(kind: str, seed: int = 0):
         made = Gemma2ForCausalLM(
             Gemma2Config(**common, **shape, **special, attn_implementation="eager")
         )
+    elif kind == "gpt_neox":
+        shape = {name: shape[name] for name in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings",
+        )}  # fmt: skip
+        made = GPTNeoXForCausalLM(GPTNeoXConfig(**common, **shape, initializer_range=0.2))
+    elif kind == "qwen2":
+        del shape["head_dim"]
+        made = Qwen2ForCausalLM(Qwen2Config(**common, **shape, initializer_range=0.2))
+    elif kind == "qwen3":
+        made = Qwen3ForCausalLM(Qwen3Config(**common, **shape, initializer_range=0.2))
     else:
         assert kind == "gpt2"
         shape = {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": 128}

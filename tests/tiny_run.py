@@ -76,14 +76,25 @@ def random_sae_weights(seed: int, d_in: int = tiny.D_MODEL, d_sae: int = tiny.D_
     }
 
 
-def save_sae(folder: Path, layer: int, weights: dict, hook_layer: int | None = None) -> Path:
-    """Write a JumpReLU SAE as SAELens does, at `folder/blocks.LAYER.hook_resid_post`."""
+def save_sae(
+    folder: Path,
+    layer: int,
+    weights: dict,
+    hook_layer: int | None = None,
+    point: str = "post",
+    said: dict[str, Any] | None = None,
+    **shape: Any,
+) -> Path:
+    """Write a JumpReLU SAE as SAELens does, at `folder/blocks.LAYER.hook_resid_POINT`.
+
+    said: more metadata. shape: more of SAELens' config.
+    """
     d_sae, d_in = weights["W_dec"].shape
-    site = f"blocks.{layer if hook_layer is None else hook_layer}.hook_resid_post"
-    metadata = SAEMetadata(hook_name=site, model_name="tiny")
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae, metadata=metadata))
+    site = f"blocks.{layer if hook_layer is None else hook_layer}.hook_resid_{point}"
+    metadata = SAEMetadata(**{"hook_name": site, "model_name": "tiny", **(said or {})})
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae, metadata=metadata, **shape))
     sae.load_state_dict(weights)
-    path = folder / f"blocks.{layer}.hook_resid_post"
+    path = folder / f"blocks.{layer}.hook_resid_{point}"
     sae.save_model(path)
     return path
 

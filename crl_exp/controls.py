@@ -1,0 +1,121 @@
+"""Controls: what steering does that owes nothing to the correlation, or nothing to the SAE.
+
+Each is a method like any other and goes through the same engine, evaluation and log.
+Shapes: B rows, D d_model.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from crl_exp.controllers.base import Controller
+from crl_exp.controllers.fixed import Steer
+from crl_exp.errors import UserError
+from crl_exp.methods import CorrSteer
+from crl_exp.residual_means import ResidualMeans, residual_means
+from crl_exp.warmup import LayerStatistics
+
+if TYPE_CHECKING:
+    from crl_exp.lab import Lab
+
+
+@dataclass
+class RandomFeatures(CorrSteer):
+    """Control: at each layer a random live feature, its addition as long as CorrSteer-A's there.
+
+    The multiplier is chosen for CorrSteer-A's features and kept, so that the norms match.
+    """
+
+    def select(self, lab: Lab) -> list[Steer]:
+        chosen = self.each_layer(lab)
+        draw = random.Random(lab.exp.seed)
+        return [self._swapped(lab, steer, draw) for steer in chosen]
+
+    def _swapped(self, lab: Lab, steer: Steer, draw: random.Random) -> Steer:
+        allowed = lab.statistics()[steer.layer].allowed(lab.exp.warmup.min_frequency).tolist()
+        others = [feature for feature in allowed if feature != steer.feature_idx] or allowed
+        feature_idx = draw.choice(others)
+        norm_F = lab.saes[steer.layer].dec_norm_F
+        same = float(norm_F[steer.feature_idx] / norm_F[feature_idx])
+        return Steer(steer.layer, feature_idx, steer.coefficient * same)
+
+
+@dataclass
+class TopActivation(CorrSteer):
+    """Control: at each layer the allowed feature of the highest mean activation, reward unseen.
+
+    The mean is of the pooled activation z over all training answers. Coefficient and multiplier
+    are found as CorrSteer-A's are.
+    """
+
+    def best_features(self, lab: Lab, statistics: LayerStatistics) -> list[int]:
+        allowed_C = statistics.allowed(lab.exp.warmup.min_frequency)
+        by_mean = statistics.by_feature["mean"][allowed_C].argsort(descending=True, stable=True)
+        return allowed_C[by_mean[: self.n_candidates]].tolist()
+
+    def select(self, lab: Lab) -> list[Steer]:
+        return self.each_layer(lab)
+
+
+@dataclass
+class RandomDirection(CorrSteer):
+    """Control: at each layer a random direction, as long as CorrSteer-A's addition there.
+
+    Drawn from the unit sphere by `seed`. The multiplier is chosen for CorrSteer-A's features.
+    """
+
+    def prepare(self, lab: Lab) -> Controller:
+        draw = torch.Generator().manual_seed(lab.exp.seed)
+        vectors = {}
+        for steer in self.each_layer(lab):
+            direction_D = torch.randn(lab.lm.d_model, generator=draw)
+            vectors[steer.layer] = direction_D / direction_D.norm() * length(lab, steer)
+        return lab.vectors(vectors)
+
+
+@dataclass
+class RawResidual(CorrSteer):
+    """Control without an SAE: the mean residual of rewarded minus that of unrewarded answers.
+
+    As contrastive activation addition (Panickssery et al., arXiv 2312.06681), the contrast being
+    the reward. An answer's residual is the mean over its steered tokens, or that of the last prompt
+    token with warmup.pooling=last_prompt. Sites are those of the SAEs, so that layers compare.
+
+    norm_match: make it as long as CorrSteer-A's addition at that layer; else the difference
+        itself times the multiplier that does best on validation.
+    """
+
+    norm_match: bool
+
+    def prepare(self, lab: Lab) -> Controller:
+        contrast = {la: self._contrast(la, means) for la, means in residual_means(lab).items()}
+        if self.norm_match:
+            wanted = {steer.layer: length(lab, steer) for steer in self.each_layer(lab)}
+            return lab.vectors({la: v / v.norm() * wanted[la] for la, v in contrast.items()})
+        tried = []
+        for multiplier in sorted(self.multipliers):
+            made = lab.vectors({la: v * multiplier for la, v in contrast.items()})
+            tried.append((lab.validation_reward(made), made, multiplier))
+        _, best, multiplier = max(tried, key=lambda t: t[0])
+        lab.note(f"multiplier for layers {sorted(contrast)}", multiplier)
+        return best
+
+    def _contrast(self, layer: int, means: ResidualMeans) -> Tensor:
+        if not (means.n_rewarded and means.n_unrewarded):
+            which = "all" if means.n_rewarded else "none"
+            raise UserError(
+                f"layer {layer}: the unsteered model gets {which} of the training items right, so "
+                "method=raw_residual has nothing to contrast. Use a task of medium difficulty or "
+                "more items (task.n_train=…)"
+            )
+        return means.contrast_D
+
+
+def length(lab: Lab, steer: Steer) -> float:
+    """Length of what a feature's steering adds to the residual."""
+    return abs(steer.coefficient) * float(lab.saes[steer.layer].dec_norm_F[steer.feature_idx])

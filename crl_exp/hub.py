@@ -1,0 +1,47 @@
+"""What went wrong between this machine and the Hugging Face hub, in words that name the id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def hub_trouble(error: BaseException, repo_id: str) -> str | None:
+    """Why a file of `repo_id` could not be had, or None where the hub has nothing to do with it.
+
+    transformers and SAELens wrap the hub's exceptions in their own; the causes are looked through.
+    """
+    import httpx
+    import requests
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    causes = list(_causes(error))
+    if _any(causes, GatedRepoError):
+        return (
+            f"{repo_id} is gated on the hub: accept its terms at https://huggingface.co/{repo_id} "
+            "and log in with `hf auth login`"
+        )
+    if _any(causes, RevisionNotFoundError):
+        return f"{repo_id} has no such revision on the hub"
+    if _any(causes, RepositoryNotFoundError):
+        return f"the hub has no {repo_id} (or it is private: log in with `hf auth login`)"
+    network = (httpx.TransportError, requests.RequestException, ConnectionError, TimeoutError)
+    if _any(causes, LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, *network):
+        return f"the hub can't be reached for {repo_id}, and it is not in the local cache"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _any(causes: list[BaseException], *kinds: type[BaseException]) -> bool:
+    return any(isinstance(cause, kinds) for cause in causes)

@@ -1,0 +1,134 @@
+"""Which language model: the config section, and what its config.json says before weights load."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from crl_exp.assets import asset_path
+from crl_exp.errors import UserError, did_you_mean
+from crl_exp.hub import hub_trouble
+
+ASSET_PREFIX = "asset:"
+TINY_PREFIX = "tiny:"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+QUANTIZATIONS = ("int8", "nf4")
+OFFLINE = (
+    "Without the hub: copy a folder with config.json, safetensors and the tokenizer's files here "
+    "and set model.path=/that/folder, or take model=smollm2_135m, which `make assets` fetches"
+)
+
+
+@dataclass
+class ModelConfig:
+    """Which language model.
+
+    name: what results are filed under, and what an SAE's metadata is compared with.
+    path: a local folder, a hub id, `asset:NAME` for one fetched by `make assets`, or `tiny:KIND`
+        for a tiny random one made on the spot.
+    revision: hub revision (null: the default branch).
+    dtype: float32, bfloat16 or float16.
+    device: cpu, cuda, cuda:1, …
+    attn_implementation: sdpa, eager or null (transformers' own choice for the architecture).
+    quantization: of the weights by bitsandbytes, on an NVIDIA GPU: int8 (LLM.int8, arXiv
+        2208.07339), nf4 (QLoRA's 4 bits, arXiv 2305.14314) or null.
+    """
+
+    name: str
+    path: str
+    revision: str | None
+    dtype: str
+    device: str
+    attn_implementation: str | None
+    quantization: str | None
+
+    def local_path(self) -> str:
+        """Resolve `asset:` and `tiny:` names. Raises `UserError` where the asset is missing."""
+        if self.path.startswith(ASSET_PREFIX):
+            return str(asset_path(self.path.removeprefix(ASSET_PREFIX)))
+        if self.path.startswith(TINY_PREFIX):
+            from crl_exp.tiny import tiny_model
+
+            return str(tiny_model(self.path.removeprefix(TINY_PREFIX)))
+        return self.path
+
+    def faults(self) -> list[str]:
+        """What can be said to be wrong before anything is loaded."""
+        found = []
+        if self.dtype not in DTYPES:
+            near = did_you_mean(self.dtype, DTYPES)
+            found.append(f"model.dtype={self.dtype}: must be one of {', '.join(DTYPES)}{near}")
+        if self.attn_implementation not in (None, "sdpa", "eager"):
+            found.append(
+                f"model.attn_implementation={self.attn_implementation}: the engine builds its own "
+                "masks, which sdpa, eager and null take"
+            )
+        if self.quantization not in (None, *QUANTIZATIONS):
+            near = did_you_mean(self.quantization, QUANTIZATIONS)
+            found.append(
+                f"model.quantization={self.quantization}: must be one of "
+                f"{', '.join(QUANTIZATIONS)} or null{near}"
+            )
+        elif self.quantization and not self.device.startswith("cuda"):
+            found.append(
+                f"model.quantization={self.quantization} needs an NVIDIA GPU; set "
+                "model.device=cuda, or model.quantization=null"
+            )
+        return found
+
+    def machine_faults(self) -> list[str]:
+        """What this machine lacks; asked where the model is loaded, as a login node has no GPU."""
+        found = []
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            found.append(f"model.device={self.device}: no CUDA device here; set model.device=cpu")
+        if self.quantization and importlib.util.find_spec("bitsandbytes") is None:
+            found.append(
+                f"model.quantization={self.quantization}: bitsandbytes is not installed; "
+                "`pip install 'crl-exp[quantization]'`, or set model.quantization=null"
+            )
+        return found
+
+    def quantization_config(self) -> Any:
+        """transformers' own config of the quantisation, or None."""
+        if self.quantization is None:
+            return None
+        from transformers import BitsAndBytesConfig
+
+        if self.quantization == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=DTYPES[self.dtype],
+        )
+
+    def read_config(self) -> Any:
+        """The architecture's config, without weights. Raises `UserError` naming the mend."""
+        from transformers import AutoConfig
+
+        path = self.local_path()
+        try:
+            config = AutoConfig.from_pretrained(path, revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise UserError(cannot_load(self, path, error)) from error
+        text = config.get_text_config()
+        if self.attn_implementation == "sdpa" and getattr(text, "attn_logit_softcapping", None):
+            raise UserError(
+                f"model.attn_implementation=sdpa: {self.name} caps its attention scores, which "
+                "sdpa can't; set model.attn_implementation=eager"
+            )
+        return config
+
+
+def cannot_load(config: ModelConfig, path: str, error: Exception) -> str:
+    """The message for a model that can't be had, its id and the way without the hub named."""
+    said = str(error).strip()
+    why = hub_trouble(error, path) or (said.splitlines()[0] if said else repr(error))
+    return f"model.path={config.path}: can't load a language model from {path!r} ({why}). {OFFLINE}"

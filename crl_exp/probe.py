@@ -1,0 +1,88 @@
+"""Does the engine compute what the model itself would? Asked once for every model that is loaded.
+
+The engine keeps prompts, pads them, builds masks and positions by its own rules and skips layers.
+An architecture that works otherwise (linear biases on distances, recurrent states, other caches)
+would give wrong residuals without an error. So two short prompts go both ways, and are compared.
+Shapes: B rows, T tokens, D d_model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.engine import Engine, EngineConfig, Job
+from crl_exp.errors import UserError
+from crl_exp.models import LanguageModel
+
+NEW_TOKENS = 3
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+class _Watch(Controller):
+    """Acts at its sites but adds nothing. seen: by site, the residuals [B, D] of each token."""
+
+    def __init__(self, sites: list[int]):
+        super().__init__({site: site for site in sites})
+        self.seen: dict[int, list[Tensor]] = {site: [] for site in sites}
+
+    def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
+        self.seen[layer].append(x_BD.float())
+        return None
+
+
+def checked(lm: LanguageModel) -> LanguageModel:
+    """The model, if the engine is right about it. Raises `UserError` where it isn't."""
+    refused = f"model {lm.name} ({type(lm.model).__name__}) can't be steered by this engine: "
+    mend = ". Choose an architecture like Llama, Gemma-2, Qwen, GPT-2 or GPT-NeoX by model=…"
+    try:
+        error = largest_error(lm)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:  # whatever a foreign architecture does with our calls
+        raise UserError(f"{refused}{type(failure).__name__}: {failure}{mend}") from failure
+    if not error < TOLERANCE[lm.dtype]:
+        raise UserError(
+            f"{refused}residuals of a padded batch with kept prompts differ by {error:.1%} from "
+            f"those of the model run plainly{mend}"
+        )
+    return lm
+
+
+@torch.no_grad()
+def largest_error(lm: LanguageModel) -> float:
+    """Largest ‖engine's residual − the model's own‖ / ‖the model's own‖, over rows and tokens."""
+    size = lm.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    prompts = [[i % size for i in ids] for ids in ([11, 12, 13, 14, 15, 16], [11, 12, 17])]
+    middle, last = lm.n_layers // 2, lm.n_layers - 1
+    watch = _Watch(sorted({middle, last}))
+    engine = Engine(lm, EngineConfig(batch_size=len(prompts), keep_gib=1.0))
+    answers = engine.generate(
+        engine.read(prompts), [Job(watch, range(len(prompts)))], NEW_TOKENS
+    )[0]  # fmt: skip
+    errors = []
+    for row, prompt in enumerate(prompts):
+        plain = _plain(lm, [*prompt, *answers.tokens[row]], sorted(watch.sites))
+        for site, steps in watch.seen.items():
+            for t, x_BD in enumerate(steps[: len(answers.tokens[row]) + 1]):
+                expected_D = plain[site][len(prompt) - 1 + t]
+                errors.append(float((x_BD[row] - expected_D).norm() / expected_D.norm()))
+    return max(errors) if all(e == e for e in errors) else float("nan")
+
+
+def _plain(lm: LanguageModel, tokens: list[int], sites: list[int]) -> dict[int, Tensor]:
+    """Residuals [T, D] at these sites when the model runs as transformers runs it."""
+    found: dict[int, Tensor] = {}
+
+    def keep(site: int, hidden_BTD: Tensor) -> None:
+        found[site] = hidden_BTD[0].float()
+
+    handles = [lm.hook(site, lambda h, site=site: keep(site, h)) for site in sites]
+    try:
+        ids_1T = torch.tensor([tokens], device=lm.device)
+        lm.model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,90 @@
+"""Mean residual of rewarded and of unrewarded answers, streamed over the training prompts.
+
+Shapes: B rows, D d_model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from crl_exp.controllers.base import Action, Controller, StepContext
+
+if TYPE_CHECKING:
+    from crl_exp.lab import Lab
+
+
+@dataclass
+class ResidualMeans:
+    """Sums of one layer's residuals, float64 [D]; an answer counts as rewarded from .5 up."""
+
+    rewarded_D: Tensor
+    unrewarded_D: Tensor
+    n_rewarded: int = 0
+    n_unrewarded: int = 0
+
+    @classmethod
+    def none(cls, d_model: int) -> ResidualMeans:
+        zeros_D = torch.zeros(d_model, dtype=torch.float64)
+        return cls(zeros_D, zeros_D.clone())
+
+    def update(self, x_BD: Tensor, reward_B: Tensor) -> None:
+        """Take in a batch of answers: one residual and one reward each."""
+        x_BD, good_B = x_BD.double().cpu(), reward_B.cpu() >= 0.5
+        self.rewarded_D += x_BD[good_B].sum(0)
+        self.unrewarded_D += x_BD[~good_B].sum(0)
+        self.n_rewarded += int(good_B.sum())
+        self.n_unrewarded += int((~good_B).sum())
+
+    @property
+    def contrast_D(self) -> Tensor:
+        """Mean over rewarded minus mean over unrewarded answers, float32."""
+        rewarded_D = self.rewarded_D / self.n_rewarded
+        return (rewarded_D - self.unrewarded_D / self.n_unrewarded).float()
+
+
+class ResidualObserver(Controller):
+    """Averages each row's residual over its steered tokens, and adds nothing.
+
+    last_prompt: the last prompt token's alone.
+    """
+
+    steers = False
+
+    def __init__(self, sites: dict[int, int], last_prompt: bool):
+        super().__init__(sites)
+        self.last_prompt = last_prompt
+        self.total_BD: dict[int, Tensor] = {}
+        self.count_B: dict[int, Tensor] = {}
+
+    def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
+        alive_B = context.alive_B.double()
+        if context.token_index == 0:
+            self.total_BD[layer], self.count_B[layer] = x_BD.double(), alive_B
+        elif not self.last_prompt:
+            self.total_BD[layer] += x_BD.double() * alive_B[:, None]
+            self.count_B[layer] += alive_B
+        return None
+
+    def mean(self, layer: int) -> Tensor:
+        """Mean residual [B, D] of each row."""
+        return self.total_BD[layer] / self.count_B[layer][:, None]
+
+
+def residual_means(lab: Lab) -> dict[int, ResidualMeans]:
+    """One unsteered pass over the training prompts, all of the lab's layers at once."""
+    sites = {layer: sae.site for layer, sae in lab.saes.items()}
+    found = {layer: ResidualMeans.none(lab.lm.d_model) for layer in sites}
+    n, batch_size = len(lab.splits.train), lab.exp.engine.batch_size
+    with lab.bar(f"residuals of layers {sorted(sites)}", n) as advance:
+        for at in range(0, n, batch_size):
+            items = range(at, min(at + batch_size, n))
+            observer = ResidualObserver(sites, lab.exp.warmup.pooling == "last_prompt")
+            reward_B = lab.answer(observer, "train", items).reward_B
+            for layer, means in found.items():
+                means.update(observer.mean(layer), reward_B)
+            advance(len(items))
+    return found

@@ -1,0 +1,150 @@
+"""Which sparse autoencoders: the config section, the layers that have one, where each lies.
+
+SAELens keeps the directory of published releases and each SAE's own config.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crl_exp.errors import UserError, did_you_mean
+from crl_exp.hub import hub_trouble
+from crl_exp.sae_metadata import SAEMetadata
+
+REPO = Path(__file__).resolve().parents[1]
+TINY_PREFIX = "tiny:"
+OFFLINE = (
+    "Without the hub: load it where there is one, save it by SAELens' `sae.save_model(folder)`, "
+    "copy the folder here and set sae=disk sae.folder=/that/folder"
+)
+
+
+@dataclass
+class SAEConfig:
+    """Which SAEs, one for each layer.
+
+    name: what results are filed under.
+    folder: SAELens folders on disk (relative to the repository), `tiny:KIND` for random ones made
+        on the spot, or null.
+    release: a SAELens release, or null. Exactly one of `folder` and `release` is given.
+    id_template: id of a layer's SAE, with `{layer}`.
+    other_model: allow SAEs that were trained on another model than the one they steer. Trained on
+        the base model and used on its instruction-tuned one is always allowed; both are recorded.
+    """
+
+    name: str
+    folder: str | None
+    release: str | None
+    id_template: str
+    other_model: bool
+
+    def faults(self) -> list[str]:
+        found = []
+        if (self.folder is None) == (self.release is None):
+            found.append("sae: give either sae.folder=… or sae.release=…, not both, not neither")
+        if "{layer}" not in self.id_template:
+            found.append(f"sae.id_template={self.id_template}: must contain {{layer}}")
+        return found
+
+    def sae_id(self, layer: int) -> str:
+        return self.id_template.replace("{layer}", str(layer))
+
+    def root(self) -> Path:
+        assert self.folder is not None
+        if self.folder.startswith(TINY_PREFIX):
+            from crl_exp.tiny import tiny_saes
+
+            return tiny_saes(self.folder.removeprefix(TINY_PREFIX))
+        folder = Path(self.folder).expanduser()
+        return folder if folder.is_absolute() else REPO / folder
+
+    def path(self, layer: int) -> Path:
+        return self.root() / self.sae_id(layer)
+
+    def where(self, layer: int) -> str:
+        return str(self.path(layer)) if self.folder else f"{self.release}/{self.sae_id(layer)}"
+
+    @property
+    def available(self) -> list[int]:
+        """Layers that have an SAE. Raises `UserError` where the source has none."""
+        before, *between = (re.escape(part) for part in self.id_template.split("{layer}"))
+        pattern = re.compile(before + r"(?P<layer>\d+)" + "(?P=layer)".join(between) + "$")
+        layers = sorted({int(m["layer"]) for i in self._ids() if (m := pattern.match(i))})
+        if not layers:
+            where = f"sae.folder={self.folder}" if self.folder else f"sae.release={self.release}"
+            raise UserError(
+                f"{where} has no SAE whose id looks like {self.id_template!r}; "
+                "check sae.id_template, or train some with `python -m crl_exp.train_sae`"
+            )
+        return layers
+
+    def _ids(self) -> list[str]:
+        if self.folder is not None:
+            root = self.root()
+            return [str(p.parent.relative_to(root)) for p in root.rglob("cfg.json")]
+        return list(self._published().saes_map)
+
+    def _published(self) -> Any:
+        """SAELens' own entry of the release."""
+        from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+        directory = get_pretrained_saes_directory()
+        if self.release not in directory:
+            raise UserError(
+                f"sae.release={self.release}: SAELens knows no such release"
+                f"{did_you_mean(str(self.release), directory)}"
+            )
+        return directory[self.release]
+
+    def allowed_for(self, model_name: str) -> str | None:
+        """The model that the SAEs must have been trained on; None where any will do."""
+        return None if self.other_model else model_name
+
+    def cannot_load(self, layer: int, error: Exception) -> str:
+        """The message for an SAE that can't be had."""
+        where = self.where(layer)
+        said = str(error).splitlines()[0] if str(error) else ""
+        if self.release is not None:
+            repo_id = self._published().repo_id
+            why = hub_trouble(error, repo_id) or f"{repo_id}: {type(error).__name__}: {said}"
+            return f"can't load the SAE of layer {layer} from {where} ({why}). {OFFLINE}"
+        return (
+            f"can't load the SAE of layer {layer} from {where} ({type(error).__name__}: {said}). "
+            "The file is missing or damaged: restore it (`git checkout assets`), train it "
+            "(`python -m crl_exp.train_sae`), or set sae.folder=… / sae.release=…"
+        )
+
+    def metadata(self, layer: int) -> SAEMetadata:
+        """An SAE's own config, without its weights. Raises `UserError` where it can't be read.
+
+        For some releases SAELens reads a small file of the hub for it.
+        """
+        try:
+            if self.folder is not None:
+                cfg = json.loads((self.path(layer) / "cfg.json").read_text())
+            else:
+                from sae_lens.loading.pretrained_sae_loaders import (
+                    load_sae_config_from_huggingface,
+                )
+
+                self._published()
+                cfg = load_sae_config_from_huggingface(str(self.release), self.sae_id(layer))
+        except (OSError, ValueError, KeyError) as error:  # ValueError: not JSON, not even UTF-8
+            raise UserError(self.cannot_load(layer, error)) from error
+        return SAEMetadata.of(cfg)
+
+    def metadata_faults(self, layer: int, d_model: int, model_name: str) -> list[str]:
+        """What an SAE's own config says against using it here, before weights load."""
+        try:
+            found = self.metadata(layer)
+        except UserError as error:
+            return [str(error)]
+        if self.release and found.normalization == "expected_average_only_in":
+            # SAELens folds this one in while it loads, where it knows the factor.
+            known = self._published().norm_scaling_factor
+            found.normalization = None if self.sae_id(layer) in known else found.normalization
+        return found.faults(self.where(layer), layer, d_model, self.allowed_for(model_name))
