@@ -103,7 +103,9 @@ def measure(lab: Lab) -> list[Ratio]:
     def steered() -> None:
         answer(lab.engine.read(ids), fixed, NEW_TOKENS, None)
 
-    agents = CRL("crl", [1.0], stage2=True, features="free").free_agents(lab)
+    agents = CRL("crl", [1.0], stage2=True, features="free", online_correlation=False).free_agents(
+        lab
+    )
     generator = torch.Generator(lab.lm.device).manual_seed(0)
     explorer = PolicyController(agents, lab.exp.decay, generator)
     learner = LayerLearner(agents[layer], lab.exp.algorithm)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class PromptBatch:
     key_BT, valid_BT: position of each cached key, and whether it is a real one.
     residual_LBD: the last token's residual at the output of each layer, unsteered.
     rows: of the store's tokens [B, T + 1], the last prompt token included; padding points anywhere.
+    items: position of each row's prompt in the store.
     """
 
     last_B: Tensor
@@ -36,6 +38,7 @@ class PromptBatch:
     valid_BT: Tensor
     residual_LBD: Tensor
     rows: Tensor
+    items: list[int]
     store: PromptStore
 
     def cache(self, first_layer: int, with_last: int) -> DynamicCache:
@@ -56,8 +59,9 @@ class PromptStore:
         batch_size: int,
         progress: Progress | None = None,
     ):
-        self.lm = lm
+        self.lm, self.batch_size = lm, batch_size
         self.prompts = [list(p) for p in prompts]
+        self.means: dict[Any, tuple[Tensor, Tensor]] = {}  # `crl_exp.prompt_acts`'s
         self.prefix = common_prefix(self.prompts)
         suffix_lengths = [len(p) - self.prefix for p in self.prompts]
         starts = torch.tensor([self.prefix, *suffix_lengths]).cumsum(0)
@@ -94,6 +98,7 @@ class PromptStore:
             valid_BT=valid_BT.to(device),
             residual_LBD=self.residual_LND[:, list(items)],
             rows=torch.cat([rows_BT, last_B1], dim=1).to(device),
+            items=list(items),
             store=self,
         )
 
