@@ -13,15 +13,15 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from crl_exp.algorithms import Algorithm
 from crl_exp.architecture import check_architecture
 from crl_exp.coefficients import Coefficient, Decay
 from crl_exp.engine import EngineConfig
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.layers import LayerSet
-from crl_exp.learner import PPO
 from crl_exp.methods import Method
 from crl_exp.model_config import ModelConfig
-from crl_exp.policy import PolicyConfig
+from crl_exp.networks import PolicyConfig
 from crl_exp.runs import RESUME
 from crl_exp.sae_config import SAEConfig
 from crl_exp.stages.base import STAGES, Stage
@@ -73,7 +73,7 @@ PARTS: dict[str, type] = {
     "mask": Stage,
     "coefficient": Coefficient,
     "decay": Decay,
-    "algorithm": PPO,
+    "algorithm": Algorithm,
 }
 TYPED: dict[str, type] = {
     "model": ModelConfig,
@@ -111,7 +111,7 @@ class Experiment:
     mask: Stage
     coefficient: Coefficient
     decay: Decay
-    algorithm: PPO
+    algorithm: Algorithm
 
     @property
     def stages(self) -> dict[str, Stage]:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crl_exp.groups import Sums
+from crl_exp.scores import KeptValues, all_scores
+
 
 @dataclass
 class Moments:
@@ -63,39 +66,15 @@ class Moments:
         return r_F.clamp(-1, 1)
 
 
-@dataclass
-class Sums:
-    """Sums of z, and counts of z > 0, over a group of samples (rewarded, or unrewarded)."""
-
-    n: int
-    total_F: Tensor
-    active_F: Tensor
-
-    @classmethod
-    def of(cls, z_BF: Tensor) -> Sums:
-        z_BF = z_BF.double()
-        return cls(len(z_BF), z_BF.sum(0), (z_BF > 0).sum(0).double())
-
-    def merged(self, other: Sums) -> Sums:
-        return Sums(self.n + other.n, self.total_F + other.total_F, self.active_F + other.active_F)
-
-    def mean(self) -> Tensor:
-        return self.total_F / max(self.n, 1)
-
-    def mean_active(self) -> Tensor:
-        return self.total_F / self.active_F.clamp(min=1)
-
-    def frequency(self) -> Tensor:
-        return self.active_F / max(self.n, 1)
-
-
 class StreamingCorrelation:
     """Pearson r of every feature with the reward, and what coefficients are made of.
 
     A sample counts as rewarded where its reward is at least .5.
+    keep_values: keep the rewarded samples' activations, which the score `composite` needs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep_values: bool = False) -> None:
+        self.kept = KeptValues() if keep_values else None
         self.moments: Moments | None = None
         self.rewarded: Sums | None = None
         self.unrewarded: Sums | None = None
@@ -113,12 +92,17 @@ class StreamingCorrelation:
         other.moments = Moments.of(z_BF, y_B)
         good_B = y_B >= 0.5
         other.rewarded, other.unrewarded = Sums.of(z_BF[good_B]), Sums.of(z_BF[~good_B])
+        if self.kept is not None:
+            self.kept.add(z_BF[good_B])
         self.merge(other)
 
     def merge(self, other: StreamingCorrelation) -> None:
         """Take in another stream's samples."""
         if other.moments is None:
             return
+        if self.kept is not None and other.kept is not None:
+            self.kept.feature_M += other.kept.feature_M
+            self.kept.value_M += other.kept.value_M
         if self.moments is None:
             self.moments, self.rewarded, self.unrewarded = (
                 other.moments, other.rewarded, other.unrewarded,
@@ -142,4 +126,5 @@ class StreamingCorrelation:
             "mean_positive": self.rewarded.mean(),
             "mean_active": self.rewarded.mean_active(),
             "contrastive": self.rewarded.mean() - self.unrewarded.mean(),
+            **all_scores(self.rewarded, self.unrewarded, self.kept),
         }

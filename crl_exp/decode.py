@@ -17,6 +17,7 @@ from torch import Tensor
 from crl_exp.controllers.base import Action, Controller, StepContext
 from crl_exp.errors import UserError
 from crl_exp.models import LanguageModel
+from crl_exp.prompt_acts import PromptActs
 from crl_exp.prompts import PromptBatch
 
 
@@ -67,7 +68,15 @@ class Decoding:
         ends = torch.tensor([len(job.items) for job in jobs]).cumsum(0).tolist()
         starts = [0, *ends[:-1]]
         self.rows = [slice(a, b) for a, b in zip(starts, ends, strict=True)]
-        self.contexts = [StepContext(0, list(job.items), torch.empty(0)) for job in jobs]
+        self.contexts = [
+            StepContext(
+                0,
+                list(job.items),
+                torch.empty(0),
+                prompt=PromptActs(prompt.store, prompt.items[rows]),
+            )
+            for job, rows in zip(jobs, self.rows, strict=True)
+        ]
         self.alive_B = torch.ones(ends[-1], dtype=torch.bool, device=lm.device)
         self.tokens: list[list[int]] = [[] for _ in range(ends[-1])]
         self.steps: list[list[Step]] = [[] for _ in jobs]

@@ -70,6 +70,7 @@ def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
     """
     figures: dict[str, Any] = {}
     used: Used = {}
+    unsteered: float | None = None
     tables: list[pa.Table] = []
     steered: dict[str, Answers] = {}
     for split in ["test", *lab.splits.extra, "validation"]:
@@ -78,7 +79,7 @@ def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
         if split != "validation":
             tables.append(_interventions(lab, split, answers))
         if split == "test":
-            used = _used(answers)
+            used, unsteered = _used(answers), _unsteered(answers)
     _write_interventions(lab.run.path / "interventions.parquet", tables)
     result = dict(figures.pop("test"))
     result["validation"] = figures.pop("validation")
@@ -87,6 +88,12 @@ def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
     items = lab.splits.named()[benign_in]
     result["over_refusal_baseline"] = over_refusal(items, lab.baseline(benign_in))
     result["over_refusal_steered"] = over_refusal(items, steered[benign_in])
+    result["unsteered_tokens"] = unsteered
+    if unsteered:
+        lab.warn(
+            f"at {unsteered:.1%} of the test's tokens no feature could be chosen (the mask left "
+            "none): nothing was added there"
+        )
     result["unique_features"] = len({(la, f) for la, rows in used.items() for f in rows})
     return result, used
 
@@ -134,6 +141,17 @@ def _write_interventions(path: Path, tables: list[pa.Table]) -> None:
     partial = path.with_suffix(".partial")
     pq.write_table(pa.concat_tables(tables), partial, compression="zstd")
     partial.replace(path)
+
+
+def _unsteered(answers: Answers) -> float | None:
+    """Share of the tokens, of all layers, at which the controller found nothing to add; null for
+    the unsteered model."""
+    empty, n = 0, 0
+    for step in answers.generation.steps:
+        chosen_BK = step.action.feature_idx_BK[step.alive_B]
+        empty += int((chosen_BK < 0).all(dim=1).sum())
+        n += len(chosen_BK)
+    return empty / n if n else None
 
 
 def _used(answers: Answers) -> Used:

@@ -99,7 +99,7 @@ def _features(lab: Lab, used: dict[int, dict[int, dict[str, float]]]) -> dict[st
         return {}
     layers: dict[str, Any] = {}
     for layer, statistics in lab.statistics().items():
-        coefficient_F = lab.exp.coefficient.values(statistics, lab.saes[layer]).cpu()
+        coefficient_F = lab.coefficients(layer).cpu()
         columns = {**statistics.by_feature, "coefficient": coefficient_F}
 
         def row(feature: int, more: dict, columns=columns, layer=layer) -> dict[str, Any]:
@@ -120,6 +120,7 @@ def _features(lab: Lab, used: dict[int, dict[int, dict[str, float]]]) -> dict[st
 
 FEATURE_COLUMNS = (
     "correlation",
+    "score",
     "coefficient",
     "frequency",
     "frequency_rewarded",

@@ -28,7 +28,7 @@ from crl_exp.runs import RunDirectory, content_key
 from crl_exp.saes import LayerSAE, load_saes
 from crl_exp.tasks.base import Score, Splits
 from crl_exp.terminal import progress_bar
-from crl_exp.warmup import LayerStatistics, measure, shared_statistics
+from crl_exp.warmup import STATISTICS_FORMAT, LayerStatistics, measure, shared_statistics
 
 log = logging.getLogger(__name__)
 
@@ -183,11 +183,28 @@ class Lab:
         if self._statistics is None:
             exp = self.exp
             # The digest is of the data itself: a file may change under the same task.path.
-            asked = [asdict(exp.task), self.splits.digest(), exp.warmup.pooling]
+            asked = [asdict(exp.task), self.splits.digest(), exp.warmup.pooling, STATISTICS_FORMAT]
+            if self._keeps_values:
+                asked.append("values kept")
             key = content_key([self.engine_key, self.lm.fingerprint(), *asked])
             folder = Path(exp.output_dir).expanduser() / "shared" / "warmup"
-            self._statistics = shared_statistics(folder, key, self.saes, self._measure)
+            found = shared_statistics(folder, key, self.saes, self._measure)
+            self._statistics = {layer: one.scored(exp.warmup) for layer, one in found.items()}
         return self._statistics
+
+    @property
+    def _keeps_values(self) -> bool:
+        """Whether stage 1 keeps activations: one of its scores can't be streamed without."""
+        return self.exp.warmup.score == "composite"
+
+    def coefficients(self, layer: int) -> Tensor:
+        """Coefficient of every feature [F]; below 0 where `warmup.negative=steer` says so."""
+        statistics = self.statistics()[layer]
+        value_F = self.exp.coefficient.values(statistics, self.saes[layer])
+        if self.exp.warmup.negative != "steer":
+            return value_F
+        against_F = statistics.by_feature["sign"].to(value_F.device) < 0
+        return torch.where(against_F, -value_F.abs(), value_F)
 
     def _measure(self, saes: dict[int, LayerSAE]) -> dict[int, LayerStatistics]:
         n = len(self.splits.train)
@@ -199,7 +216,10 @@ class Lab:
                 advance(len(items))
                 return reward_B
 
-            found = measure(saes, self.exp.warmup.pooling, n, self.exp.engine.batch_size, answer)
+            found = measure(
+                saes, self.exp.warmup.pooling, n, self.exp.engine.batch_size, answer,
+                self._keeps_values,
+            )  # fmt: skip
         accuracy = next(iter(found.values())).accuracy
         if accuracy in (0.0, 1.0):
             self.warn(

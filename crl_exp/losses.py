@@ -1,6 +1,8 @@
-"""PPO as pure functions. Source: Schulman et al. 2017 (arXiv 1707.06347), GAE arXiv 1506.02438.
+"""PPO and GRPO as pure functions.
 
-Shapes: N steered tokens of a batch, B episodes, T tokens.
+Sources: Schulman et al. 2017 (arXiv 1707.06347), GAE arXiv 1506.02438, GRPO arXiv 2402.03300.
+Shapes: N steered tokens of a batch, B episodes, T tokens,
+Q prompts with G answers each.
 """
 
 from __future__ import annotations
@@ -60,6 +62,18 @@ def gae(value_BT: Tensor, alive_BT: Tensor, reward_B: Tensor, gae_lambda: float)
         later_B = torch.where(alive_B, here_B, later_B)
         next_value_B = torch.where(alive_B, value_BT[:, t], next_value_B)
     return advantage_BT
+
+
+def group_advantage(reward_B: Tensor, group_size: int) -> Tensor:
+    """Rewards [B] standardised within each group of `group_size` in a row: (r − mean) / std.
+
+    The deviation is the population's; where all of a group are alike the advantage is 0
+    (arXiv 2402.03300, section 4.1.2).
+    """
+    reward_QG = reward_B.view(-1, group_size)
+    centred_QG = reward_QG - reward_QG.mean(dim=1, keepdim=True)
+    std_Q1 = reward_QG.std(dim=1, correction=0, keepdim=True)
+    return torch.where(std_Q1 > 1e-6, centred_QG / std_Q1.clamp(min=1e-6), 0.0).view(-1)
 
 
 def token_weights(episode_N: Tensor, flatten_tokens: bool) -> Tensor:

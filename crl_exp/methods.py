@@ -14,7 +14,8 @@ import torch
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import Steer
 from crl_exp.errors import UserError
-from crl_exp.policy import LayerAgent, PolicyController
+from crl_exp.online import online_conflicts
+from crl_exp.policy import AgentSetting, LayerAgent, PolicyController
 from crl_exp.stages.base import Pipeline
 from crl_exp.trainer import Trainer
 from crl_exp.warmup import LayerStatistics
@@ -89,7 +90,7 @@ class CorrSteer(Method):
                 f"layer {layer}: no feature is active in {lab.exp.warmup.min_frequency:.0%} "
                 "of the answers; lower warmup.min_frequency"
             )
-        coefficient_F = lab.exp.coefficient.values(statistics, lab.saes[layer])
+        coefficient_F = lab.coefficients(layer)
         return [Steer(layer, feature, float(coefficient_F[feature])) for feature in best]
 
     def select(self, lab: Lab) -> list[Steer]:
@@ -133,11 +134,11 @@ class CorrSteerS(CorrSteer):
     def select(self, lab: Lab) -> list[Steer]:
         statistics = lab.statistics()
 
-        def correlation(steer: Steer) -> float:
-            return float(statistics[steer.layer].correlation[steer.feature_idx])
+        def score(steer: Steer) -> float:
+            return float(statistics[steer.layer].score[steer.feature_idx])
 
         every = [steer for steers in self.candidates(lab) for steer in steers]
-        best = sorted(every, key=correlation, reverse=True)
+        best = sorted(every, key=score, reverse=True)
         return self.scaled(lab, [self.pick(lab, best[: self.n_candidates])])[0]
 
 
@@ -168,13 +169,16 @@ class CorrSteerP(CorrSteer):
 class CRL(CorrSteer):
     """Control reinforcement learning (arXiv 2602.10437): a policy picks the feature at each token.
 
-    stage2: train by PPO; off, the untrained (zero) policy steers by the correlation alone.
+    stage2: train by `algorithm`; off, the untrained (zero) policy steers by the correlation alone.
     features: `free`, any allowed feature, or `fixed`, CorrSteer-A's at each layer with its
         coefficient. With stage2=false and features=fixed the outputs equal CorrSteer-A's.
+    online_correlation: go on measuring the correlations in stage 2, on its rollouts, where the
+        chosen features count at their added coefficient.
     """
 
     stage2: bool
     features: str
+    online_correlation: bool
 
     def faults(self) -> list[str]:
         ok = self.features in ("free", "fixed")
@@ -187,6 +191,10 @@ class CRL(CorrSteer):
             found.append(
                 f"method.features=fixed has one feature a layer, but policy.k={exp.policy.k}"
             )
+        for stage in exp.stages.values():
+            found += stage.conflicts(exp.policy, exp.algorithm)
+        if self.online_correlation:
+            found += online_conflicts(exp.warmup, self.stage2)
         prompts_per_update, n_train = exp.algorithm.prompts_per_update, exp.task.n_train
         if self.stage2 and prompts_per_update > n_train:
             found.append(
@@ -217,8 +225,7 @@ class CRL(CorrSteer):
                     f"layer {layer}: only {len(allowed_C)} features may be steered, but "
                     f"policy.k={lab.exp.policy.k}; lower policy.k or warmup.min_frequency"
                 )
-            coefficient_F = lab.exp.coefficient.values(statistics, lab.saes[layer])
-            agents[layer] = _agent(lab, layer, allowed_C, coefficient_F)
+            agents[layer] = _agent(lab, layer, allowed_C, lab.coefficients(layer))
         return agents
 
     def fixed_agents(self, lab: Lab) -> dict[int, LayerAgent]:
@@ -235,11 +242,11 @@ class CRL(CorrSteer):
 def _agent(
     lab: Lab, layer: int, allowed_C: torch.Tensor, coefficient_F: torch.Tensor
 ) -> LayerAgent:
+    exp = lab.exp
+    n_tokens = 1 if exp.task.choices else exp.task.max_new_tokens
+    online = isinstance(exp.method, CRL) and exp.method.online_correlation
     return LayerAgent(
-        lab.saes[layer],
-        lab.statistics()[layer],
-        allowed_C,
-        coefficient_F,
-        Pipeline(lab.exp.stages, lab.exp.order),
-        lab.exp.policy,
-    )
+        lab.saes[layer], lab.statistics()[layer], allowed_C, coefficient_F,
+        Pipeline(exp.stages, exp.order),
+        AgentSetting(exp.policy, exp.warmup, n_tokens, exp.algorithm.uses_critic, online),
+    )  # fmt: skip

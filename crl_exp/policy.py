@@ -6,8 +6,7 @@ Shapes: B rows, D d_model, F d_sae, C features that may be steered (allowed), K 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -15,52 +14,36 @@ from torch import Tensor, nn
 from crl_exp import selection
 from crl_exp.coefficients import Decay
 from crl_exp.controllers.base import Action, Controller, StepContext, slots
+from crl_exp.decode import Generation
+from crl_exp.memory import OF_ACTS, Memory
+from crl_exp.networks import Distribution, PolicyConfig, mlp
+from crl_exp.online import OnlineCorrelation, pooled, steps_of
 from crl_exp.saes import LayerSAE
-from crl_exp.stages.base import Pipeline, StageContext
-from crl_exp.warmup import LayerStatistics
+from crl_exp.stages.base import Observation, Pipeline, Shape, StageContext
+from crl_exp.warmup import LayerStatistics, WarmupConfig
 
 
 @dataclass
-class PolicyConfig:
-    """Networks and the action.
+class AgentSetting:
+    """What of the rest of the config an agent depends on.
 
-    policy_depth, critic_depth: hidden layers (0: linear). hidden: their width.
-    k: features chosen at each token.
+    n_tokens: steered tokens an answer has at most. with_critic: PPO's; GRPO has none.
+    online: `method.online_correlation`; then stage 1's way of pooling is kept to.
     """
 
-    policy_depth: int
-    critic_depth: int
-    hidden: int
-    k: int
-
-    def faults(self) -> list[str]:
-        found = []
-        for name in ("policy_depth", "critic_depth"):
-            if getattr(self, name) < 0:
-                found.append(f"policy.{name}={getattr(self, name)}: must be 0 or more")
-        for name in ("hidden", "k"):
-            if getattr(self, name) < 1:
-                found.append(f"policy.{name}={getattr(self, name)}: must be at least 1")
-        return found
-
-
-def mlp(d_in: int, d_out: int, depth: int, hidden: int) -> nn.Sequential:
-    """`depth` hidden layers with ReLU; the last layer starts at zero."""
-    widths = [d_in, *[hidden] * depth]
-    layers: list[nn.Module] = []
-    for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    last = nn.Linear(widths[-1], d_out)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(*layers, last)
+    policy: PolicyConfig
+    warmup: WarmupConfig
+    n_tokens: int
+    with_critic: bool
+    online: bool
 
 
 class LayerAgent(nn.Module):
-    """One layer's policy R^D → R^C and critic R^D → R over the SAE's allowed features.
+    """One layer's policy R^D → R^C and critic R^D → R (or R^C) over the SAE's allowed features.
 
     `distribution` is the one function that gives the action distribution; the rollout and the
-    update both call it (CRL, arXiv 2602.10437).
+    update both call it (CRL, arXiv 2602.10437). Learnable numbers of the stages are its
+    parameters: optimised, averaged and checkpointed with the policy.
     """
 
     allowed_C: Tensor
@@ -76,17 +59,27 @@ class LayerAgent(nn.Module):
         allowed_C: Tensor,
         coefficient_F: Tensor,
         pipeline: Pipeline,
-        config: PolicyConfig,
+        setting: AgentSetting,
     ):
         super().__init__()
+        config, n_features, d_model = setting.policy, len(allowed_C), len(statistics.mean_D)
         self.sae = [sae]  # in a list: its weights are frozen and not part of the checkpoint
-        self.k = config.k
+        self.k, self.critic_kind = config.k, config.critic
+        self.norm_mean, self.norm_std = statistics.norm_mean, max(statistics.norm_std, 1e-6)
         self.pipeline = copy.deepcopy(pipeline)
-        d_model = len(statistics.mean_D)
-        self.policy = mlp(d_model, len(allowed_C), config.policy_depth, config.hidden)
-        self.critic = mlp(d_model, 1, config.critic_depth, config.hidden)
+        self.pipeline.bind(Shape(n_features, d_model, setting.n_tokens, config.k))
+        self.policy = mlp(d_model, n_features, config.policy_depth, config)
+        self.critic: nn.Sequential | None = None
+        if setting.with_critic:
+            d_out = 1 if config.critic == "v" else n_features
+            self.critic = mlp(d_model, d_out, config.critic_depth, config)
+        self.online: OnlineCorrelation | None = None
+        if setting.online:
+            self.online = OnlineCorrelation(
+                statistics.moments, allowed_C, setting.warmup.pooling, setting.warmup.negative
+            )
         self.register_buffer("allowed_C", allowed_C)
-        self.register_buffer("correlation_C", statistics.correlation[allowed_C].float())
+        self.register_buffer("correlation_C", statistics.score[allowed_C].float())
         self.register_buffer("coefficient_C", coefficient_F.cpu()[allowed_C].float())
         self.register_buffer("mean_D", statistics.mean_D.float())
         self.register_buffer("std_D", statistics.std_D.float().clamp(min=1e-6))
@@ -96,32 +89,60 @@ class LayerAgent(nn.Module):
     def layer(self) -> int:
         return self.sae[0].layer
 
-    def observe(self, x_BD: Tensor) -> Tensor:
-        """Standardised observation [B, D], with the mean and deviation measured in stage 1."""
+    def standardise(self, x_BD: Tensor) -> Tensor:
+        """Observation [B, D], with the mean and deviation measured in stage 1."""
         return (x_BD.float() - self.mean_D) / self.std_D
 
-    def feature_acts(self, x_BD: Tensor) -> Tensor | None:
-        """SAE activations [B, C] of the allowed features, where a stage asks for them."""
-        if not self.pipeline.needs_feature_acts:
-            return None
-        return self.sae[0].encode(x_BD)[:, self.allowed_C]
+    def observe(self, x_BD: Tensor, context: StepContext) -> Observation:
+        """What the distribution at this token depends on; remembered where a stage needs it."""
+        needs, memory = self.pipeline.needs, Memory.of(self.layer, context)
+        seen = Observation(
+            self.standardise(x_BD),
+            torch.full((len(x_BD),), context.token_index, device=x_BD.device),
+        )
+        if needs & OF_ACTS or self.online is not None:
+            acts_BC = self.sae[0].encode(x_BD)[:, self.allowed_C]
+            if "feature_acts" in needs or self.online is not None:
+                seen.feature_acts_BC = acts_BC
+            if "seen" in needs:
+                seen.seen_BC = memory.see(acts_BC)
+            if "importance" in needs:
+                assert context.prompt is not None
+                mean_BC, tokens_B = context.prompt.means(self.sae[0], self.allowed_C)
+                seen.importance_BC = memory.weigh(acts_BC, mean_BC, tokens_B)
+        if "past" in needs:
+            seen.past_B = memory.past(len(x_BD), x_BD.device)
+        return seen
 
     def distribution(
         self,
-        obs_BD: Tensor,
-        feature_acts_BC: Tensor | None,
-        token_index_B: Tensor,
+        at: Observation,
         explore: bool = False,
         progress: float = 0.0,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits [B, C] after the pipeline, and the critic's value [B]."""
-        value_B = self.critic(obs_BD)[:, 0]
+        noted: dict[str, Tensor] | None = None,
+    ) -> Distribution:
+        """The action distribution at these observations. noted: filled with what to remember."""
+        value_BX = None if self.critic is None else self.critic(at.obs_BD)
         context = StageContext(
-            obs_BD, self.correlation_C, feature_acts_BC, value_B, token_index_B,
-            explore, progress, generator,
+            at, self.correlation_C, value_BX, self._length(at.obs_BD), explore, progress,
+            generator, noted={} if noted is None else noted,
         )  # fmt: skip
-        return self.pipeline(self.policy(obs_BD), context), value_B
+        logits_BC = self.pipeline(self.policy(at.obs_BD), context)
+        return Distribution.of(logits_BC, value_BX, self.critic_kind)
+
+    def _length(self, obs_BD: Tensor) -> Tensor | None:
+        """‖residual‖, standardised, where a stage asks for it."""
+        if "length" not in self.pipeline.needs:
+            return None
+        length_B = (obs_BD * self.std_D + self.mean_D).norm(dim=1)
+        return (length_B - self.norm_mean) / self.norm_std
+
+    def follow(self, played: Generation, reward_B: Tensor) -> None:
+        """Take a rollout's answers into the correlations that the fusion reads."""
+        assert self.online is not None
+        z_BC = pooled(steps_of(played, self.layer), len(reward_B), self.online.pooling)
+        self.correlation_C.copy_(self.online.update(z_BC, reward_B))
 
 
 class PolicyController(Controller):
@@ -141,27 +162,24 @@ class PolicyController(Controller):
     @torch.no_grad()
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action:
         agent = self.agents[layer]
-        obs_BD, feature_acts_BC = agent.observe(x_BD), agent.feature_acts(x_BD)
-        token_index_B = torch.full((len(x_BD),), context.token_index, device=x_BD.device)
-        logits_BC, value_B = agent.distribution(obs_BD, feature_acts_BC, token_index_B)
+        at, noted = agent.observe(x_BD, context), {}
+        now = agent.distribution(at, noted=noted)
         if self.generator is None:
-            choice_BK = selection.greedy(logits_BC, agent.k)
+            choice_BK = selection.greedy(now.logits_BC, agent.k)
         else:
-            explored_BC, _ = agent.distribution(
-                obs_BD, feature_acts_BC, token_index_B, True, self.progress, self.generator
-            )
-            choice_BK = selection.sample(explored_BC, agent.k, self.generator)
+            explored = agent.distribution(at, True, self.progress, self.generator)
+            choice_BK = selection.sample(explored.logits_BC, agent.k, self.generator)
+        Memory.of(layer, context).note(noted)
         coefficient_BK = agent.coefficient_C[choice_BK.clamp(min=0)]
         coefficient_BK = coefficient_BK * self.decay.at(context.token_index)
         feature_idx_BK = agent.allowed_C[choice_BK.clamp(min=0)].masked_fill(choice_BK < 0, -1)
-        notes = {"obs_BD": obs_BD, "choice_BK": choice_BK, "token_index_B": token_index_B}
-        if feature_acts_BC is not None:
-            notes["feature_acts_BC"] = feature_acts_BC
+        recorded = {f.name: getattr(at, f.name) for f in fields(at)}
+        notes = {name: tensor for name, tensor in recorded.items() if tensor is not None}
         return Action(
             delta_BD=slots(feature_idx_BK, coefficient_BK, agent.sae[0].W_dec_FD),
             feature_idx_BK=feature_idx_BK,
             coefficient_BK=coefficient_BK,
-            log_prob_B=selection.log_prob(logits_BC, choice_BK),
-            value_B=value_B,
-            notes=notes,
+            log_prob_B=selection.log_prob(now.logits_BC, choice_BK),
+            value_B=now.value_B,
+            notes={**notes, "choice_BK": choice_BK},
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class PromptBatch:
     residual_SBD: the last token's residual at the input of layer 0 and at the output of each layer,
         unsteered; `residual(site)` picks one.
     rows: of the store's tokens [B, T + 1], the last prompt token included; padding points anywhere.
+    items: position of each row's prompt in the store.
     """
 
     last_B: Tensor
@@ -38,6 +40,7 @@ class PromptBatch:
     valid_BT: Tensor
     residual_SBD: Tensor
     rows: Tensor
+    items: list[int]
     store: PromptStore
 
     def residual(self, site: int) -> Tensor:
@@ -62,8 +65,9 @@ class PromptStore:
         batch_size: int,
         progress: Progress | None = None,
     ):
-        self.lm = lm
+        self.lm, self.batch_size = lm, batch_size
         self.prompts = [list(p) for p in prompts]
+        self.means: dict[Any, tuple[Tensor, Tensor]] = {}  # `crl_exp.prompt_acts`'s
         self.prefix = common_prefix(self.prompts)
         suffix_lengths = [len(p) - self.prefix for p in self.prompts]
         starts = torch.tensor([self.prefix, *suffix_lengths]).cumsum(0)
@@ -100,6 +104,7 @@ class PromptStore:
             valid_BT=valid_BT.to(device),
             residual_SBD=self.residual_SND[:, list(items)],
             rows=torch.cat([rows_BT, last_B1], dim=1).to(device),
+            items=list(items),
             store=self,
         )
 

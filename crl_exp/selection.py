@@ -43,6 +43,11 @@ def log_prob(logits_BC: Tensor, choice_BK: Tensor) -> Tensor:
     return total_B
 
 
+def probabilities(logits_BC: Tensor) -> Tensor:
+    """Probability [B, C] of each feature at the first draw; 0 for all where none may be chosen."""
+    return _log_softmax(logits_BC).exp().masked_fill(logits_BC.isneginf(), 0.0)
+
+
 def entropy(logits_BC: Tensor) -> Tensor:
     """Entropy [B], in nats, of the first draw; 0 where nothing may be chosen."""
     log_probs_BC = _log_softmax(logits_BC)

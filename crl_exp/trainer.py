@@ -1,4 +1,4 @@
-"""Stage 2: PPO over which feature to add at which token. Reads from top to bottom.
+"""Stage 2: learning which feature to add at which token. Reads from top to bottom.
 
 Roll out a batch of prompts with the current policies, score the answers, and let every layer's
 policy and critic learn from the shared reward. The update never runs the language model.
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crl_exp.algorithms import Algorithm
 from crl_exp.coefficients import Decay
 from crl_exp.engine import Generation
-from crl_exp.learner import PPO, LayerLearner, collect
+from crl_exp.learner import LayerLearner, collect
 from crl_exp.policy import LayerAgent, PolicyController
 from crl_exp.runs import RunDirectory
 
@@ -46,16 +47,16 @@ class Trainer:
     def __init__(
         self,
         agents: dict[int, LayerAgent],
-        ppo: PPO,
+        algorithm: Algorithm,
         decay: Decay,
         seed: int,
         n_train: int,
         run: RunDirectory,
         checkpoint: CheckpointConfig,
     ):
-        self.agents, self.ppo, self.decay, self.run = agents, ppo, decay, run
+        self.agents, self.algorithm, self.decay, self.run = agents, algorithm, decay, run
         self.checkpoint, self.n_train = checkpoint, n_train
-        self.learners = {layer: LayerLearner(agent, ppo) for layer, agent in agents.items()}
+        self.learners = {layer: LayerLearner(agent, algorithm) for layer, agent in agents.items()}
         device = next(iter(agents.values())).allowed_C.device
         self.explore = torch.Generator(device).manual_seed(seed)
         self.shuffle = torch.Generator().manual_seed(seed + 1)
@@ -72,7 +73,7 @@ class Trainer:
             self._restore(state)
             on_step(self.step)
         saved_at = time.monotonic()
-        while self.step < self.ppo.n_updates:
+        while self.step < self.algorithm.n_updates:
             self.step += 1
             self.run.log(self.step, self._update(play))
             self._validate(validate)
@@ -82,20 +83,22 @@ class Trainer:
                 self.run.save_checkpoint(self._state())
                 saved_at = time.monotonic()
         self.run.save_checkpoint(self._state())
-        last = self.best_agents if self.ppo.validate_every else self._averaged_states()
+        last = self.best_agents if self.algorithm.validate_every else self._averaged_states()
         for layer, agent in self.agents.items():
             agent.load_state_dict(last[layer])
 
     def _update(self, play: Play) -> dict[str, float]:
         started = time.perf_counter()
-        progress = (self.step - 1) / self.ppo.n_updates
+        progress = (self.step - 1) / self.algorithm.n_updates
         controller = PolicyController(self.agents, self.decay, self.explore, progress)
-        played, reward_B = play(controller, self._next_prompts())
+        played, reward_B = play(controller, self.algorithm.answered(self._next_prompts()))
         rolled_out = time.perf_counter()
         metrics = {"reward": float(reward_B.mean())}
         for layer, learner in self.learners.items():
-            rollout = collect(layer, played, reward_B, self.ppo)
+            rollout = collect(layer, played, reward_B, self.algorithm)
             watched = learner.update(rollout, self.step, self.shuffle)
+            if learner.agent.online is not None:
+                learner.follow(played, reward_B)
             watched |= _watch_choices(layer, played)
             metrics |= {f"layer_{layer}/{name}": value for name, value in watched.items()}
         metrics["seconds_rollout"] = rolled_out - started
@@ -103,15 +106,15 @@ class Trainer:
         return metrics
 
     def _next_prompts(self) -> list[int]:
-        while len(self.queue) < self.ppo.prompts_per_update:
+        while len(self.queue) < self.algorithm.prompts_per_update:
             self.queue += torch.randperm(self.n_train, generator=self.shuffle).tolist()
-        taken = self.queue[: self.ppo.prompts_per_update]
-        self.queue = self.queue[self.ppo.prompts_per_update :]
+        taken = self.queue[: self.algorithm.prompts_per_update]
+        self.queue = self.queue[self.algorithm.prompts_per_update :]
         return taken
 
     def _validate(self, validate: Validate) -> None:
-        every = self.ppo.validate_every
-        if not every or (self.step % every and self.step != self.ppo.n_updates):
+        every = self.algorithm.validate_every
+        if not every or (self.step % every and self.step != self.algorithm.n_updates):
             return
         averaged = {layer: learner.averaged for layer, learner in self.learners.items()}
         score = validate(PolicyController(averaged, self.decay))

@@ -10,21 +10,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.controllers.base import Controller
+from crl_exp.controllers.observer import Observer
 from crl_exp.correlation import Moments, StreamingCorrelation
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.saes import LayerSAE
+from crl_exp.scores import NEGATIVE, SCORES, handle_negative, scaled
 
 POOLINGS = ("max", "mean", "last_prompt")
 KEPT_NORMS = 20_000
+STATISTICS_FORMAT = 2
+"""Of the stored files: those of another format lie under other keys."""
 
 
 @dataclass
@@ -35,19 +40,26 @@ class WarmupConfig:
         last prompt token alone).
     min_frequency: only features active in at least this share of the answers may be steered.
     keep: best features listed in features.json, for each layer.
+    score: what features are ranked by: pearson, or as baselines mutual_information, fisher,
+        mean_difference or composite; these are scaled to the range of r.
+    negative: features with a negative score: keep them as they are, clip their score at 0, or
+        steer: rank them by their score's size and add them with a negative coefficient.
     """
 
     pooling: str
     min_frequency: float
     keep: int
+    score: str
+    negative: str
 
     def faults(self) -> list[str]:
         found = []
-        if self.pooling not in POOLINGS:
-            near = did_you_mean(self.pooling, POOLINGS)
-            found.append(
-                f"warmup.pooling={self.pooling}: must be one of {', '.join(POOLINGS)}{near}"
-            )
+        choices = (("pooling", POOLINGS), ("score", SCORES), ("negative", NEGATIVE))
+        for name, known in choices:
+            value = getattr(self, name)
+            if value not in known:
+                near = did_you_mean(value, known)
+                found.append(f"warmup.{name}={value}: must be one of {', '.join(known)}{near}")
         if not 0 <= self.min_frequency < 1:
             found.append(f"warmup.min_frequency={self.min_frequency}: must be in [0, 1)")
         if self.keep < 1:
@@ -59,36 +71,53 @@ class WarmupConfig:
 class LayerStatistics:
     """What stage 1 knows of one layer. Feature tensors are float64 [F].
 
-    mean_D, std_D: of the observed residual. median_norm: of its length.
+    mean_D, std_D: of the observed residual. median_norm, norm_mean, norm_std: of its length.
+    moments: of every feature and the reward, from which the correlations can be carried on.
+    by_feature["score"]: what features are ranked by; set by `scored`.
     """
 
     layer: int
     n: int
     accuracy: float
     median_norm: float
+    norm_mean: float
+    norm_std: float
     mean_D: Tensor
     std_D: Tensor
+    moments: Moments
     by_feature: dict[str, Tensor]
 
     @property
     def correlation(self) -> Tensor:
         return self.by_feature["correlation"]
 
+    @property
+    def score(self) -> Tensor:
+        return self.by_feature["score"]
+
+    def scored(self, config: WarmupConfig) -> LayerStatistics:
+        """With `score` [F] as `warmup.score` and `warmup.negative` say, and its `sign`."""
+        name = "correlation" if config.score == "pearson" else config.score
+        raw_F = scaled(config.score, self.by_feature[name])
+        more = {"score": handle_negative(raw_F, config.negative), "sign": raw_F.sign()}
+        return replace(self, by_feature={**self.by_feature, **more})
+
     def allowed(self, min_frequency: float) -> Tensor:
         """Features [C] active often enough to be steered, in order of their index."""
         return (self.by_feature["frequency"] >= min_frequency).nonzero()[:, 0]
 
     def best(self, min_frequency: float, k: int = 1) -> list[int]:
-        """The k allowed features with the highest correlation, best first."""
+        """The k allowed features with the highest score, best first."""
         allowed_C = self.allowed(min_frequency)
-        order = self.correlation[allowed_C].argsort(descending=True, stable=True)
+        order = self.score[allowed_C].argsort(descending=True, stable=True)
         return allowed_C[order[:k]].tolist()
 
     def save(self, path: Path) -> None:
         """Write atomically: a reader sees the whole file or none."""
-        meta = {"layer": self.layer, "n": self.n, "accuracy": self.accuracy}
-        meta["median_norm"] = self.median_norm
+        meta: dict[str, Any] = {name: getattr(self, name) for name in _SCALARS}
+        meta["moments"] = {name: getattr(self.moments, name) for name in _MOMENT_SCALARS}
         tensors = {f"feature.{k}": v.contiguous() for k, v in self.by_feature.items()}
+        tensors |= {f"moments.{name}": getattr(self.moments, name) for name in _MOMENT_TENSORS}
         tensors |= {"mean_D": self.mean_D, "std_D": self.std_D}
         partial = path.with_suffix(f".{os.getpid()}.partial")
         save_file(tensors, partial, metadata={"statistics": json.dumps(meta)})
@@ -103,45 +132,20 @@ class LayerStatistics:
                 meta = json.loads(file.metadata()["statistics"])
             tensors = load_file(path)
             mean_D, std_D = tensors.pop("mean_D"), tensors.pop("std_D")
+            moments = Moments(
+                **meta.pop("moments"), **{k: tensors.pop(f"moments.{k}") for k in _MOMENT_TENSORS}
+            )
             features = {k.removeprefix("feature."): v for k, v in tensors.items()}
-            return cls(**meta, mean_D=mean_D, std_D=std_D, by_feature=features)
+            return cls(**meta, mean_D=mean_D, std_D=std_D, moments=moments, by_feature=features)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"stored warmup statistics {path} can't be read ({error}); delete the file"
             ) from error
 
 
-class Observer(Controller):
-    """Looks at every steered position, pools the activations of each row, and adds nothing."""
-
-    steers = False
-
-    def __init__(self, saes: dict[int, LayerSAE], pooling: str):
-        super().__init__({layer: sae.site for layer, sae in saes.items()})
-        self.saes, self.pooling = saes, pooling
-        self.pooled_BF: dict[int, Tensor] = {}
-        self.count_B: dict[int, Tensor] = {}
-        self.seen_ND: dict[int, list[Tensor]] = {layer: [] for layer in saes}
-
-    def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
-        self.seen_ND[layer].append(x_BD[context.alive_B].float())
-        if self.pooling == "last_prompt" and context.token_index > 0:
-            return None
-        feature_acts_BF = self.saes[layer].encode(x_BD)
-        alive_B = context.alive_B[:, None]
-        if context.token_index == 0:
-            self.pooled_BF[layer] = feature_acts_BF.clone()
-            self.count_B[layer] = alive_B.double()
-            return None
-        before_BF = self.pooled_BF[layer]
-        if self.pooling == "max":
-            after_BF = torch.maximum(before_BF, feature_acts_BF)
-        else:
-            count_B = self.count_B[layer] + alive_B
-            after_BF = before_BF + (feature_acts_BF - before_BF) / count_B.to(before_BF.dtype)
-            self.count_B[layer] = count_B
-        self.pooled_BF[layer] = torch.where(alive_B, after_BF, before_BF)
-        return None
+_SCALARS = ("layer", "n", "accuracy", "median_norm", "norm_mean", "norm_std")
+_MOMENT_SCALARS = ("n", "origin_y", "mean_y", "m2_y")
+_MOMENT_TENSORS = ("origin_F", "mean_F", "m2_F", "cov_F")
 
 
 Answer = Callable[[Controller, Sequence[int]], Tensor]
@@ -149,10 +153,18 @@ Answer = Callable[[Controller, Sequence[int]], Tensor]
 
 
 def measure(
-    saes: dict[int, LayerSAE], pooling: str, n_items: int, batch_size: int, answer: Answer
+    saes: dict[int, LayerSAE],
+    pooling: str,
+    n_items: int,
+    batch_size: int,
+    answer: Answer,
+    keep_values: bool = False,
 ) -> dict[int, LayerStatistics]:
-    """One pass over the training prompts, all layers at once."""
-    streams = {layer: StreamingCorrelation() for layer in saes}
+    """One pass over the training prompts, all layers at once.
+
+    keep_values: as in `StreamingCorrelation`.
+    """
+    streams = {layer: StreamingCorrelation(keep_values) for layer in saes}
     observed: dict[int, Moments] = {}
     norms: dict[int, list[Tensor]] = {layer: [] for layer in saes}
     right = 0.0
@@ -176,14 +188,22 @@ def measure(
 def _statistics(
     layer: int, stream: StreamingCorrelation, seen: Moments, norms: list[Tensor], accuracy: float
 ) -> LayerStatistics:
+    assert stream.moments is not None
+    norm_N, found = torch.cat(norms).double(), stream.statistics()
+    plain = {
+        name: value.cpu() for name, value in vars(stream.moments).items() if name in _MOMENT_TENSORS
+    }
     return LayerStatistics(
         layer=layer,
         n=stream.n,
         accuracy=accuracy,
-        median_norm=float(torch.cat(norms).median()),
+        median_norm=float(norm_N.median()),
+        norm_mean=float(norm_N.mean()),
+        norm_std=float(norm_N.std(correction=0)),
+        moments=replace(stream.moments, **plain),
         mean_D=(seen.origin_F + seen.mean_F).cpu(),
         std_D=(seen.m2_F / max(seen.n - 1, 1)).sqrt().cpu(),
-        by_feature={name: t.cpu() for name, t in stream.statistics().items()},
+        by_feature={name: t.cpu() for name, t in found.items()},
     )
 
 

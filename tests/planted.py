@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import torch
@@ -11,9 +13,11 @@ from crl_exp.models import LanguageModel
 from tests import tiny
 from tests.tiny_run import random_sae_weights, save_sae, write_task
 
-LAYER, PLANTED, DEAD = 1, 37, 8
+LAYER, PLANTED, OTHER, DEAD = 1, 37, 21, 8
 MODEL_SEED, SAE_SEED, TASK_SEED = 2, 0, 0
 YES, NO = tiny.WORDS.index("yes"), tiny.WORDS.index("no")
+MARKERS = {"w50": "yes", "w51": "no"}
+"""In the conditional variant the word that ends a question, and the answer that is then right."""
 
 
 def plant(root: Path) -> list[str]:
@@ -21,13 +25,36 @@ def plant(root: Path) -> list[str]:
 
     Every answer is "yes" by right, so an item is rewarded where the model says yes.
     """
-    tiny.save_model("llama", root / "model", MODEL_SEED)
     path = write_task(root / "task.jsonl", n=1000, seed=TASK_SEED, answers=("yes",))
+    return _written(root, path, both=False)
+
+
+def plant_conditional(root: Path) -> list[str]:
+    """As `plant`, but which answer is right depends on the question's last word.
+
+    PLANTED moves the model towards yes, OTHER towards no by the same length: each helps on half of
+    the questions and hurts on the other half.
+    """
+    path, draw = root / "task.jsonl", random.Random(TASK_SEED)
+    words = [f"w{i}" for i in range(50)]
+    questions: dict[str, str] = {}
+    while len(questions) < 1000:
+        marker = draw.choice(list(MARKERS))
+        ending = " ".join([marker] * 3)
+        questions[f"{' '.join(draw.choices(words, k=draw.randint(3, 5)))} {ending}"] = marker
+    rows = [{"question": q, "answer": MARKERS[marker]} for q, marker in questions.items()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return _written(root, path, both=True)
+
+
+def _written(root: Path, path: Path, both: bool) -> list[str]:
+    """Write model and SAE; returns the overrides. both: OTHER is planted too."""
+    tiny.save_model("llama", root / "model", MODEL_SEED)
     lm = tiny.language_model("llama", MODEL_SEED)
     x_ND, direction_D = towards_yes(
         lm, [f"w{i} w{(7 * i) % 58} w{(3 * i) % 58}" for i in range(58)]
     )
-    save_sae(root / "saes", LAYER, sae_weights(x_ND, direction_D))
+    save_sae(root / "saes", LAYER, sae_weights(x_ND, direction_D, both))
     return [
         "tracking=none", "sae.name=planted", f"sae.folder={root / 'saes'}",
         "model.name=tiny", f"model.path={root / 'model'}",
@@ -57,14 +84,17 @@ def towards_yes(lm: LanguageModel, users: list[str]) -> tuple[Tensor, Tensor]:
     return x_ND, torch.nn.functional.normalize(torch.stack(gradients).mean(0), dim=0)
 
 
-def sae_weights(x_ND: Tensor, direction_D: Tensor) -> dict:
-    """A JumpReLU SAE of random directions, with this one in the place of feature PLANTED.
+def sae_weights(x_ND: Tensor, direction_D: Tensor, both: bool) -> dict:
+    """A JumpReLU SAE of random directions, with this one in the place of feature PLANTED, and its
+    opposite, if `both`, in the place of OTHER.
 
     Biases are such that the first DEAD features are never active, so that stage 1 leaves them out,
     and the others are on half of the residuals given.
     """
     weights = random_sae_weights(SAE_SEED)
     weights["W_dec"][PLANTED] = direction_D
+    if both:
+        weights["W_dec"][OTHER] = -direction_D
     weights["W_enc"] = weights["W_dec"].T.contiguous()
     weights["b_dec"] = torch.zeros_like(weights["b_dec"])
     weights["b_enc"] = -(x_ND @ weights["W_enc"]).median(dim=0).values

@@ -36,7 +36,7 @@ def config(
             "layers": one if len(layers) == 1 else several,
             "method": {"_target_": f"crl_exp.methods.{method}", "name": method},
             "fusion": {"_target_": "crl_exp.stages.fusion.Add", "weight": 1.0},
-            "algorithm": {"_target_": "crl_exp.learner.PPO", "n_updates": 120},
+            "algorithm": {"_target_": "crl_exp.algorithms.PPO", "n_updates": 120},
             "checkpoint": {"updates": 20, "seconds": 60.0},
             "tracking": {"enabled": True, "uri": None, "experiment": "crl_exp"},
         }

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import permutations
-
 import pytest
 import torch
 from torch import Tensor
 
 from crl_exp import selection
-from crl_exp.coefficients import Decay
-from crl_exp.engine import Engine, EngineConfig, Generation, Job
 from crl_exp.learner import LayerLearner, NonFiniteError, Rollout, collect
-from crl_exp.losses import gae, ppo_policy_loss, token_weights, value_loss
-from crl_exp.policy import LayerAgent, PolicyController
-from crl_exp.stages.activation import Identity, JumpReLU
-from crl_exp.stages.base import STAGES
-from crl_exp.stages.mask import Active, NoMask
-from crl_exp.stages.noise import EpsilonGreedy, Gaussian, NoNoise
+from crl_exp.losses import gae, group_advantage, ppo_policy_loss, token_weights, value_loss
+from crl_exp.policy import LayerAgent
+from crl_exp.stages.base import Observation
+from crl_exp.stages.threshold import JumpReLU
 from tests import tiny
-from tests.tiny_steering import agent, pipeline, ppo, random_sae
+from tests.tiny_steering import agent, grpo, pipeline, ppo, random_sae, rolled_out
 
 RATIO = torch.tensor([1.5, 0.5, 1.1, 0.5, 1.5], dtype=torch.float64)
 ADVANTAGE = torch.tensor([2.0, 2.0, -1.0, -1.0, -1.0], dtype=torch.float64)
@@ -65,6 +59,21 @@ def test_gae_by_hand() -> None:
     torch.testing.assert_close(one_step, torch.tensor(deltas))
 
 
+def test_group_advantage_by_hand() -> None:
+    """Groups [1, 0, 0, 0]: mean .25, deviation √3/4; [1, 1, 1, 1]: nothing to tell apart."""
+    got = group_advantage(torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1, 0.2, 0.4, 0.2, 0.4]), 4)
+    high, low = 3**0.5, -1 / 3**0.5
+    assert got.tolist() == pytest.approx([high, low, low, low, 0, 0, 0, 0, -1, 1, -1, 1], abs=1e-5)
+
+
+def test_grpo_gives_all_tokens_of_an_answer_its_advantage() -> None:
+    alive_BT = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+    got = grpo(group_size=2).advantages(None, alive_BT, torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    assert got.tolist() == [[1.0, 1.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    assert grpo(group_size=3).answered([7, 2]) == [7, 7, 7, 2, 2, 2]
+    assert ppo().answered([7, 2]) == [7, 2]
+
+
 def test_token_weights_both_ways() -> None:
     episode_N = torch.tensor([7, 2, 7, 7, 5])
     assert token_weights(episode_N, True).tolist() == pytest.approx([0.2] * 5)
@@ -84,20 +93,21 @@ def small_rollout(made: LayerAgent, n: int = 12, seed: int = 0) -> Rollout:
     acts_NC = torch.rand(n, len(made.allowed_C), generator=draw, dtype=torch.float64)
     token_N = torch.arange(n) % 3
     with torch.no_grad():
-        logits_NC, _ = made.distribution(obs_ND, acts_NC, token_N)
+        observed = Observation(obs_ND, token_N, acts_NC)
+        logits_NC = made.distribution(observed).logits_BC
         choice_NK = selection.sample(logits_NC, made.k, draw)
         log_prob_N = selection.log_prob(logits_NC, choice_NK)
     off_policy_N = 0.25 * torch.randn(n, generator=draw, dtype=torch.float64)
     advantage_N, return_N = torch.randn(2, n, generator=draw, dtype=torch.float64)
     return Rollout(
-        obs_ND, choice_NK, token_N, acts_NC, log_prob_N + off_policy_N, advantage_N, return_N,
+        observed, choice_NK, log_prob_N + off_policy_N, advantage_N, return_N,
         torch.arange(n) // 3,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("flatten_tokens", [True, False])
 def test_gradients_match_finite_differences(flatten_tokens: bool) -> None:
-    made = agent(random_sae(2, 6, d_sae=6), 6, pipeline(activation=JumpReLU(-0.3))).double()
+    made = agent(random_sae(2, 6, d_sae=6), 6, pipeline(activation=JumpReLU(-0.3, False))).double()
     learner = LayerLearner(
         made, ppo(lr_policy=0.0, lr_critic=0.0, max_grad_norm=1e9, ent_coef=0.1,
                   flatten_tokens=flatten_tokens)
@@ -130,46 +140,6 @@ def test_gradients_match_finite_differences(flatten_tokens: bool) -> None:
         torch.testing.assert_close(value, before[name])
 
 
-def rolled_out(agents: list[LayerAgent], seed: int = 0) -> list[Generation]:
-    """Recorded answers of several agents in one call, rows that end early among them."""
-    lm = tiny.language_model("llama")
-    lm.model.generation_config.eos_token_id = [1, 6, 9, 14, 27]  # type: ignore[union-attr]
-    engine = Engine(lm, EngineConfig(4 * len(agents), 1.0))
-    draw = torch.Generator().manual_seed(seed)
-    jobs = [Job(PolicyController({2: made}, Decay(1.0), draw), range(8)) for made in agents]
-    return engine.generate(engine.read(tiny.prompts(8)), jobs, 4, record=True)
-
-
-@pytest.mark.parametrize("noise", [NoNoise(), Gaussian(1.0), EpsilonGreedy(0.5)])
-@pytest.mark.parametrize("mask", [NoMask(), Active()])
-@pytest.mark.parametrize("activation", [Identity(), JumpReLU(None)])
-def test_ratio_is_one_at_the_first_minibatch_in_every_order(noise, mask, activation) -> None:
-    orders = list(permutations(STAGES))
-    sae = random_sae(2, tiny.D_MODEL)
-    agents = [
-        agent(sae, tiny.D_MODEL, pipeline(o, noise=noise, mask=mask, activation=activation))
-        for o in orders
-    ]
-    reward_B, lengths = torch.tensor([1.0, 0, 1, 1, 0, 1, 0, 0]), set()
-    for order, made, played in zip(orders, agents, rolled_out(agents), strict=True):
-        learner = LayerLearner(made, ppo(minibatches=2, lr_policy=1.0, lr_critic=1.0))
-        rollout = collect(2, played, reward_B, learner.ppo)
-        assert rollout.log_prob_N.min() < -0.1
-        lengths.add(len(rollout.log_prob_N))
-        learner.update(rollout, 1, torch.Generator().manual_seed(0))
-        ratio_N = learner.first_ratio_N
-        assert ratio_N is not None and len(ratio_N) == (len(rollout.log_prob_N) + 1) // 2
-        torch.testing.assert_close(ratio_N, torch.ones_like(ratio_N), atol=1e-4, rtol=0)
-        if order == orders[0]:
-            # The parameters did move, so that the ratio could have been another.
-            later, _ = made.distribution(
-                rollout.obs_ND, rollout.feature_acts_NC, rollout.token_index_N
-            )
-            moved_N = selection.log_prob(later, rollout.choice_NK) - rollout.log_prob_N
-            assert moved_N.abs().max() > 0.1
-    assert min(lengths) < 32
-
-
 def test_collected_tokens_carry_their_own_episode() -> None:
     """Returns, advantages and token numbers of ragged answers that were played in two batches."""
     made = agent(random_sae(2, tiny.D_MODEL), tiny.D_MODEL, pipeline())
@@ -178,16 +148,20 @@ def test_collected_tokens_carry_their_own_episode() -> None:
     rollout = collect(2, played, reward_B, ppo(gae_lambda=1.0))
     lengths = [min(len(tokens) + 1, 4) for tokens in played.tokens]
     assert len(set(lengths)) > 1
-    pairs = set(zip(rollout.episode_N.tolist(), rollout.token_index_N.tolist(), strict=True))
+    token_N = rollout.observed.token_index_B
+    pairs = set(zip(rollout.episode_N.tolist(), token_N.tolist(), strict=True))
     assert pairs == {(row, t) for row, length in enumerate(lengths) for t in range(length)}
     assert len(rollout.episode_N) == len(pairs)
     assert torch.equal(rollout.return_N, reward_B[rollout.episode_N])
     with torch.no_grad():
-        logits, value_N = made.distribution(rollout.obs_ND, None, rollout.token_index_N)
-    torch.testing.assert_close(rollout.advantage_N, rollout.return_N - value_N)
-    torch.testing.assert_close(rollout.log_prob_N, selection.log_prob(logits, rollout.choice_NK))
+        now = made.distribution(rollout.observed)
+    assert now.value_B is not None
+    torch.testing.assert_close(rollout.advantage_N, rollout.return_N - now.value_B)
+    torch.testing.assert_close(
+        rollout.log_prob_N, selection.log_prob(now.logits_BC, rollout.choice_NK)
+    )
     part = rollout.part(torch.tensor([3, 0]))
-    assert torch.equal(part.obs_ND, rollout.obs_ND[[3, 0]])
+    assert torch.equal(part.observed.obs_BD, rollout.observed.obs_BD[[3, 0]])
     assert torch.equal(part.choice_NK, rollout.choice_NK[[3, 0]])
 
 

@@ -1,8 +1,9 @@
-"""Every logit stage by hand, and what must hold in any order of them."""
+"""What must hold of every logit stage in `conf/`, in any order.
+
+By hand, from their equations: test_stage_equations.py.
+"""
 
 from __future__ import annotations
-
-from itertools import permutations, product
 
 import pytest
 import torch
@@ -10,157 +11,163 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crl_exp import selection
-from crl_exp.stages.activation import Identity, JumpReLU
-from crl_exp.stages.base import STAGES, Stage, StageContext
-from crl_exp.stages.fusion import Add, Multiply
-from crl_exp.stages.mask import Active, NoMask
-from crl_exp.stages.noise import EpsilonGreedy, Gaussian, NoNoise
-from tests.tiny_steering import pipeline
+from crl_exp.stages.base import STAGES, Observation, Pipeline
+from tests.stage_options import EACH, INF, LOGITS, OPTIONS, ORDERS, PAIRS, built, context, piped
 
-INF = float("inf")
-ORDERS = list(permutations(STAGES))
-LOGITS = torch.tensor([[1.0, -2.0, 0.5, -INF], [3.0, 0.0, -0.5, 2.0]])
+# Masks and activations that rule features out by themselves; the others may not.
+RULING = {
+    ("activation", "sparse_attention"),
+    *(("mask", m) for m in OPTIONS["mask"] if m != "none"),
+}
+WHILE_EXPLORING = {*RULING, ("activation", "gumbel_topk")}
 
 
-def context(explore: bool = False, seed: int = 0, n: int = 2) -> StageContext:
-    acts_C = torch.tensor([0.0, 2.0, 0.1, 3.0])
-    return StageContext(
-        obs_BD=torch.zeros(n, 3),
-        correlation_C=torch.tensor([0.5, -1.0, 0.25, 0.1]),
-        feature_acts_BC=acts_C.expand(n, -1),
-        value_B=torch.tensor([0.75, -1.0]).repeat(n)[:n],
-        token_index_B=torch.zeros(n, dtype=torch.long),
-        explore=explore,
-        generator=torch.Generator().manual_seed(seed),
-    )
+def test_the_globs_find_something() -> None:
+    assert {"add", "attention"} <= set(OPTIONS["fusion"]) and len(EACH) >= 22
+    assert len(ORDERS) == 24
+
+
+@pytest.mark.parametrize("pair", EACH, ids="/".join)
+def test_barred_stays_barred_and_the_rest_finite(pair) -> None:
+    """In every order, explored or not; and only what rules features out does so."""
+    group, name = pair
+    for order in ORDERS:
+        for explore in (False, True):
+            out = piped(order, **{group: name})(LOGITS, context(explore))
+            barred = LOGITS.isneginf()
+            assert out[barred].isneginf().all()
+            ruling = WHILE_EXPLORING if explore else RULING
+            if pair not in ruling:
+                assert out[~barred].isfinite().all()
+            else:
+                assert not out.isnan().any() and not out.isposinf().any()
+
+
+@pytest.mark.parametrize("mask", [m for m in OPTIONS["mask"] if m != "none"])
+def test_a_masked_feature_is_never_chosen(mask) -> None:
+    """By no activation, noise, fusion or order, for any k."""
+    dropped = built("mask", mask)(torch.zeros(2, 4), context()).isneginf()
+    assert dropped.any()
+    for names in PAIRS:
+        if "mask" in names:
+            continue
+        for order in ORDERS[::5]:
+            logits = torch.tensor([[1.0, -2.0, 0.5, 4.0], [3.0, 0.0, -0.5, 2.0]])
+            out = piped(order, mask=mask, **names)(logits, context(explore=True))
+            for choice in (
+                selection.greedy(out, 3),
+                selection.sample(out, 3, torch.Generator().manual_seed(0)),
+            ):
+                chosen = torch.zeros(2, 5).scatter(1, choice + 1, 1.0)[:, 1:].bool()
+                assert not (chosen & dropped).any()
+                for row in choice.tolist():
+                    filled = [j for j in row if j >= 0]
+                    assert len(set(filled)) == len(filled), "k features are distinct"
 
 
 @pytest.mark.parametrize(
-    ("stage", "expected"),
-    [
-        (Add(2.0), [[2.0, -4.0, 1.0, -INF], [4.0, -2.0, 0.0, 2.2]]),
-        (Multiply(), [[0.5, 2.0, 0.125, -INF], [1.5, 0.0, -0.125, 0.2]]),
-        (Identity(), LOGITS.tolist()),
-        (JumpReLU(0.5), [[1.0, 0.0, 0.0, -INF], [3.0, 0.0, 0.0, 2.0]]),
-        (JumpReLU(-1.0), [[1.0, 0.0, 0.5, -INF], [3.0, 0.0, -0.5, 2.0]]),
-        (JumpReLU(None), [[1.0, 0.0, 0.0, -INF], [3.0, 0.0, -0.5, 2.0]]),
-        (NoMask(), LOGITS.tolist()),
-        (Active(), [[-INF, -2.0, 0.5, -INF], [-INF, 0.0, -0.5, 2.0]]),
-        (NoNoise(), LOGITS.tolist()),
-        (Gaussian(3.0), LOGITS.tolist()),
-        (EpsilonGreedy(1.0), LOGITS.tolist()),
-    ],
+    "names", PAIRS, ids=lambda names: ",".join(f"{k}={v}" for k, v in names.items())
 )
-def test_each_stage_by_hand(stage: Stage, expected: list[list[float]]) -> None:
-    torch.testing.assert_close(stage(LOGITS, context()), torch.tensor(expected))
+def test_two_passes_give_the_same_distribution(names) -> None:
+    """Without exploration nothing is drawn: the update sees what the rollout recorded."""
+    for order in ORDERS[::3]:
+        pipeline = piped(order, **names)
+        first = pipeline(LOGITS, context(seed=1))
+        assert torch.equal(first, pipeline(LOGITS, context(seed=2)))
+        explored = pipeline(LOGITS, context(True, seed=3))
+        assert torch.equal(explored, pipeline(LOGITS, context(True, seed=3)))
 
 
-def test_critic_threshold_takes_no_gradient() -> None:
-    logits, made = LOGITS.clone().requires_grad_(), context()
-    made.value_B.requires_grad_()
-    JumpReLU(None)(logits, made)[:, :3].sum().backward()
-    assert made.value_B.grad is None
-    assert logits.grad is not None
-    assert logits.grad.tolist() == [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]
-
-
-def test_gaussian_noise_has_its_deviation() -> None:
-    wide = torch.ones(500, 40)
-    wide[:, 0] = -INF
-    draw = StageContext(
-        wide, wide[0], None, wide[:, 0], wide[:, 0], True, 0.0, torch.Generator().manual_seed(0)
-    )
-    noise = Gaussian(0.5)(wide, draw)[:, 1:] - 1
-    assert float(noise.std()) == pytest.approx(0.5, rel=0.03)
-    assert abs(float(noise.mean())) < 0.02
-    assert torch.equal(Gaussian(0.0)(wide, draw), wide)
-
-
-def test_epsilon_greedy_levels_its_share_of_rows() -> None:
-    logits = LOGITS[:1].expand(4000, -1)
-    out = EpsilonGreedy(0.3)(logits, context(True, n=4000))
-    level = (out[:, :3] == 0).all(1)
-    assert float(level.float().mean()) == pytest.approx(0.3, abs=0.03)
-    assert torch.equal(out[~level], logits[~level])
-    assert out[:, 3].isneginf().all()
-    assert torch.equal(EpsilonGreedy(0.0)(LOGITS, context(True)), LOGITS)
-    assert EpsilonGreedy(1.0)(LOGITS, context(True))[:, :3].eq(0).all()
-
-
-@pytest.mark.parametrize("noise", [Gaussian(1.0), EpsilonGreedy(0.9)])
-def test_noise_comes_only_with_explore(noise: Stage) -> None:
+@pytest.mark.parametrize("noise", [n for n in OPTIONS["noise"] if n != "none"])
+def test_noise_comes_only_with_explore(noise) -> None:
+    strong = {"gaussian": {"std": 1.0}, "epsilon_greedy": {"epsilon": 0.9}}[noise]
     for order in ORDERS:
-        made = pipeline(order, noise=noise, activation=JumpReLU(None), mask=Active())
-        still = made(LOGITS, context(seed=1))
-        assert torch.equal(still, made(LOGITS, context(seed=2)))
-        assert torch.equal(
-            still, pipeline(order, activation=JumpReLU(None), mask=Active())(LOGITS, context())
-        )
-        assert not torch.equal(still, made(LOGITS, context(explore=True)))
-        explored = made(LOGITS, context(explore=True, seed=3))
-        assert torch.equal(explored, made(LOGITS, context(explore=True, seed=3)))
+        pipeline, plain = piped(order, noise=noise), piped(order)
+        pipeline.stages["noise"] = built("noise", noise, **strong)
+        assert torch.equal(pipeline(LOGITS, context()), plain(LOGITS, context()))
+        assert not torch.equal(pipeline(LOGITS, context(True)), plain(LOGITS, context()))
 
 
-CHOICES = list(
-    product(
-        [Add(1.5), Multiply()],
-        [NoNoise(), Gaussian(2.0), EpsilonGreedy(0.5)],
-        [Identity(), JumpReLU(0.2), JumpReLU(None)],
-        [NoMask(), Active()],
-    )
-)
-
-
-def test_barred_stays_barred_through_any_stage_and_order() -> None:
-    """And nothing else is barred but by the mask."""
-    for order in ORDERS:
-        for fusion, noise, activation, mask in CHOICES:
-            made = pipeline(order, fusion=fusion, noise=noise, activation=activation, mask=mask)
-            out = made(LOGITS, context(explore=True))
-            barred = LOGITS.isneginf()
-            if isinstance(mask, Active):
-                barred = barred | torch.tensor([True, False, False, False])
-            assert torch.equal(out.isneginf(), barred)
-            assert out[~barred].isfinite().all()
-
-
-def test_order_matters_and_is_kept() -> None:
-    stages = {"fusion": Add(1.0), "activation": JumpReLU(1.2)}
-    first = pipeline(("fusion", "activation", "noise", "mask"), **stages)(LOGITS, context())
-    last = pipeline(("activation", "fusion", "noise", "mask"), **stages)(LOGITS, context())
-    assert first[0].tolist() == [1.5, 0.0, 0.0, -INF]
-    assert last[0].tolist() == [0.5, -1.0, 0.25, -INF]
-
-
-def test_feature_activations_are_asked_for_where_needed() -> None:
-    assert pipeline(mask=Active()).needs_feature_acts
-    assert not pipeline().needs_feature_acts
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.one_of(st.floats(-50, 50), st.just(-INF)), min_size=4, max_size=4),
     st.sampled_from(ORDERS),
-    st.sampled_from(CHOICES),
+    st.fixed_dictionaries({group: st.sampled_from(OPTIONS[group]) for group in STAGES}),
+    st.booleans(),
 )
-def test_probabilities_sum_to_one(row: list[float], order, choice) -> None:
-    fusion, noise, activation, mask = choice
-    made = pipeline(order, fusion=fusion, noise=noise, activation=activation, mask=mask)
-    out = made(torch.tensor([row]), context(explore=True, n=1)).double()
-    single = selection.log_prob(out.expand(4, -1), torch.arange(4)[:, None]).exp()
+def test_probabilities_sum_to_one(row: list[float], order, names, explore) -> None:
+    out = piped(order, **names)(torch.tensor([row]), context(explore, n=1)).double()
+    single = selection.log_prob(out.expand(4, -1), torch.arange(4)[:, None]).exp().detach()
     allowed = ~out[0].isneginf()
     assert float(single[allowed].sum()) == pytest.approx(float(allowed.any()), abs=1e-9)
+    torch.testing.assert_close(
+        selection.probabilities(out)[0].sum(), allowed.any().double(), rtol=0, atol=1e-9
+    )
 
 
+def alone(order: tuple[str, ...], names: dict[str, str]) -> Pipeline:
+    """These options, and nothing from stage 1 unless a fusion is among them."""
+    pipeline = piped(order, **names)
+    if "fusion" not in names:
+        pipeline.stages["fusion"] = built("fusion", "add", weight=0.0)
+    return pipeline
+
+
+# Two stages that both do something, neither a fixed factor of the other: their order must show.
 @pytest.mark.parametrize(
-    ("stage", "said"),
+    ("names", "swapped"),
     [
-        (Gaussian(-1.0), "noise.std"),
-        (Gaussian(float("nan")), "noise.std"),
-        (EpsilonGreedy(1.5), "noise.epsilon"),
-        (EpsilonGreedy(float("nan")), "noise.epsilon"),
+        ({"fusion": "add", "activation": "jumprelu_constant"}, ("fusion", "activation")),
+        ({"fusion": "add", "activation": "softmax"}, ("fusion", "activation")),
+        ({"fusion": "multiply", "activation": "jumprelu"}, ("fusion", "activation")),
+        ({"fusion": "add", "activation": "ste_topk"}, ("fusion", "activation")),
+        ({"fusion": "attention", "activation": "softmax"}, ("fusion", "activation")),
+        ({"fusion": "multiply", "noise": "gaussian"}, ("fusion", "noise")),
+        ({"activation": "softmax", "noise": "gaussian"}, ("noise", "activation")),
+        ({"activation": "softmax", "mask": "active"}, ("activation", "mask")),
+        ({"activation": "jumprelu_quantile", "mask": "active"}, ("activation", "mask")),
+        ({"activation": "ste_topk", "mask": "active"}, ("activation", "mask")),
     ],
+    ids=str,
 )
-def test_bad_values_are_named(stage: Stage, said: str) -> None:
-    assert said in "".join(stage.faults())
-    assert Gaussian(0.0).faults() == EpsilonGreedy(1.0).faults() == []
+def test_the_order_shows_where_it_should(names, swapped) -> None:
+    logits = torch.tensor([[0.1, 0.3, 0.5, 2.0], [3.0, 0.0, -0.5, 2.0]])
+    outcomes = {}
+    for order in ORDERS:
+        pipeline = alone(order, names)
+        if "top" in vars(pipeline.stages["activation"]):
+            pipeline.stages["activation"].top = 2
+        outcomes[order] = pipeline(logits, context(explore=True))
+    one, other = swapped
+    first = [o for o in ORDERS if o.index(one) < o.index(other)]
+    second = [o for o in ORDERS if o.index(one) > o.index(other)]
+    for group in (first, second):
+        assert all(torch.allclose(outcomes[o], outcomes[group[0]]) for o in group)
+    assert not torch.allclose(outcomes[first[0]], outcomes[second[0]])
+
+
+def test_the_order_does_not_show_where_it_should_not() -> None:
+    """A mask commutes with what treats each feature by itself."""
+    for names in ({"fusion": "add"}, {"activation": "jumprelu_constant"}, {"fusion": "multiply"}):
+        named = {"mask": "active", **names}
+        outcomes = [alone(order, named)(LOGITS, context()) for order in ORDERS]
+        for out in outcomes[1:]:
+            torch.testing.assert_close(out, outcomes[0])
+
+
+def test_what_stages_need_is_asked_for() -> None:
+    assert piped(mask="active").needs == {"feature_acts"}
+    assert piped(mask="all", fusion="attention").needs == {"importance", "past"}
+    assert piped(mask="generation", fusion="context_scale").needs == {"seen", "length"}
+    assert not piped().needs
+
+
+def test_rows_of_an_observation() -> None:
+    at = context(n=3).at
+    picked = at.rows(torch.tensor([2, 0]))
+    assert picked.token_index_B.tolist() == [0, 0]
+    both = Observation.cat([at.rows(torch.tensor([0])), at.rows(torch.tensor([1]))])
+    assert both.token_index_B.tolist() == [0, 3] and both.past_B is not None
+    assert both.past_B.tolist() == [-INF, 2.0]
+    bare = Observation(at.obs_BD, at.token_index_B)
+    assert bare.rows(torch.tensor([1])).seen_BC is None

@@ -8,16 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crl_exp.algorithms import GRPO, PPO
+from crl_exp.coefficients import Decay
 from crl_exp.controllers.base import Action, Controller, StepContext
-from crl_exp.learner import PPO
-from crl_exp.policy import LayerAgent, PolicyConfig
+from crl_exp.correlation import Moments
+from crl_exp.engine import Engine, EngineConfig, Generation, Job
+from crl_exp.networks import PolicyConfig
+from crl_exp.policy import AgentSetting, LayerAgent, PolicyController
 from crl_exp.saes import LayerSAE
 from crl_exp.stages.activation import Identity
 from crl_exp.stages.base import STAGES, Pipeline, Stage
 from crl_exp.stages.fusion import Add
 from crl_exp.stages.mask import NoMask
 from crl_exp.stages.noise import NoNoise
-from crl_exp.warmup import LayerStatistics
+from crl_exp.warmup import LayerStatistics, WarmupConfig
+from tests import tiny
 
 
 class PlainSAE(nn.Module):
@@ -67,12 +72,15 @@ def statistics(layer: int, d_model: int, d_sae: int = 16, seed: int = 0) -> Laye
     """Made-up statistics; all features are active often enough."""
     draw = torch.Generator().manual_seed(seed)
     correlation_F = torch.rand(d_sae, generator=draw, dtype=torch.float64) * 2 - 1
+    z_BF = torch.rand(100, d_sae, generator=draw, dtype=torch.float64)
+    moments = Moments.of(z_BF, (torch.arange(100) % 2).double())
     return LayerStatistics(
-        layer, n=100, accuracy=0.5, median_norm=4.0,
+        layer, n=100, accuracy=0.5, median_norm=4.0, norm_mean=4.0, norm_std=1.5, moments=moments,
         mean_D=torch.randn(d_model, generator=draw, dtype=torch.float64),
         std_D=torch.rand(d_model, generator=draw, dtype=torch.float64) + 0.5,
         by_feature={
             "correlation": correlation_F,
+            "score": correlation_F.clone(),
             "frequency": torch.ones(d_sae, dtype=torch.float64),
         },
     )  # fmt: skip
@@ -86,21 +94,46 @@ def pipeline(order: tuple[str, ...] = STAGES, **stages: Stage) -> Pipeline:
     return Pipeline({**plain, **stages}, list(order))
 
 
+def setting(**changes: Any) -> AgentSetting:
+    policy: dict[str, Any] = {
+        "policy_depth": 0, "critic_depth": 0, "hidden": 8, "nonlinearity": "relu", "critic": "v",
+        "k": 2,
+    }  # fmt: skip
+    more: dict[str, Any] = {"n_tokens": 4, "with_critic": True, "online": False}
+    policy |= {key: value for key, value in changes.items() if key in policy}
+    more |= {key: value for key, value in changes.items() if key not in policy}
+    warmup = WarmupConfig("max", min_frequency=0.02, keep=5, score="pearson", negative="keep")
+    return AgentSetting(policy=PolicyConfig(**policy), warmup=warmup, **more)
+
+
 def agent(
-    sae: LayerSAE, d_model: int, stages: Pipeline, k: int = 2, scale: float = 0.1, seed: int = 0
+    sae: LayerSAE, d_model: int, stages: Pipeline, scale: float = 0.1, seed: int = 0, **changes: Any
 ) -> LayerAgent:
-    """An agent over all features but the first, whose networks are random instead of zero."""
+    """An agent over all features but the first, whose networks are random instead of zero.
+
+    changes: of `setting`.
+    """
     allowed_C = torch.arange(1, sae.d_sae)
     coefficient_F = torch.full((sae.d_sae,), 2.0)
     made = LayerAgent(
         sae, statistics(sae.layer, d_model, sae.d_sae), allowed_C, coefficient_F, stages,
-        PolicyConfig(policy_depth=0, critic_depth=0, hidden=8, k=k),
+        setting(**changes),
     )  # fmt: skip
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=draw))
+            parameter.add_(scale * torch.randn(parameter.shape, generator=draw))
     return made
+
+
+def rolled_out(agents: list[LayerAgent], seed: int = 0, n: int = 8) -> list[Generation]:
+    """Recorded answers of several agents in one call, rows that end early among them."""
+    lm = tiny.language_model("llama")
+    lm.model.generation_config.eos_token_id = [1, 6, 9, 14, 27]  # type: ignore[union-attr]
+    engine = Engine(lm, EngineConfig(4 * len(agents), 1.0))
+    draw = torch.Generator().manual_seed(seed)
+    jobs = [Job(PolicyController({2: made}, Decay(1.0), draw), range(n)) for made in agents]
+    return engine.generate(engine.read(tiny.prompts(n)), jobs, 4, record=True)
 
 
 def ppo(**changes: Any) -> PPO:
@@ -111,6 +144,13 @@ def ppo(**changes: Any) -> PPO:
         "flatten_tokens": True, "average": 0.0, "validate_every": 0,
     }  # fmt: skip
     return PPO(**(values | changes))
+
+
+def grpo(**changes: Any) -> GRPO:
+    values = {"group_size": 4, **vars(ppo()), **changes}
+    for name in ("gae_lambda", "normalize_advantage", "lr_critic"):
+        del values[name]
+    return GRPO(**values)
 
 
 class AddVector(Controller):

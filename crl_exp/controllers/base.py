@@ -8,10 +8,13 @@ Shapes: B rows, D d_model, K features picked at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from crl_exp.prompt_acts import PromptActs
 
 
 @dataclass
@@ -22,12 +25,14 @@ class StepContext:
     items: position of each row's prompt in its store.
     alive_B: false where the row has finished; nothing it does counts any more.
     state: the controller's own notes for this batch of rows, empty at token 0.
+    prompt: mean activations over the rows' prompts; None outside of an engine.
     """
 
     token_index: int
     items: list[int]
     alive_B: Tensor
     state: dict[str, Any] = field(default_factory=dict)
+    prompt: PromptActs | None = None
 
 
 @dataclass

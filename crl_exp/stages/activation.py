@@ -1,37 +1,190 @@
-"""Activations of the policy's logits. Shapes: B rows, C allowed features."""
+"""Activations of the policy's logits; those with a threshold are in `crl_exp.stages.threshold`.
+
+Several of them turn logits into probabilities. These are used as the new logits, times `scale`:
+softmax takes them once more, and probabilities alone would leave it nearly flat.
+Shapes: B rows, C allowed features, D d_model. Source: CRL, arXiv 2602.10437.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from crl_exp.stages.base import Stage, StageContext
+from crl_exp.stages.base import (
+    Shape,
+    Stage,
+    StageContext,
+    check_left,
+    in_share,
+    masked_softmax,
+    positive,
+    quantile,
+)
+
+if TYPE_CHECKING:
+    from crl_exp.algorithms import Algorithm
+    from crl_exp.networks import PolicyConfig
 
 
 @dataclass(eq=False)
 class Identity(Stage):
-    """logits as they are."""
+    """Logits as they are."""
 
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         return logits_BC
 
 
 @dataclass(eq=False)
-class JumpReLU(Stage):
-    """z · 1[z > θ] (arXiv 2407.14435), with θ a constant or the critic's value.
+class Softmax(Stage):
+    """scale · softmax(z / temperature). Reported: usually lower."""
 
-    A logit at or below the threshold becomes 0, not -inf: the feature stays possible.
-    threshold: θ, or null for the critic's value V(s) of the row.
-    """
+    temperature: float
+    scale: float
 
-    threshold: float | None
+    def faults(self) -> list[str]:
+        return _positive(self, "temperature", "scale")
 
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
-        if self.threshold is None:
-            # The critic has its own loss; the policy's gradient must not move the threshold.
-            theta_B1 = context.value_B.detach()[:, None]
-        else:
-            theta_B1 = torch.full_like(logits_BC[:, :1], self.threshold)
-        return logits_BC * (logits_BC > theta_B1)
+        return self.scale * masked_softmax(logits_BC / self.temperature, context.barred_BC)
+
+
+@dataclass(eq=False)
+class GumbelTopK(Stage):
+    """While exploring, the `top` highest of (z + Gumbel noise) / temperature; others are barred.
+
+    As with all noise the recorded probability is that without it: softmax(z / temperature) over
+    all features. Kool et al. 2019 (arXiv 1903.06059). Reported: drops.
+    """
+
+    temperature: float
+    top: int
+
+    def faults(self) -> list[str]:
+        found = _positive(self, "temperature")
+        return found + ([] if self.top >= 1 else [f"activation.top={self.top}: must be 1 or more"])
+
+    def conflicts(self, policy: PolicyConfig, algorithm: Algorithm) -> list[str]:
+        return _too_few(self.top, policy)
+
+    def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
+        if not context.explore:
+            return logits_BC / self.temperature
+        uniform_BC = torch.rand(
+            logits_BC.shape, generator=context.generator, device=logits_BC.device
+        )
+        tiny = torch.finfo(uniform_BC.dtype).tiny
+        gumbel_BC = -(-uniform_BC.clamp(min=tiny).log()).clamp(min=tiny).log()
+        noisy_BC = (logits_BC + gumbel_BC) / self.temperature
+        return noisy_BC.masked_fill(~top_mask(noisy_BC, context.barred_BC, self.top), -torch.inf)
+
+
+@dataclass(eq=False)
+class STETopK(Stage):
+    """Forward scale · p where p = softmax(z / temperature) is among the `top` highest, else 0;
+    backward the gradient of scale · p at every feature (straight-through, arXiv 1308.3432).
+    Reported: held.
+    """
+
+    temperature: float
+    scale: float
+    top: int
+
+    def faults(self) -> list[str]:
+        found = _positive(self, "temperature", "scale")
+        return found + ([] if self.top >= 1 else [f"activation.top={self.top}: must be 1 or more"])
+
+    def conflicts(self, policy: PolicyConfig, algorithm: Algorithm) -> list[str]:
+        return _too_few(self.top, policy)
+
+    def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
+        soft_BC = masked_softmax(logits_BC / self.temperature, context.barred_BC)
+        hard_BC = soft_BC * top_mask(logits_BC, context.barred_BC, self.top)
+        return self.scale * straight_through(hard_BC, soft_BC)
+
+
+@dataclass(eq=False)
+class SparseGate(Stage):
+    """z · 1[g > threshold], g = sigmoid(a learned number a feature); backward as if z · g.
+
+    The step has no gradient, so it is passed straight through (arXiv 1308.3432); z gets that of
+    the forward pass. init: g at the start. Reported: held.
+    """
+
+    threshold: float
+    init: float
+
+    def faults(self) -> list[str]:
+        found = []
+        for name in ("threshold", "init"):
+            if not 0 < getattr(self, name) < 1:
+                found.append(f"activation.{name}={getattr(self, name)}: must be between 0 and 1")
+        return found
+
+    def bind(self, shape: Shape) -> None:
+        init = torch.tensor(self.init).logit()
+        self.gate_C = nn.Parameter(init.expand(shape.n_features).clone())
+
+    def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
+        soft_C = self.gate_C.sigmoid()
+        hard_C = (soft_C > self.threshold).to(soft_C.dtype)
+        return logits_BC * straight_through(hard_C, soft_C)
+
+
+@dataclass(eq=False)
+class SparseAttention(Stage):
+    """z · n · softmax(W s + b) over the n features of the top correlation quantile; others barred.
+
+    The weights' mean is 1, and they start even, so that an untrained attention changes no logit.
+    quantile: features whose score in stage 1 is below it are barred. Reported: held.
+    """
+
+    quantile: float
+
+    def faults(self) -> list[str]:
+        return in_share("activation.quantile", self.quantile)
+
+    def bind(self, shape: Shape) -> None:
+        kept = shape.n_features - math.floor(self.quantile * (shape.n_features - 1))
+        check_left(f"activation.quantile={self.quantile}", kept, shape)
+        self.attention = nn.Linear(shape.d_model, shape.n_features)
+        nn.init.zeros_(self.attention.weight)
+        nn.init.zeros_(self.attention.bias)
+
+    def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
+        scores_BC = context.correlation_C.expand_as(logits_BC)
+        low_BC = scores_BC < quantile(scores_BC, torch.zeros_like(scores_BC).bool(), self.quantile)
+        assert context.barred_BC is not None
+        out_BC = low_BC | context.barred_BC
+        weight_BC = masked_softmax(self.attention(context.at.obs_BD), out_BC)
+        n_B1 = (~out_BC).sum(dim=1, keepdim=True)
+        return (logits_BC * n_B1 * weight_BC).masked_fill(out_BC, -torch.inf)
+
+
+def top_mask(values_BC: Tensor, barred_BC: Tensor | None, top: int) -> Tensor:
+    """True at the `top` highest values of each row that aren't barred."""
+    if barred_BC is not None:
+        values_BC = values_BC.masked_fill(barred_BC, -torch.inf)
+    index_BK = values_BC.topk(min(top, values_BC.shape[1]), dim=1).indices
+    return torch.zeros_like(values_BC, dtype=torch.bool).scatter(1, index_BK, True)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of `hard` with the gradient of `soft`."""
+    return hard.detach() + (soft - soft.detach())
+
+
+def _positive(stage: Stage, *names: str) -> list[str]:
+    return [f for name in names for f in positive(f"activation.{name}", getattr(stage, name))]
+
+
+def _too_few(top: int, policy: PolicyConfig) -> list[str]:
+    if top >= policy.k:
+        return []
+    return [
+        f"activation.top={top} leaves fewer features than policy.k={policy.k}; "
+        f"set activation.top={policy.k}"
+    ]

@@ -1,37 +1,93 @@
 """The ordered logit pipeline: each stage maps `(logits, context)` to logits.
 
-Shapes: B rows, C features that may be steered (allowed), D d_model.
+Shapes: B rows, C features that may be steered (allowed), D d_model, X one value or C values a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from crl_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from crl_exp.algorithms import Algorithm
+    from crl_exp.networks import PolicyConfig
+
 STAGES = ("fusion", "noise", "activation", "mask")
+
+
+@dataclass
+class Observation:
+    """All that the action distribution at a token depends on, besides parameters.
+
+    A rollout records it, so that the update computes the same distribution. What nothing asks for
+    (`Stage.needs`) is None.
+    obs_BD: standardised residual. token_index_B: 0 at the last prompt token.
+    feature_acts_BC: SAE activations at this token.
+    seen_BC: whether a feature was active at this or an earlier steered token.
+    importance_BC: mean activation over the prompt and the answer so far, this token included.
+    past_B: log Σ exp ‖logits‖ over the answer's earlier tokens; -inf at the first.
+    """
+
+    obs_BD: Tensor
+    token_index_B: Tensor
+    feature_acts_BC: Tensor | None = None
+    seen_BC: Tensor | None = None
+    importance_BC: Tensor | None = None
+    past_B: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Observation:
+        """These rows of every tensor."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Observation(**{k: None if t is None else t[index] for k, t in parts.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Observation]) -> Observation:
+        """All rows of several observations that hold the same things."""
+        made = {}
+        for f in fields(Observation):
+            tensors = [getattr(part, f.name) for part in parts]
+            made[f.name] = None if tensors[0] is None else torch.cat(tensors)
+        return Observation(**made)
 
 
 @dataclass
 class StageContext:
     """What a stage may look at.
 
-    obs_BD: the standardised observation. correlation_C: of each allowed feature with the reward.
-    feature_acts_BC: SAE activations at this token, where a stage asked for them
-        (`needs_feature_acts`), else None. value_B: the critic's. token_index_B: 0 at the last
-        prompt token. explore: true while a rollout chooses; false when probabilities are recorded
-        or recomputed. progress: share of the training done, for schedules.
+    at: the observation. correlation_C: each allowed feature's score in stage 1, [C] or [B, C].
+    value_BX: the critic's estimate, V(s) [B, 1] or Q(s, ·) [B, C], None where there is no critic.
+    length_B: ‖residual‖, standardised by stage 1's mean and deviation.
+    explore: true while a rollout chooses; false when probabilities are recorded or recomputed.
+    progress: share of the training done, for schedules.
+    barred_BC: features that an earlier stage has ruled out; set for each stage.
+    noted: what a stage wants remembered for the answer's next token.
     """
 
-    obs_BD: Tensor
+    at: Observation
     correlation_C: Tensor
-    feature_acts_BC: Tensor | None
-    value_B: Tensor
-    token_index_B: Tensor
+    value_BX: Tensor | None = None
+    length_B: Tensor | None = None
     explore: bool = False
     progress: float = 0.0
     generator: torch.Generator | None = None
+    barred_BC: Tensor | None = None
+    noted: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Shape:
+    """What a stage is made for. n_features: C. n_tokens: steered tokens an answer has at most."""
+
+    n_features: int
+    d_model: int
+    n_tokens: int
+    k: int
 
 
 class Stage(nn.Module):
@@ -39,9 +95,14 @@ class Stage(nn.Module):
 
     A logit of -inf marks a feature that may not be chosen. It stays so through every later stage,
     whatever that stage does: subclasses transform finite logits only.
+
+    needs: which optional parts of the observation and context a stage reads: feature_acts, seen,
+        importance, past, length.
+    stage1: whether the stage also acts on stage 1's scores, before the fusion reads them.
     """
 
-    needs_feature_acts = False
+    needs: frozenset[str] = frozenset()
+    stage1 = False
 
     def __post_init__(self) -> None:
         # Dataclass fields are set before nn.Module's own set-up, which leaves them alone.
@@ -51,9 +112,17 @@ class Stage(nn.Module):
         """What is wrong with the values, each with the override that mends it."""
         return []
 
+    def conflicts(self, policy: PolicyConfig, algorithm: Algorithm) -> list[str]:
+        """What of the rest of the config this stage can't work with."""
+        return []
+
+    def bind(self, shape: Shape) -> None:
+        """Make what depends on sizes, such as learnable parameters. Called once, before use."""
+
     def forward(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         barred_BC = logits_BC.isneginf()
-        out_BC = self.transform(logits_BC.masked_fill(barred_BC, 0.0), context)
+        inside = replace(context, barred_BC=barred_BC)
+        out_BC = self.transform(logits_BC.masked_fill(barred_BC, 0.0), inside)
         return out_BC.masked_fill(barred_BC, -torch.inf)
 
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
@@ -70,10 +139,56 @@ class Pipeline(nn.Module):
         self.order = list(order)
 
     @property
-    def needs_feature_acts(self) -> bool:
-        return any(stage.needs_feature_acts for stage in self.stages.values())  # type: ignore[misc]
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(stage.needs for stage in self.stages.values()))  # type: ignore[arg-type]
+
+    def bind(self, shape: Shape) -> None:
+        for stage in self.stages.values():
+            stage.bind(shape)  # type: ignore[operator]
 
     def forward(self, logits_BC: Tensor, context: StageContext) -> Tensor:
+        for stage in self.stages.values():
+            if stage.stage1:
+                scores_BC = context.correlation_C.expand_as(logits_BC)
+                context = replace(context, correlation_C=stage(scores_BC, context))
         for name in self.order:
             logits_BC = self.stages[name](logits_BC, context)
         return logits_BC
+
+
+def masked_softmax(logits_BC: Tensor, barred_BC: Tensor | None) -> Tensor:
+    """softmax over the features not barred [B, C]: 0 at the others, all 0 where none is left."""
+    if barred_BC is None:
+        return logits_BC.softmax(dim=1)
+    lowest = torch.finfo(logits_BC.dtype).min / 2
+    return logits_BC.masked_fill(barred_BC, lowest).softmax(dim=1).masked_fill(barred_BC, 0.0)
+
+
+def quantile(values_BC: Tensor, barred_BC: Tensor, q: float) -> Tensor:
+    """The q-quantile [B, 1] of each row's values that aren't barred: the next lower of two.
+
+    Not torch.quantile, which takes 16 million numbers at most. 0 where all are barred.
+    """
+    ordered_BC = values_BC.masked_fill(barred_BC, torch.inf).sort(dim=1).values
+    n_B1 = (~barred_BC).sum(dim=1, keepdim=True)
+    index_B1 = (q * (n_B1 - 1)).floor().long().clamp(min=0)
+    return ordered_BC.gather(1, index_B1).masked_fill(n_B1 == 0, 0.0)
+
+
+def check_left(setting: str, left: int, shape: Shape) -> None:
+    """Raise `UserError` where a setting leaves fewer features than are chosen at once."""
+    if left < shape.k:
+        raise UserError(
+            f"{setting} leaves {left} of {shape.n_features} features, but policy.k={shape.k}; "
+            f"change {setting.split('=')[0]} or set policy.k={left}"
+        )
+
+
+def in_share(name: str, value: float) -> list[str]:
+    """A fault where the value isn't in [0, 1)."""
+    return [] if 0 <= value < 1 else [f"{name}={value}: must be in [0, 1)"]
+
+
+def positive(name: str, value: float) -> list[str]:
+    """A fault where the value isn't a positive finite number."""
+    return [] if 0 < value < float("inf") else [f"{name}={value}: must be a positive finite number"]

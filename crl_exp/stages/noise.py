@@ -1,16 +1,37 @@
 """Exploration noise. It changes which feature is chosen, never the probability recorded for it.
 
-Every stage here is the identity unless `context.explore` is set. Shapes: B rows, C features.
+Every stage here is the identity unless `context.explore` is set. Its strength follows a schedule
+over the training: constant, linear to 0, or cosine to 0. Shapes: B rows, C features.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from crl_exp.errors import did_you_mean
 from crl_exp.stages.base import Stage, StageContext
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def scheduled(schedule: str, progress: float) -> float:
+    """Share of the strength left when this share of the training is done: 1, 1 − p, or
+    (1 + cos πp) / 2."""
+    assert schedule in SCHEDULES
+    if schedule == "linear":
+        return 1 - progress
+    return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * progress)) / 2
+
+
+def _schedule_faults(schedule: str) -> list[str]:
+    if schedule in SCHEDULES:
+        return []
+    near = did_you_mean(schedule, SCHEDULES)
+    return [f"noise.schedule={schedule}: must be one of {', '.join(SCHEDULES)}{near}"]
 
 
 @dataclass(eq=False)
@@ -23,12 +44,17 @@ class NoNoise(Stage):
 
 @dataclass(eq=False)
 class Gaussian(Stage):
-    """logits + std · N(0, 1)."""
+    """logits + std · N(0, 1). Reported: open, where it goes in the order too.
+
+    schedule: of std over the training: constant, linear or cosine.
+    """
 
     std: float
+    schedule: str
 
     def faults(self) -> list[str]:
-        return [] if self.std >= 0 else [f"noise.std={self.std}: must be 0 or more"]
+        found = [] if self.std >= 0 else [f"noise.std={self.std}: must be 0 or more"]
+        return found + _schedule_faults(self.schedule)
 
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         if not context.explore:
@@ -36,7 +62,7 @@ class Gaussian(Stage):
         noise_BC = torch.randn(
             logits_BC.shape, generator=context.generator, device=logits_BC.device
         )
-        return logits_BC + self.std * noise_BC
+        return logits_BC + self.std * scheduled(self.schedule, context.progress) * noise_BC
 
 
 @dataclass(eq=False)
@@ -44,13 +70,16 @@ class EpsilonGreedy(Stage):
     """With probability epsilon a row's logits are made equal, so that it chooses evenly.
 
     Stages after this one still apply: with the mask behind it, the choice is among unmasked ones.
+    schedule: of epsilon over the training: constant, linear or cosine. Reported: open.
     """
 
     epsilon: float
+    schedule: str
 
     def faults(self) -> list[str]:
         ok = 0 <= self.epsilon <= 1
-        return [] if ok else [f"noise.epsilon={self.epsilon}: must be in [0, 1]"]
+        found = [] if ok else [f"noise.epsilon={self.epsilon}: must be in [0, 1]"]
+        return found + _schedule_faults(self.schedule)
 
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         if not context.explore:
@@ -58,4 +87,5 @@ class EpsilonGreedy(Stage):
         draw_B1 = torch.rand(
             logits_BC.shape[:1], generator=context.generator, device=logits_BC.device
         )[:, None]
-        return torch.where(draw_B1 < self.epsilon, 0.0, logits_BC)
+        epsilon = self.epsilon * scheduled(self.schedule, context.progress)
+        return torch.where(draw_B1 < epsilon, 0.0, logits_BC)

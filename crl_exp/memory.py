@@ -1,0 +1,54 @@
+"""What a layer's stages remember of an answer's earlier tokens.
+
+Held in the controller's notes for the batch of rows (`StepContext.state`), so that it is empty at
+the first token. Shapes: B rows, C allowed features, D d_model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crl_exp.controllers.base import StepContext
+
+OF_ACTS = frozenset({"feature_acts", "seen", "importance"})
+
+
+class Memory:
+    """One layer's memory of a batch of rows."""
+
+    def __init__(self) -> None:
+        self.seen_BC: Tensor | None = None
+        self.total_BC: Tensor | None = None
+        self.count_B1: Tensor | None = None
+        self.past_B: Tensor | None = None
+
+    @staticmethod
+    def of(layer: int, context: StepContext) -> Memory:
+        return context.state.setdefault(f"memory of layer {layer}", Memory())
+
+    def see(self, acts_BC: Tensor) -> Tensor:
+        """Whether each feature was active at this or an earlier steered token."""
+        active_BC = acts_BC > 0
+        self.seen_BC = active_BC if self.seen_BC is None else self.seen_BC | active_BC
+        return self.seen_BC
+
+    def weigh(self, acts_BC: Tensor, prompt_mean_BC: Tensor, prompt_tokens_B: Tensor) -> Tensor:
+        """Mean activation of each feature over the prompt's tokens and the steered ones so far."""
+        if self.total_BC is None or self.count_B1 is None:
+            self.count_B1 = prompt_tokens_B[:, None].to(acts_BC.dtype)
+            self.total_BC = prompt_mean_BC * self.count_B1
+        self.total_BC, self.count_B1 = self.total_BC + acts_BC, self.count_B1 + 1
+        return self.total_BC / self.count_B1
+
+    def past(self, n_rows: int, device: torch.device) -> Tensor:
+        """log Σ exp ‖logits‖ over the earlier tokens; -inf at the first."""
+        if self.past_B is None:
+            self.past_B = torch.full((n_rows,), -torch.inf, device=device)
+        return self.past_B
+
+    def note(self, noted: dict[str, Tensor]) -> None:
+        """Take in what the stages noted at this token."""
+        if "length_B" in noted:
+            assert self.past_B is not None
+            self.past_B = torch.logaddexp(self.past_B, noted["length_B"])

@@ -1,0 +1,84 @@
+"""Mean SAE activations over the tokens of prompts, for masks that look at the prompt.
+
+A store keeps keys, values and last residuals only, so the prompts are read once more, when a mask
+first asks, and the means are kept with the store.
+Shapes: B rows, N prompts, T tokens, M real tokens, D d_model, C features asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crl_exp.prompts import PromptStore
+from crl_exp.saes import LayerSAE
+
+ENCODED_TOGETHER = 1024
+"""Tokens whose activations of all d_sae features are in memory at once."""
+
+
+@dataclass
+class PromptActs:
+    """The prompts of a batch's rows: their positions in the store."""
+
+    store: PromptStore
+    items: list[int]
+
+    def means(self, sae: LayerSAE, allowed_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean activation [B, C] over each prompt, and how many tokens it is the mean of [B].
+
+        Left out are the first token, an outlier in most models, and the last, which is steered.
+        """
+        key = (sae.layer, sae.digest, hash(allowed_C.cpu().numpy().tobytes()))
+        if key not in self.store.means:
+            self.store.means[key] = _read(self.store, sae, allowed_C)
+        mean_NC, tokens_N = self.store.means[key]
+        return mean_NC[self.items], tokens_N[self.items]
+
+
+@torch.no_grad()
+def _read(store: PromptStore, sae: LayerSAE, allowed_C: Tensor) -> tuple[Tensor, Tensor]:
+    lengths = [len(prompt) for prompt in store.prompts]
+    total_NC = torch.zeros(len(lengths), len(allowed_C), device=store.lm.device)
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    for at in range(0, len(order), store.batch_size):
+        chunk = order[at : at + store.batch_size]
+        x_BTD = _residuals(store, chunk, sae.site)
+        for row, item in enumerate(chunk):
+            x_MD = x_BTD[row, 1 : lengths[item] - 1]
+            for part_MD in x_MD.split(ENCODED_TOGETHER):
+                total_NC[item] += sae.encode(part_MD)[:, allowed_C].sum(dim=0)
+    tokens_N = torch.tensor([max(n - 2, 0) for n in lengths], device=store.lm.device)
+    return total_NC / tokens_N.clamp(min=1)[:, None], tokens_N
+
+
+def _residuals(store: PromptStore, chunk: list[int], site: int) -> Tensor:
+    """Residuals [B, T, D] of right-padded prompts; site -1 is the input of layer 0."""
+    lm, kept = store.lm, []
+    ids_BT = torch.zeros(len(chunk), max(len(store.prompts[i]) for i in chunk), dtype=torch.long)
+    for row, item in enumerate(chunk):
+        ids_BT[row, : len(store.prompts[item])] = torch.tensor(store.prompts[item])
+    ids_BT = ids_BT.to(lm.device)
+    lengths_B = torch.tensor([len(store.prompts[i]) for i in chunk], device=lm.device)
+    position_BT = torch.arange(ids_BT.shape[1], device=lm.device).expand_as(ids_BT)
+
+    def keep(_module, inputs, output=None) -> None:
+        found = inputs if site < 0 else output
+        kept.append(found[0] if isinstance(found, tuple) else found)
+
+    layer = lm.layers[max(site, 0)]
+    handle = (
+        layer.register_forward_pre_hook(keep) if site < 0 else layer.register_forward_hook(keep)
+    )
+    try:
+        lm.decoder(
+            input_ids=ids_BT,
+            attention_mask=lm.mask(position_BT, position_BT, position_BT < lengths_B[:, None]),
+            position_ids=position_BT,
+            use_cache=False,
+        )
+    finally:
+        handle.remove()
+    return kept[0]

@@ -1,0 +1,121 @@
+"""Stage 1's scores besides Pearson's r, by hand and against numpy; negative ones."""
+
+from __future__ import annotations
+
+from math import log
+
+import numpy as np
+import pytest
+import torch
+
+from crl_exp.correlation import StreamingCorrelation
+from crl_exp.scores import SCORES, handle_negative, scaled
+from crl_exp.warmup import LayerStatistics, WarmupConfig
+from tests.tiny_steering import statistics
+
+# Three rewarded samples and two others; features: good, bad, always 1, never.
+Z = torch.tensor([[3.0, 0, 1, 0], [1.0, 0, 1, 0], [0.0, 2, 1, 0], [0.0, 4, 1, 0], [1.0, 0, 1, 0]])
+Y = torch.tensor([1.0, 1, 1, 0, 0])
+
+
+def found(cuts: list[int]) -> dict[str, torch.Tensor]:
+    stream = StreamingCorrelation(keep_values=True)
+    for z, y in zip(Z.tensor_split(cuts), Y.tensor_split(cuts), strict=True):
+        stream.update(z, y)
+    return stream.statistics()
+
+
+@pytest.mark.parametrize("cuts", [[], [1, 2, 3, 4], [3], [2]])
+def test_scores_by_hand(cuts) -> None:
+    """Means 4/3, 2/3 (rewarded) and 1/2, 2; variances 14/9, 8/9 and 1/4, 4."""
+    got = found(cuts)
+    assert got["mean_difference"].tolist() == pytest.approx([5 / 6, -4 / 3, 0, 0])
+    fisher = [(25 / 36) / (14 / 9 + 1 / 4), -(16 / 9) / (8 / 9 + 4), 0, 0]
+    assert got["fisher"].tolist() == pytest.approx(fisher)
+    # Active in 2 of 3 and 1 of 2: n = 5, three active.
+    mi = (
+        2 / 5 * log(2 * 5 / (3 * 3)) + 1 / 5 * log(1 * 5 / (2 * 3))
+        + 1 / 5 * log(1 * 5 / (3 * 2)) + 1 / 5 * log(1 * 5 / (2 * 2))
+    )  # fmt: skip
+    # The second: active in 1 of 3 and 1 of 2.
+    mi2 = (
+        1 / 5 * log(1 * 5 / (2 * 3)) + 2 / 5 * log(2 * 5 / (3 * 3))
+        + 1 / 5 * log(1 * 5 / (2 * 2)) + 1 / 5 * log(1 * 5 / (3 * 2))
+    )  # fmt: skip
+    assert got["mutual_information"].tolist() == pytest.approx([mi, -mi2, 0, 0], abs=1e-12)
+    # Above 1/2: two of three. Above 2: none (not strictly). Above 1 and 0: none.
+    assert got["composite"].tolist() == pytest.approx([5 / 6 * 2 / 3, 0, 0, 0])
+
+
+def test_scores_of_many_samples_equal_numpy() -> None:
+    draw = np.random.default_rng(0)
+    y = (draw.random(700) < 0.4).astype(float)
+    z = np.maximum(draw.normal(size=(700, 9)) + y[:, None] * draw.normal(size=9), 0)
+    z[:, 8] -= 5  # values below zero, which an SAE doesn't give but a raw residual does
+    stream = StreamingCorrelation(keep_values=True)
+    for at in range(0, 700, 64):
+        stream.update(torch.from_numpy(z[at : at + 64]), torch.from_numpy(y[at : at + 64]))
+    got, good, bad = stream.statistics(), z[y == 1], z[y == 0]
+    difference = good.mean(0) - bad.mean(0)
+    fisher = np.sign(difference) * difference**2 / (good.var(0) + bad.var(0))
+    np.testing.assert_allclose(got["fisher"], fisher, rtol=1e-9)
+    consistency = (good > bad.mean(0)).mean(0)
+    np.testing.assert_allclose(got["composite"], difference * consistency, rtol=1e-6)
+
+
+def test_without_values_kept_there_is_no_composite() -> None:
+    stream = StreamingCorrelation()
+    stream.update(Z, Y)
+    assert "composite" not in stream.statistics()
+
+
+def test_other_scores_are_brought_to_the_range_of_r() -> None:
+    values = torch.tensor([2.0, -8.0, 0.0])
+    assert scaled("pearson", values).tolist() == [2.0, -8.0, 0.0]
+    assert scaled("fisher", values).tolist() == [0.25, -1.0, 0.0]
+    assert scaled("fisher", torch.zeros(2)).tolist() == [0.0, 0.0]
+
+
+def test_what_becomes_of_negative_scores() -> None:
+    values = torch.tensor([0.5, -0.8, 0.0])
+    assert handle_negative(values, "keep").tolist() == pytest.approx([0.5, -0.8, 0.0])
+    assert handle_negative(values, "clip").tolist() == pytest.approx([0.5, 0.0, 0.0])
+    assert handle_negative(values, "steer").tolist() == pytest.approx([0.5, 0.8, 0.0])
+
+
+def config(score: str, negative: str) -> WarmupConfig:
+    return WarmupConfig("max", min_frequency=0.02, keep=5, score=score, negative=negative)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(("negative", "best"), [("keep", 0), ("clip", 0), ("steer", 1)])
+def test_features_are_ranked_by_the_chosen_score(score, negative, best, tmp_path) -> None:
+    """Feature 1 goes with failure more than feature 0 with success, by every score but two."""
+    plain = statistics(3, 6, d_sae=4)
+    found_F = {**plain.by_feature, **found([])}
+    made = LayerStatistics(**{**vars(plain), "by_feature": found_F})
+    made.save(tmp_path / "s.safetensors")
+    chosen = LayerStatistics.load(tmp_path / "s.safetensors").scored(config(score, negative))
+    if negative == "steer":
+        sizes = scaled(score, found_F["correlation" if score == "pearson" else score]).abs()
+        best = int(sizes.argmax())
+    assert chosen.best(min_frequency=0.02) == [best]
+    name = "correlation" if score == "pearson" else score
+    assert torch.equal(chosen.by_feature["sign"], found_F[name].sign())
+
+
+def test_what_is_stored_comes_back(tmp_path) -> None:
+    made = statistics(3, 6)
+    made.save(tmp_path / "s.safetensors")
+    again = LayerStatistics.load(tmp_path / "s.safetensors")
+    for name in ("layer", "n", "accuracy", "median_norm", "norm_mean", "norm_std"):
+        assert getattr(again, name) == getattr(made, name)
+    for name, value in vars(made.moments).items():
+        got = getattr(again.moments, name)
+        assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value
+
+
+def test_bad_values_are_named_with_the_nearest() -> None:
+    assert "'fisher'" in "".join(config("fischer", "keep").faults())
+    assert "'steer'" in "".join(config("pearson", "ster").faults())
+    assert config("composite", "steer").faults() == []
