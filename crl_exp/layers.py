@@ -112,7 +112,8 @@ class BestOnValidation(LayerSet):
     """One layer: the one at which the method does best on the validation split.
 
     The method is run at each candidate alone; the test split plays no part. Of equals the lowest
-    layer is taken. The result's notes hold every candidate's mean reward.
+    layer is taken. The result's notes hold every candidate's mean reward; the run's journal is that
+    of the layer chosen, the others' lie in `layer_N/`.
 
     among: candidates; null, every layer that has an SAE.
     """
@@ -123,17 +124,19 @@ class BestOnValidation(LayerSet):
         return available if self.among is None else self.among
 
     def prepare(self, lab: Lab) -> tuple[Controller, list[int]]:
-        tried: dict[int, tuple[float, Controller, dict]] = {}
+        tried: dict[int, tuple[float, Controller, Lab]] = {}
         for layer in sorted(lab.saes):
             alone = lab.alone(layer)
             controller = lab.exp.method.prepare(alone)
-            tried[layer] = (lab.validation_reward(controller), controller, alone.notes)
+            tried[layer] = (lab.validation_reward(controller), controller, alone)
             log.info("layer %d: %.4f on validation", layer, tried[layer][0])
         best = max(tried, key=lambda layer: tried[layer][0])
         lab.note(
             "validation_reward_by_layer", {str(n): reward for n, (reward, *_) in tried.items()}
         )
         lab.note("layer_chosen_on_validation", best)
-        for name, value in tried[best][2].items():
+        _, controller, alone = tried[best]
+        for name, value in alone.notes.items():
             lab.note(name, value)
-        return tried[best][1], [best]
+        lab.run.take_journal(alone.run)
+        return controller, [best]

@@ -170,6 +170,11 @@ class RunDirectory:
             with self.journal_path.open("r+b") as file:
                 file.truncate(n_bytes)
 
+    def take_journal(self, part: RunDirectory) -> None:
+        """Make a part's journal this run's own."""
+        if part.journal_path.exists():
+            write_atomic(self.journal_path, part.journal_path.read_text())
+
     # --- checkpoint ---
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:

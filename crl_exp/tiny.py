@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -61,7 +62,7 @@ def _made(name: str, write: Callable[[Path], None]) -> Path:
 def _write_model(kind: str, folder: Path) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 256 + len(SPECIAL) + len(WORDS), "pad_token_id": 0, "eos_token_id": 1,
         "bos_token_id": None, "hidden_size": D_MODEL, "intermediate_size": 2 * D_MODEL,
         "num_hidden_layers": N_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -72,7 +73,7 @@ def _write_model(kind: str, folder: Path) -> None:
         if kind == "llama":
             model = LlamaForCausalLM(LlamaConfig(**shape))
         else:
-            window = {"sliding_window": 16, "query_pre_attn_scalar": 8}
+            window: dict[str, Any] = {"sliding_window": 16, "query_pre_attn_scalar": 8}
             model = Gemma2ForCausalLM(Gemma2Config(**shape, **window))
     model.save_pretrained(folder)
     _write_tokenizer(folder)

@@ -90,6 +90,8 @@ def test_each_candidate_has_checkpoints_of_its_own(tiny_files, tmp_path) -> None
     assert result["layers"][0] in (0, 2) and "best_update" in result["notes"]
     journals = [p.read_bytes() for p in sorted(folder.glob("layer_*/journal.jsonl"))]
     assert all(journals)
+    chosen = (0, 2).index(result["layers"][0])
+    assert (folder / "journal.jsonl").read_bytes() == journals[chosen]
     (folder / "result.json").unlink()
     again, _ = run_small(overrides)
     assert [p.read_bytes() for p in sorted(folder.glob("layer_*/journal.jsonl"))] == journals

@@ -32,7 +32,8 @@ LAYERS = (0, 1, 2)
 SMALL = {
     "task.n_train": 24, "task.n_validation": 8, "task.n_test": 16,
     "algorithm.n_updates": 2, "algorithm.prompts_per_update": 8, "algorithm.validate_every": 1,
-    "layers.layer": 1, "layers.layers": [0, 2], "method.multipliers": [1.0, 2.0],
+    "layers.layer": 1, "layers.layers": [0, 2], "layers.first": 0, "layers.last": 2,
+    "method.multipliers": [1.0, 2.0],
     "warmup.keep": 5, "engine.batch_size": 16, "policy.hidden": 8,
 }  # fmt: skip
 
