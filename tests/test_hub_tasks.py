@@ -55,9 +55,6 @@ def test_one_file_for_everything(name, tmp_path):
     assert pattern.digest() == splits.digest()
 
 
-# --- what is asked ---
-
-
 def test_mmlu_asks_as_the_field_does(tmp_path):
     task = on_files("mmlu", tmp_path, n_test=132)
     # Rows 264 to 395 are test's: files are written for train, validation, test, dev.
@@ -170,6 +167,15 @@ def test_gsm8k_examples_show_solutions_without_calculator_marks(tmp_path):
     assert {item.target for item in splits.test} <= {f"{1000 + 2 * i:,}" for i in range(132, 264)}
     right = [str(item.target).replace(",", "") + ".0" for item in splits.test]
     assert {score.reward for score in task.score(splits.test, right)} == {1.0}
+
+
+def test_examples_are_taken_out_of_the_split_that_they_come_from(tmp_path):
+    splits = on_files("gsm8k", tmp_path, n_shots=2, n_train=122).splits()
+    asked = [item.user.split("\n\n")[-1] for item in (*splits.train, *splits.validation)]
+    assert len(set(asked)) == 130
+    assert not any(f"has {shown} ?" in user for user in asked for shown in ("w0", "w1"))
+    with pytest.raises(UserError, match="130 different items"):
+        on_files("gsm8k", tmp_path, n_shots=2, n_train=123).splits()
 
 
 def test_free_answers_end_at_stop_texts_in_a_plain_prompt_alone():
