@@ -14,6 +14,7 @@ COMMANDS = {
     "assets": ("crl_exp.assets_command", "fetch the model and the data into the cache"),
     "sync": ("crl_exp.tracking", "bring MLflow up to date with the run directories"),
     "report": ("crl_exp.report", "tables and figures of a finished sweep"),
+    "options": ("crl_exp.options_page", "write docs/options.md from conf/"),
 }
 
 

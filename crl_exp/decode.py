@@ -84,6 +84,8 @@ class Decoding:
     def run(self, max_new_tokens: int, choices: Sequence[int] | None) -> None:
         """Answer every row, greedily. Raises `UserError` where the model can't take that many."""
         self._check_room(max_new_tokens)
+        for job, context in zip(self.jobs, self.contexts, strict=True):
+            job.controller.begin(context)
         lm, prompt = self.lm, self.prompt
         steered = [
             r for job in self.jobs if job.controller.steers for r in job.controller.sites.values()

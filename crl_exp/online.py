@@ -19,6 +19,11 @@ from crl_exp.warmup import WarmupConfig
 class OnlineCorrelation(nn.Module):
     """Moments of the allowed features as buffers, so that a checkpoint holds them."""
 
+    origin_C: Tensor
+    mean_C: Tensor
+    m2_C: Tensor
+    cov_C: Tensor
+
     def __init__(self, moments: Moments, allowed_C: Tensor, pooling: str, negative: str):
         super().__init__()
         self.pooling, self.negative = pooling, negative
@@ -35,7 +40,7 @@ class OnlineCorrelation(nn.Module):
         return Moments(
             int(scalar("n")), self.origin_C, scalar("origin_y"), self.mean_C, scalar("mean_y"),
             self.m2_C, scalar("m2_y"), self.cov_C,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     def update(self, z_BC: Tensor, reward_B: Tensor) -> Tensor:
         """Merge a rollout's answers; returns the scores [C] as the fusion takes them."""

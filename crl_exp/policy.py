@@ -107,12 +107,15 @@ class LayerAgent(nn.Module):
             if "seen" in needs:
                 seen.seen_BC = memory.see(acts_BC)
             if "importance" in needs:
-                assert context.prompt is not None
-                mean_BC, tokens_B = context.prompt.means(self.sae[0], self.allowed_C)
-                seen.importance_BC = memory.weigh(acts_BC, mean_BC, tokens_B)
+                seen.importance_BC = memory.weigh(acts_BC, *self.prompt_means(context))
         if "past" in needs:
             seen.past_B = memory.past(len(x_BD), x_BD.device)
         return seen
+
+    def prompt_means(self, context: StepContext) -> tuple[Tensor, Tensor]:
+        """Mean activations [B, C] over the prompts and their numbers of tokens [B]; read once."""
+        assert context.prompt is not None
+        return context.prompt.means(self.sae[0], self.allowed_C)
 
     def distribution(
         self,
@@ -158,6 +161,11 @@ class PolicyController(Controller):
         super().__init__({layer: agent.sae[0].site for layer, agent in agents.items()})
         self.agents, self.decay = agents, decay
         self.generator, self.progress = generator, progress
+
+    def begin(self, context: StepContext) -> None:
+        for agent in self.agents.values():
+            if "importance" in agent.pipeline.needs:
+                agent.prompt_means(context)
 
     @torch.no_grad()
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action:

@@ -190,7 +190,7 @@ def _statistics(
 ) -> LayerStatistics:
     assert stream.moments is not None
     norm_N, found = torch.cat(norms).double(), stream.statistics()
-    plain = {
+    plain: dict[str, Any] = {
         name: value.cpu() for name, value in vars(stream.moments).items() if name in _MOMENT_TENSORS
     }
     return LayerStatistics(

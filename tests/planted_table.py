@@ -26,7 +26,14 @@ TRAINING = [
     "method=crl", "policy.policy_depth=1", "policy.hidden=64", "algorithm.n_updates=80",
     "algorithm.prompts_per_update=50", "algorithm.validate_every=5",
 ]  # fmt: skip
-STRENGTH = ["coefficient=relative", "coefficient.ratio=0.25", "method.multipliers=[1]"]
+STRENGTH = ["coefficient=relative", "coefficient.ratio=0.5"]
+ONCE = "method.multipliers=[1]"  # CorrSteer at the policy's strength too
+MORE = [
+    ["fusion.weight=0"],
+    ["policy.critic=q"],
+    # As many answers an update as the others: 10 prompts, 5 answers each.
+    ["algorithm=grpo", "algorithm.prompts_per_update=10"],
+]
 LEARNED = 0.85
 """Validation reward from which a run counts as having learned."""
 
@@ -78,18 +85,24 @@ def table(root: Path, seeds: int, progress: Callable[[str], None]) -> str:
         " by the prompt: accuracy, % | right feature, % | learned at update |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, more in (("unsteered", "none"), ("CorrSteer-S", "corrsteer_s")):
+    for name, more in (
+        ("unsteered", ["method=none"]),
+        ("CorrSteer-S", ["method=corrsteer_s", ONCE]),
+    ):
         accuracies = [
-            f"{100 * run_small([*common, f'method={more}'])[0]['accuracy_steered']:.0f}"
+            f"{100 * run_small([*common, *more])[0]['accuracy_steered']:.0f}"
             for common in variants.values()
         ]
         rows.append(f"| {name} | {accuracies[0]} | | | {accuracies[1]} | | |")
-    for group in ("activation", "fusion"):
-        for path in sorted((CONF / group).glob("*.yaml")):
-            chosen = f"{group}={path.stem}"
-            progress(chosen)
-            found = [c for common in variants.values() for c in cells(common, [chosen], seeds)]
-            rows.append(f"| {chosen} | " + " | ".join(found) + " |")
+    globbed = [
+        [f"{group}={path.stem}"]
+        for group in ("activation", "fusion")
+        for path in sorted((CONF / group).glob("*.yaml"))
+    ]
+    for chosen in [*globbed, *MORE]:
+        progress(" ".join(chosen))
+        found = [c for common in variants.values() for c in cells(common, chosen, seeds)]
+        rows.append(f"| {' '.join(chosen)} | " + " | ".join(found) + " |")
     return "\n".join(rows)
 
 

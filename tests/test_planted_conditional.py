@@ -12,7 +12,7 @@ import pytest
 from crl_exp.controllers.fixed import Steer
 from crl_exp.statistics import compare
 from tests.planted import LAYER, OTHER, PLANTED, plant_conditional
-from tests.planted_table import SIZES, STRENGTH, TRAINING, right_share, targets
+from tests.planted_table import ONCE, SIZES, STRENGTH, TRAINING, right_share, targets
 from tests.tiny_run import lab_of, run_small
 
 
@@ -55,15 +55,15 @@ def test_either_feature_alone_helps_half_and_hurts_half(feature, common):
     by_answer = {answer: [] for answer in ("yes", "no")}
     for item, score in zip(lab.splits.test, answers.scores, strict=True):
         by_answer[str(item.target)].append(score.reward)
-    assert np.mean(by_answer[wanted]) > 0.85
-    assert np.mean(by_answer["no" if wanted == "yes" else "yes"]) < 0.15
+    assert np.mean(by_answer[wanted]) > 0.8
+    assert np.mean(by_answer["no" if wanted == "yes" else "yes"]) < 0.2
 
 
 def test_the_policy_chooses_by_the_prompt_and_wins(common, learned, target):
     result, folder = learned
     assert right_share(folder, target) > 0.7
     assert result["delta"] > 0.2 and result["p_value"] < 0.01
-    fixed, fixed_folder = run_small([*common, "method=corrsteer_s"])
+    fixed, fixed_folder = run_small([*common, "method=corrsteer_s", ONCE])
     assert fixed["accuracy_steered"] < 0.65
     better = compare(rewards(fixed_folder, target), rewards(folder, target), np.zeros(400))
     assert better.delta > 0.2 and better.p_value < 0.01

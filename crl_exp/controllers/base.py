@@ -64,6 +64,9 @@ class Controller:
     def __init__(self, sites: dict[int, int] | None = None):
         self.sites = sites or {}
 
+    def begin(self, context: StepContext) -> None:
+        """Called before the first token, while the model is free to run: read what has to be."""
+
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
         """Decide for every row at `layer`; None adds nothing."""
         return None

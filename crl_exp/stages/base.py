@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Observation:
     @staticmethod
     def cat(parts: Sequence[Observation]) -> Observation:
         """All rows of several observations that hold the same things."""
-        made = {}
+        made: dict[str, Any] = {}
         for f in fields(Observation):
             tensors = [getattr(part, f.name) for part in parts]
             made[f.name] = None if tensors[0] is None else torch.cat(tensors)

@@ -1,0 +1,45 @@
+"""docs/options.md is made from `conf/` and says what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from crl_exp.options_page import CONF, LEFT_OUT, PAGE, groups, page
+
+STAGES = ("fusion", "activation", "noise", "mask")
+
+
+def test_the_page_is_not_stale():
+    assert PAGE.read_text() == page(), "run `python -m crl_exp options`"
+
+
+def test_every_option_is_there():
+    written = page()
+    for path in CONF.glob("*/*.yaml"):
+        if path.parent.name not in LEFT_OUT:
+            section = written.split(f"## {path.parent.name}\n")[1].split("\n## ")[0]
+            assert f"| {path.stem} |" in section or f"| **{path.stem}** |" in section, path
+
+
+def test_every_stage_has_a_source_and_what_was_reported():
+    for group in STAGES:
+        for option in groups(CONF)[group]:
+            plain = option.name in ("none", "identity")
+            assert plain or (option.source != "–" and option.reported != "–"), option
+
+
+def test_a_changed_value_and_a_changed_line_show(tmp_path):
+    copied = tmp_path / "conf"
+    for path in (*CONF.glob("fusion/*.yaml"), CONF / "config.yaml"):
+        target = copied / path.relative_to(CONF)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(path.read_text())
+    before = page(copied)
+    assert "**add**" in before and "weight=1.0" in before
+    add = copied / "fusion" / "add.yaml"
+    add.write_text(add.read_text().replace("weight: 1.0", "weight: 7.5"))
+    assert "weight=7.5" in page(copied) and page(copied) != before
+    new = "# A new one.\n# source: X; reported: y\n_target_: crl_exp.stages.fusion.Multiply\n"
+    (copied / "fusion" / "new.yaml").write_text(new)
+    assert "| new | A new one. | – | X | y |" in page(copied)
+    assert Path(PAGE).exists()
