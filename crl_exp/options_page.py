@@ -18,7 +18,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from crl_exp.config import TYPED
-from crl_exp.saes import REPO
+from crl_exp.sae_config import REPO
 
 CONF, PAGE = REPO / "conf", REPO / "docs" / "options.md"
 # In the order of an experiment; groups that aren't named come after, those left out are presets.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from crl_exp.controllers.base import StepContext
 from crl_exp.correlation import StreamingCorrelation
-from crl_exp.warmup import POOLINGS, Observer, measure
+from crl_exp.warmup import POOLINGS, Observer, WarmupConfig, measure
 from tests.tiny_steering import random_sae
 
 
@@ -106,8 +106,10 @@ def test_frequencies_and_coefficients_equal_numpy(n: int, seed: int, cut: int) -
         "mean_positive": mean(z_NF[good]),
         "mean_active": np.array([a.mean() if len(a) else 0.0 for a in active]),
         "contrastive": mean(z_NF[good]) - mean(z_NF[~good]),
+        "mean": z_NF.mean(0),
     }
-    assert set(got) == {*expected, "correlation"}
+    scores = {"mutual_information", "fisher", "mean_difference"}  # see test_scores.py
+    assert set(got) == {*expected, *scores, "correlation"}
     for name, values in expected.items():
         np.testing.assert_allclose(got[name], values, atol=1e-12, err_msg=name)
 
@@ -157,7 +159,8 @@ def test_measured_statistics_equal_plain_numpy() -> None:
         observer.act(4, x_ND[list(items)], StepContext(0, list(items), rows))
         return y_N[list(items)]
 
-    got = measure(saes, "max", 10, 4, answer)[4]
+    config = WarmupConfig("max", min_frequency=0.01, keep=5, score="pearson", negative="keep")
+    got = measure(saes, "max", 10, 4, answer)[4].scored(config)
     assert (got.n, got.accuracy, got.layer) == (10, 0.5, 4)
     acts_NF = saes[4].encode(x_ND).double().numpy()
     varied = acts_NF.std(0) > 0
