@@ -149,6 +149,8 @@ def _unsteered(answers: Answers) -> float | None:
     empty, n = 0, 0
     for step in answers.generation.steps:
         chosen_BK = step.action.feature_idx_BK[step.alive_B]
+        if chosen_BK.shape[1] == 0:  # a direction that is no feature
+            continue
         empty += int((chosen_BK < 0).all(dim=1).sum())
         n += len(chosen_BK)
     return empty / n if n else None
