@@ -132,9 +132,8 @@ class LayerStatistics:
                 meta = json.loads(file.metadata()["statistics"])
             tensors = load_file(path)
             mean_D, std_D = tensors.pop("mean_D"), tensors.pop("std_D")
-            moments = Moments(
-                **meta.pop("moments"), **{k: tensors.pop(f"moments.{k}") for k in _MOMENT_TENSORS}
-            )
+            parts: dict[str, Any] = {k: tensors.pop(f"moments.{k}") for k in _MOMENT_TENSORS}
+            moments = Moments(**meta.pop("moments"), **parts)
             features = {k.removeprefix("feature."): v for k, v in tensors.items()}
             return cls(**meta, mean_D=mean_D, std_D=std_D, moments=moments, by_feature=features)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

@@ -26,7 +26,7 @@ TRAINING = [
     "method=crl", "policy.policy_depth=1", "policy.hidden=64", "algorithm.n_updates=80",
     "algorithm.prompts_per_update=50", "algorithm.validate_every=5",
 ]  # fmt: skip
-STRENGTH = ["coefficient=relative", "coefficient.ratio=0.5"]
+STRENGTH = ["coefficient=relative", "coefficient.ratio=0.25"]
 ONCE = "method.multipliers=[1]"  # CorrSteer at the policy's strength too
 MORE = [
     ["fusion.weight=0"],
@@ -65,7 +65,7 @@ def cells(common: list[str], more: list[str], seeds: int) -> list[str]:
     """Accuracy, share of the right feature and the update at which it was learned, over seeds."""
     results, shares, updates = [], [], []
     for seed in range(seeds):
-        result, folder = run_small([*common, *TRAINING, *more, f"seed={seed}"])
+        result, folder = run_small([*common, *TRAINING, *more, f"seed={seed}"], skip_finished=True)
         results.append(result["accuracy_steered"])
         shares.append(right_share(folder, targets(common)))
         updates.append(learned_at(folder))

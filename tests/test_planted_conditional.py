@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import pytest
 
 from crl_exp.controllers.fixed import Steer
 from crl_exp.statistics import compare
-from tests.planted import LAYER, OTHER, PLANTED, plant_conditional
-from tests.planted_table import ONCE, SIZES, STRENGTH, TRAINING, right_share, targets
+from tests.planted import DEAD, LAYER, NO, OTHER, PLANTED, YES, plant_conditional
+from tests.planted_table import ONCE, SIZES, STRENGTH, TRAINING, targets
+from tests.tiny import D_SAE
 from tests.tiny_run import lab_of, run_small
 
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory) -> list[str]:
     root = tmp_path_factory.mktemp("conditional")
-    return [*plant_conditional(root), *SIZES, *STRENGTH, f"output_dir={root / 'out'}"]
+    strength = [*STRENGTH, "coefficient.ratio=0.5"]
+    return [*plant_conditional(root), *SIZES, *strength, f"output_dir={root / 'out'}"]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +59,30 @@ def test_either_feature_alone_helps_half_and_hurts_half(feature, common):
     for item, score in zip(lab.splits.test, answers.scores, strict=True):
         by_answer[str(item.target)].append(score.reward)
     assert np.mean(by_answer[wanted]) > 0.8
-    assert np.mean(by_answer["no" if wanted == "yes" else "yes"]) < 0.2
+    assert np.mean(by_answer["no" if wanted == "yes" else "yes"]) < 0.25
+
+
+def test_no_fixed_feature_wins(common, learned):
+    """Not the planted ones, nor any other, at the policy's strength and even chosen on the test."""
+    lab = lab_of([*common, "method=none"])
+    coefficient_F, found = lab.coefficients(LAYER), []
+    for feature in lab.statistics()[LAYER].allowed(0.02).tolist():
+        controller = lab.fixed([Steer(LAYER, feature, float(coefficient_F[feature]))])
+        found.append(float(lab.answer(controller, "test").reward_B.mean()))
+    assert len(found) == D_SAE - DEAD
+    assert learned[0]["accuracy_steered"] > max(found) + 0.1
 
 
 def test_the_policy_chooses_by_the_prompt_and_wins(common, learned, target):
+    """Other features where yes is right than where no is."""
     result, folder = learned
-    assert right_share(folder, target) > 0.7
+    counts: dict[int, Counter[int]] = {YES: Counter(), NO: Counter()}
+    for row in pq.read_table(folder / "interventions.parquet").to_pylist():
+        counts[target[row["item"]]][row["features"][0]] += 1
+    overlap = sum((counts[YES] & counts[NO]).values())
+    assert overlap < 0.3 * min(count.total() for count in counts.values())
     assert result["delta"] > 0.2 and result["p_value"] < 0.01
     fixed, fixed_folder = run_small([*common, "method=corrsteer_s", ONCE])
     assert fixed["accuracy_steered"] < 0.65
     better = compare(rewards(fixed_folder, target), rewards(folder, target), np.zeros(400))
-    assert better.delta > 0.2 and better.p_value < 0.01
+    assert better.delta > 0.15 and better.p_value < 0.01

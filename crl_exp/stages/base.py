@@ -43,8 +43,11 @@ class Observation:
 
     def rows(self, index: Tensor) -> Observation:
         """These rows of every tensor."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Observation(**{k: None if t is None else t[index] for k, t in parts.items()})
+        made: dict[str, Any] = {}
+        for f in fields(self):
+            tensor = getattr(self, f.name)
+            made[f.name] = None if tensor is None else tensor[index]
+        return Observation(**made)
 
     @staticmethod
     def cat(parts: Sequence[Observation]) -> Observation:
