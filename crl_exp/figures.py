@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMN_INCHES = 3.5  # a column of a two-column paper
+LEGEND_CHARACTERS = 42  # that fit it
 # Okabe and Ito's palette, which colour-blind readers tell apart; black is kept for axes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -64,9 +66,11 @@ def by_layer(sweep: SweepComparison, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     with style():
-        entries = sum(row.method != "none" for row in sweep.rows if len(row.layers) > 1)
-        entries += len({row.family for row in sweep.rows if len(row.layers) == 1})
-        height = (2.5 if len(sets) == 1 else 2.0) * len(sets) + 0.6 + 0.2 * entries
+        shown = [row for row in sweep.rows if row.method != "none"]
+        labels = [row.family for row in shown if len(row.layers) > 1]
+        labels += {row.family for row in shown if len(row.layers) == 1}
+        lines = sum(1 + wrapped(label).count("\n") for label in labels)
+        height = (2.5 if len(sets) == 1 else 2.0) * len(sets) + 0.8 + 0.19 * lines
         figure, axes = plt.subplots(
             len(sets), 1, figsize=(COLUMN_INCHES, height), sharex=True, sharey=True,
             squeeze=False,
@@ -180,6 +184,11 @@ def _in_points(interval: tuple[float, float], name: str | None) -> tuple[float, 
     return low, high
 
 
+def wrapped(label: str) -> str:
+    """A label over as many lines as the legend needs."""
+    return textwrap.fill(label, LEGEND_CHARACTERS, subsequent_indent="  ")
+
+
 def legend_below(figure: Figure, axes: np.ndarray, columns: int) -> None:
     """One legend for all panels; points before lines."""
     from matplotlib.lines import Line2D
@@ -190,5 +199,6 @@ def legend_below(figure: Figure, axes: np.ndarray, columns: int) -> None:
         found |= dict(zip(labels, handles, strict=True))
     # Error bars are containers, all else is lines; sorting is stable.
     ordered = sorted(found.items(), key=lambda item: isinstance(item[1], Line2D))
-    names, handles = zip(*ordered, strict=True)
-    figure.legend(handles, names, loc="outside lower left", ncols=columns)
+    labels = [wrapped(label) for label, _ in ordered]
+    handles = [handle for _, handle in ordered]
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
