@@ -26,7 +26,7 @@ TRAINING = [
     "method=crl", "policy.policy_depth=1", "policy.hidden=64", "algorithm.n_updates=80",
     "algorithm.prompts_per_update=50", "algorithm.validate_every=5",
 ]  # fmt: skip
-STRENGTH = ["coefficient=relative", "coefficient.ratio=0.25"]
+STRENGTH = ["coefficient=relative", "coefficient.ratio=0.5"]
 ONCE = "method.multipliers=[1]"  # CorrSteer at the policy's strength too
 MORE = [
     ["fusion.weight=0"],

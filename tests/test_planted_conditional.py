@@ -21,8 +21,7 @@ from tests.tiny_run import lab_of, run_small
 @pytest.fixture(scope="module")
 def common(tmp_path_factory) -> list[str]:
     root = tmp_path_factory.mktemp("conditional")
-    strength = [*STRENGTH, "coefficient.ratio=0.5"]
-    return [*plant_conditional(root), *SIZES, *strength, f"output_dir={root / 'out'}"]
+    return [*plant_conditional(root), *SIZES, *STRENGTH, f"output_dir={root / 'out'}"]
 
 
 @pytest.fixture(scope="module")
