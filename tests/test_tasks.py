@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -164,6 +165,19 @@ def test_shuffled_labels_leave_test(cache):
         assert targets[0] != targets[1]
         assert sorted(targets[0]) == sorted(targets[1])
     assert mixed.digest() != plain.digest()
+
+
+@pytest.mark.parametrize("n_train", [1, 2, 3, 40, 61])
+def test_shuffled_labels_say_nothing_of_the_true_ones(cache, n_train):
+    """Not even by chance: each true label has every label in proportion, and nothing is lost."""
+    true = sentiment(n_train=n_train).splits().train
+    shuffled = sentiment(n_train=n_train, shuffle_labels=True).splits().train
+    assert Counter(i.target for i in true) == Counter(i.target for i in shuffled)
+    for label in ("Positive", "Negative"):
+        mine = [s.target == "Positive" for t, s in zip(true, shuffled, strict=True)
+                if t.target == label]  # fmt: skip
+        share = sum(i.target == "Positive" for i in true) / n_train
+        assert abs(sum(mine) - share * len(mine)) <= 2
 
 
 def test_shuffled_labels_need_targets(cache):

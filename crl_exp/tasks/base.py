@@ -7,6 +7,7 @@ model or a tokenizer: it hands out user turns (`Item.user`) and scores strings.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -229,15 +230,29 @@ def split_items(
 
 
 def _permute_targets(items: tuple[Item, ...], seed: int) -> tuple[Item, ...]:
-    """Targets change places among items with as many options, so that each stays one of them."""
+    """Targets change places among items with as many options, so that each stays one of them.
+
+    Among the items of each true target every target becomes as frequent as in all: a permutation
+    drawn without this agrees with the truth a little too often or too rarely, by chance, and what
+    is selected on it then gains or loses by more than chance.
+    """
     if all(item.target is None for item in items):
         raise UserError("task.shuffle_labels=true needs a task whose items carry a target")
     draw = random.Random(seed)
     permuted = list(items)
     for n_options in sorted({item.n_options for item in items}):
         places = [i for i, item in enumerate(items) if item.n_options == n_options]
-        targets = [items[i].target for i in places]
-        draw.shuffle(targets)
-        for i, target in zip(places, targets, strict=True):
+        draw.shuffle(places)
+        places.sort(key=lambda i: str(items[i].target))
+        for i, target in zip(places, _spread([items[i].target for i in places]), strict=True):
             permuted[i] = replace(items[i], target=target)
     return tuple(permuted)
+
+
+def _spread(targets: list[str | None]) -> list[str | None]:
+    """These, sorted, in an order in which each stretch holds every target in proportion."""
+    n = len(targets)
+    step = round(0.618 * n)  # near the golden section, multiples are spread most evenly
+    while math.gcd(step, n) > 1:
+        step += 1
+    return [targets[at * step % n] for at in range(n)]
