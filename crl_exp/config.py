@@ -13,6 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from crl_exp.algorithms import Algorithm
 from crl_exp.architecture import check_architecture
+from crl_exp.checkpoints import CheckpointConfig
 from crl_exp.coefficients import Coefficient, Decay
 from crl_exp.engine import EngineConfig
 from crl_exp.errors import UserError, did_you_mean
@@ -26,7 +27,6 @@ from crl_exp.sections import Known, build, fill, once
 from crl_exp.stages.base import STAGES, Stage
 from crl_exp.tasks.base import Task
 from crl_exp.tracking import TrackingConfig
-from crl_exp.trainer import CheckpointConfig
 from crl_exp.warmup import WarmupConfig
 
 # Groups that set keys of other sections and leave none of their own.
