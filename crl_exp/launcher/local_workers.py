@@ -1,8 +1,8 @@
 """Runs as processes of this machine: a few workers, each taking the next directory of a list.
 
 A worker is a submitit job that outlives the launching process. It starts one Python process after
-another for its runs; such a process keeps the model for the next run, and where it dies (killed, out
-of memory) only the run that it was at is lost: the worker starts another for the rest.
+another for its runs; such a process keeps the model for the next run, and where it dies (killed,
+out of memory) only the run that it was at is lost: the worker starts another for the rest.
 """
 
 from __future__ import annotations

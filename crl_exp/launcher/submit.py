@@ -35,8 +35,8 @@ class Start:
 def submit(starts: Sequence[Start], sweep: SweepFile) -> dict[str, Any]:
     """Start these runs; returns the submission, which is then the last of `sweep`.
 
-    The sweep is `locked`. Raises `UserError` where it is refused; nothing is then queued, and no run
-    was touched.
+    The sweep is `locked`. Raises `UserError` where it is refused; nothing is then queued and no
+    run was touched.
     """
     submission: dict[str, Any] = {
         "time": time.time(), "cwd": os.getcwd(), "command": sys.argv,

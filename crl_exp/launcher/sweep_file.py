@@ -1,8 +1,8 @@
 """`outputs/SWEEP/submission.json`: what was submitted, when, from what, and where it runs.
 
-`points` are the overrides of each run by its key, in the sweep's order. `submissions` hold the time,
-the folder they were made in, the code and, for each job array or set of local workers, its settings
-and its runs. The truth about a run is in its own directory; this is the way to its job.
+`points` are the overrides of each run by its key, in the sweep's order. `submissions` hold the
+time, the folder they were made in, the code and, for each job array or set of local workers, its
+settings and its runs. The truth about a run is in its own directory; this is the way to its job.
 """
 
 from __future__ import annotations
