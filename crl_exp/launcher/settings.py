@@ -54,6 +54,7 @@ class SlurmSettings(LaunchSettings):
     cpus: of each run. mem: of each run, e.g. 16GB. time: limit of each start, in minutes or as
         [DAYS-]HH:MM:SS; a run that reaches it is queued again and goes on from its checkpoint.
     signal_seconds: the run is told to save so long before the limit.
+    requeue: after the loss of a node or a preemption SLURM starts the run again.
     array_parallelism: runs of one array at a time.
     max_array_size: longest array; null: what `scontrol show config` says.
     sbatch: more of sbatch's options by their long names, {reservation: mine, exclusive: true}.
@@ -68,6 +69,7 @@ class SlurmSettings(LaunchSettings):
     mem: str | None
     time: str
     signal_seconds: int
+    requeue: bool
     array_parallelism: int
     max_array_size: int | None
     sbatch: dict[str, Any]
