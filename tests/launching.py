@@ -18,7 +18,7 @@ from crl_exp.records import Record, find_records
 from tests.tiny_run import CONF
 
 # Nothing of a test cluster's is worth limiting.
-FOR_TESTS = {"slurm": {"cpus": 1, "mem": None, "time": "10"}, "local_processes": {}}
+FOR_TESTS = {"slurm": {"cpus": 2, "mem": None, "time": "10"}, "local_processes": {}}
 
 
 def settings(kind: str, **values: Any) -> Settings:
@@ -33,9 +33,10 @@ def points_of(*overrides: str) -> list[Point]:
         return compose_points(loader, master, jobs, settings("local_processes"))
 
 
-def launched(kind: str, overrides: Sequence[str], grown: bool = False, **values: Any) -> Launch:
-    with typed_sweep(overrides) as (loader, master, jobs):
-        return launch(loader, master, jobs, settings(kind, **values), grown)
+def launched(kind: str, overrides: Sequence[str], conf: Path = CONF, **values: Any) -> Launch:
+    """values: of the launcher's settings."""
+    with typed_sweep(overrides, conf) as (loader, master, jobs):
+        return launch(loader, master, jobs, settings(kind, **values), grown=False)
 
 
 def states(folder: Path) -> dict[str, str]:

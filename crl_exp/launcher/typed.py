@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
@@ -20,7 +21,7 @@ from hydra_plugins.crl_exp_sweeper.grids import GridSweeper
 
 @contextmanager
 def typed_sweep(
-    overrides: Sequence[str],
+    overrides: Sequence[str], conf: Path = REPO / "conf"
 ) -> Iterator[tuple[ConfigLoader, DictConfig, list[list[str]]]]:
     """Hydra's loader, the sweep's own config and the overrides of every job.
 
@@ -28,7 +29,7 @@ def typed_sweep(
     """
     register()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(conf), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration(
             config_name="config", overrides=list(overrides), run_mode=RunMode.MULTIRUN
