@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.preemption import Pace
 
 if TYPE_CHECKING:
     from crl_exp.lab import Lab
@@ -79,12 +80,25 @@ def residual_means(lab: Lab) -> dict[int, ResidualMeans]:
     sites = {layer: sae.site for layer, sae in lab.saes.items()}
     found = {layer: ResidualMeans.none(lab.lm.d_model) for layer in sites}
     n, batch_size = len(lab.splits.train), lab.exp.engine.batch_size
-    with lab.bar(f"residuals of layers {sorted(sites)}", n) as advance:
-        for at in range(0, n, batch_size):
+    checkpoint, pace, at = lab.run.checkpoint("residuals"), Pace(lab.exp.checkpoint), 0
+    state = checkpoint.load()
+    if state is not None:
+        at = state["at"]
+        found = {layer: ResidualMeans(**means) for layer, means in state["layers"].items()}
+
+    def save() -> None:
+        checkpoint.save({"at": at, "layers": {la: vars(means) for la, means in found.items()}})
+
+    with lab.bar(f"residuals of layers {sorted(sites)}", n, at) as advance:
+        while at < n:
             items = range(at, min(at + batch_size, n))
             observer = ResidualObserver(sites, lab.exp.warmup.pooling == "last_prompt")
             reward_B = lab.answer(observer, "train", items).reward_B
             for layer, means in found.items():
                 means.update(observer.mean(layer), reward_B)
+            at += len(items)
             advance(len(items))
+            pace.after_step(save)
+    if pace.unsaved:
+        save()
     return found

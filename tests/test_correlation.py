@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crl_exp.controllers.base import StepContext
+from crl_exp.controllers.observer import Observer
 from crl_exp.correlation import StreamingCorrelation
-from crl_exp.warmup import POOLINGS, Observer, WarmupConfig, measure
+from crl_exp.measuring import measure
+from crl_exp.warmup import POOLINGS, WarmupConfig
 from tests.tiny_steering import random_sae
 
 
