@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +14,14 @@ import torch
 from omegaconf import DictConfig
 
 from crl_exp import config as configs
+from crl_exp.code_state import note_code
 from crl_exp.config import Experiment
 from crl_exp.errors import UserError
 from crl_exp.evaluation import evaluate
 from crl_exp.lab import Lab
 from crl_exp.methods import NoSteering
 from crl_exp.runs import RunDirectory, write_json
-from crl_exp.sae_config import REPO
-from crl_exp.tracking import sync
+from crl_exp.tracker import Tracker
 
 log = logging.getLogger(__name__)
 VERSIONS = ("crl_exp", "torch", "transformers", "sae-lens", "mlflow", "hydra-core")
@@ -46,14 +45,12 @@ def run_experiment(config: DictConfig, skip_finished: bool) -> dict[str, Any]:
             f"this run is already finished: {run.result_path}. "
             "Add resume=force to run it again from the start"
         )
-    try:
-        with run.opened():
-            result = _run(exp, layers, run)
-            write_json(run.result_path, result)
-    finally:
-        # A failed or cancelled run belongs in MLflow too, with its status.
-        if (run.path / "status.json").is_file():
-            sync(run, exp.tracking)
+    # The tracker outlives the directory's status: a failed run belongs in MLflow too.
+    with Tracker(run, exp.tracking) as tracker, run.opened():
+        code = note_code(run.path)
+        tracker.start()
+        result = _run(exp, layers, run) | code
+        write_json(run.result_path, result)
     return result
 
 
@@ -61,6 +58,7 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory) -> dict[str, Any
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         lab = Lab(exp, layers, run)
+    write_json(run.path / "data.json", lab.splits.facts())
     with _timed(seconds, "warmup"):
         if not isinstance(exp.method, NoSteering):
             lab.statistics()
@@ -73,7 +71,6 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory) -> dict[str, Any
     result |= {"notes": lab.notes, "warnings": lab.warnings, "seconds": seconds}
     result["peak_memory_bytes"] = peak_memory_bytes()
     result["versions"] = {name: version(name) for name in VERSIONS}
-    result |= git_state()
     return result
 
 
@@ -133,18 +130,6 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def git_state() -> dict[str, Any]:
-    """Commit of the code and whether it was changed since; null outside a git checkout."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    dirty = None if changes is None else changes != ""
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
 
 
 @contextmanager

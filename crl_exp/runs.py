@@ -27,6 +27,8 @@ from crl_exp.errors import UserError
 # Where a run is written and logged, and how it is asked for, don't change what it computes.
 NOT_IN_KEY = ("hydra", "output_dir", "sweep_name", "tracking", "resume", "checkpoint")
 RESUME = ("new", "force")
+MLFLOW_BEGUN = "mlflow_begun.json"
+"""Marks what MLflow is told as one run; gone once the run is started from nothing."""
 FROM_THE_LAST_TIME = (
     "result.json",
     "features.json",
@@ -34,6 +36,8 @@ FROM_THE_LAST_TIME = (
     "journal.jsonl",
     "checkpoint.pt",
     "checkpoint.prev.pt",
+    "system.jsonl",
+    MLFLOW_BEGUN,
 )
 
 
