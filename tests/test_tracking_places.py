@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from crl_exp.runs import RunDirectory
 from crl_exp.tracker import Tracker
 from crl_exp.tracking import TrackingConfig, announce, main, place_of, send
 from crl_exp.tracking_connection import resolved_uri
-from tests.mlflow_reading import children, client, free_port, history, runs, sync, with_database
+from tests.mlflow_reading import children, free_port, history, runs, with_database
 from tests.synthetic import config, finished_run
 
 
@@ -184,54 +181,3 @@ def test_processes_at_once_on_a_new_file(tmp_path):
     uri = resolved_uri(None, tmp_path)
     assert len(runs(uri)) == 4
     assert [len(history(uri, r.info.run_id, "reward")) for r in children(uri)] == [30] * 3
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A real MLflow server on loopback."""
-    port = free_port()
-    folder = tmp_path / "server"
-    folder.mkdir()
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
-        "--artifacts-destination", str(folder / "artifacts"),
-    ]  # fmt: skip
-    quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-    with (folder / "log").open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=quiet, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(process.pid, 15)
-            process.wait()
-
-
-def _wait_for(url: str, process: subprocess.Popen, output: Path) -> None:
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-            return
-        except OSError:
-            assert process.poll() is None, output.read_text()
-            time.sleep(0.2)
-    pytest.fail(f"no MLflow server: {output.read_text()}")
-
-
-@pytest.mark.slow
-def test_over_http(tmp_path, server):
-    made = config(tmp_path)
-    made.tracking.uri = server
-    run = finished_run(made, 0.1, steps=1100)
-    for _ in range(2):
-        sync(run)
-    (child,) = children(server)
-    assert len(runs(server)) == 2 and child.info.status == "FINISHED"
-    assert len(history(server, child.info.run_id, "reward")) == 1100
-    assert len(history(server, child.info.run_id, "eval/delta")) == 1
-    path = client(server).download_artifacts(child.info.run_id, "result.json", str(tmp_path))
-    assert json.loads(Path(path).read_text()) == run.result()
-    assert not (tmp_path / "mlflow.db").exists() and not (tmp_path / "mlartifacts").exists()
