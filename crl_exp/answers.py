@@ -7,7 +7,7 @@ off is read back. Shapes: B rows of a batch, N of them still being answered, K f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,7 @@ class Answers:
         self.generation.texts += other.generation.texts
         self.scores += other.scores
         for one in other.steered:
-            one.rows = [offset + row for row in one.rows]
-            self.steered.append(one)
+            self.steered.append(replace(one, rows=[offset + row for row in one.rows]))
 
 
 class AnswerBook:

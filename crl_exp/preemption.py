@@ -15,9 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from crl_exp import slurm
-from crl_exp.checkpoints import CheckpointConfig
+
+if TYPE_CHECKING:  # the guard is set before anything heavy is imported
+    from crl_exp.checkpoints import CheckpointConfig
 
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -40,6 +43,7 @@ class Preempted(SystemExit):
 
 
 _asked: tuple[int, float] | None = None  # signal and time, of this process
+_guarded = False
 
 
 def asked() -> bool:
@@ -58,13 +62,15 @@ def guard() -> Iterator[None]:
     """Around a run, in the process's main thread: the signals end it after its step.
 
     On `Preempted`, raised through this block, the SLURM job is put back into the queue. Whoever
-    started the process (sbatch, submitit, a person) has its own handlers again afterwards.
+    started the process (sbatch, submitit, a person) has its own handlers again afterwards. Inside
+    of another guard it does nothing: a job sets one before its imports, too.
     """
-    global _asked
-    if threading.current_thread() is not threading.main_thread():
+    global _asked, _guarded
+    if _guarded or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {signum: signal.signal(signum, _note) for signum in SIGNALS}
+    _guarded = True
     try:
         yield
     except Preempted as preempted:
@@ -74,7 +80,7 @@ def guard() -> Iterator[None]:
         _put_back(preempted)
         raise
     finally:
-        _asked = None
+        _asked, _guarded = None, False
         for signum, handler in before.items():
             signal.signal(signum, handler)
 

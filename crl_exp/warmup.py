@@ -164,8 +164,10 @@ class PartialPass:
 
     def load(self) -> dict[str, Any] | None:
         """What a run that ended left of these layers, perhaps among others; None: nothing."""
-        for path in sorted(self.home.glob("partial_*.pt"), key=lambda p: p != self.own.path):
-            state = None if path.stem.endswith(".prev") else self._checkpoint(path).load()
+        # Of one that died between two renames there is only the one before it.
+        there = {p.with_name(p.name.replace(".prev", "")) for p in self.home.glob("partial_*.pt")}
+        for path in sorted(there, key=lambda p: (p != self.own.path, p.name)):
+            state = self._checkpoint(path).load()
             if state is not None and set(self.names) <= set(state["names"]):
                 return state
         return None
