@@ -6,7 +6,7 @@ import logging
 import resource
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -16,10 +16,12 @@ from omegaconf import DictConfig
 
 from crl_exp import config as configs
 from crl_exp.config import Experiment
+from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
 from crl_exp.evaluation import evaluate
 from crl_exp.lab import Lab
 from crl_exp.methods import NoSteering
+from crl_exp.models import LanguageModel
 from crl_exp.runs import RunDirectory, write_json
 from crl_exp.sae_config import REPO
 from crl_exp.tracking import sync
@@ -28,10 +30,16 @@ log = logging.getLogger(__name__)
 VERSIONS = ("crl_exp", "torch", "transformers", "sae-lens", "mlflow", "hydra-core")
 
 
-def run_experiment(config: DictConfig, skip_finished: bool) -> dict[str, Any]:
+MakeEngine = Callable[[LanguageModel, EngineConfig], Engine]
+
+
+def run_experiment(
+    config: DictConfig, skip_finished: bool, make_engine: MakeEngine = Engine, packed: int = 1
+) -> dict[str, Any]:
     """Run one composed config in its run directory; returns its result.
 
     skip_finished: a finished run's result is returned (in a sweep) instead of being an error.
+    make_engine, packed: of a pack of runs, and how many they are; see `crl_exp.packing`.
     Raises `UserError` for whatever the user can mend.
     """
     exp = configs.experiment(config)
@@ -48,7 +56,7 @@ def run_experiment(config: DictConfig, skip_finished: bool) -> dict[str, Any]:
         )
     try:
         with run.opened():
-            result = _run(exp, layers, run)
+            result = _run(exp, layers, run, make_engine) | {"packed": packed}
             write_json(run.result_path, result)
     finally:
         # A failed or cancelled run belongs in MLflow too, with its status.
@@ -57,10 +65,12 @@ def run_experiment(config: DictConfig, skip_finished: bool) -> dict[str, Any]:
     return result
 
 
-def _run(exp: Experiment, layers: list[int], run: RunDirectory) -> dict[str, Any]:
+def _run(
+    exp: Experiment, layers: list[int], run: RunDirectory, make_engine: MakeEngine
+) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
-        lab = Lab(exp, layers, run)
+        lab = Lab(exp, layers, run, make_engine)
     with _timed(seconds, "warmup"):
         if not isinstance(exp.method, NoSteering):
             lab.statistics()

@@ -21,8 +21,9 @@ from crl_exp.config import Experiment
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.controllers.vector import FixedVectors
-from crl_exp.engine import Engine, Generation, Job, Prompts
-from crl_exp.models import load_model
+from crl_exp.engine import Engine, EngineConfig, Prompts
+from crl_exp.generation import Generation, Job
+from crl_exp.models import LanguageModel, load_model
 from crl_exp.probe import checked
 from crl_exp.runs import RunDirectory, content_key
 from crl_exp.saes import LayerSAE, load_saes
@@ -66,7 +67,13 @@ class Answers:
 class Lab:
     """Everything that a method and the evaluation need of one experiment."""
 
-    def __init__(self, exp: Experiment, layers: list[int], run: RunDirectory):
+    def __init__(
+        self,
+        exp: Experiment,
+        layers: list[int],
+        run: RunDirectory,
+        make_engine: Callable[[LanguageModel, EngineConfig], Engine] = Engine,
+    ):
         self.exp, self.run = exp, run
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
@@ -74,13 +81,8 @@ class Lab:
         self.model_key = asdict(exp.model)
         self.engine_key = [self.model_key, asdict(exp.engine)]
         self.lm = _shared("model", self.model_key, lambda: checked(load_model(exp.model)), keep=1)
-        self.engine = Engine(self.lm, exp.engine)
-        self.saes: dict[int, LayerSAE] = _shared(
-            "saes",
-            [self.model_key, asdict(exp.sae), layers],
-            lambda: load_saes(exp.sae, layers, self.lm.d_model, self.lm.name, self.lm.device),
-            keep=8,
-        )
+        self.engine = make_engine(self.lm, exp.engine)
+        self.saes: dict[int, LayerSAE] = {layer: self._sae(layer) for layer in layers}
         for sae in self.saes.values():
             for warning in sae.warnings:
                 self.warn(warning)
@@ -89,6 +91,14 @@ class Lab:
         choices = exp.task.constrained_to
         self.choices = None if choices is None else self.lm.choice_ids(choices)
         self._statistics: dict[int, LayerStatistics] | None = None
+
+    def _sae(self, layer: int) -> LayerSAE:
+        exp, lm = self.exp, self.lm
+
+        def load() -> LayerSAE:
+            return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
+
+        return _shared("sae", [self.model_key, asdict(exp.sae), layer], load, keep=64)
 
     def warn(self, message: str) -> None:
         """Say it now and keep it in the result."""
@@ -160,7 +170,7 @@ class Lab:
 
         def make() -> Answers:
             n = len(self.prompts(split))
-            with self.bar(f"unsteered on {split}", n) as advance:
+            with self.engine.alone(), self.bar(f"unsteered on {split}", n) as advance:
                 return self.answer(Unsteered(), split, advance=advance)
 
         return _shared("baseline", key, make, keep=16)
@@ -188,7 +198,9 @@ class Lab:
                 asked.append("values kept")
             key = content_key([self.engine_key, self.lm.fingerprint(), *asked])
             folder = Path(exp.output_dir).expanduser() / "shared" / "warmup"
-            found = shared_statistics(folder, key, self.saes, self._measure)
+            with self.engine.alone():
+                found = shared_statistics(folder, key, self.saes, self._measure)
+            self._warn_of_chance(found)
             self._statistics = {layer: one.scored(exp.warmup) for layer, one in found.items()}
         return self._statistics
 
@@ -217,14 +229,18 @@ class Lab:
                 return reward_B
 
             found = measure(
-                saes, self.exp.warmup.pooling, n, self.exp.engine.batch_size, answer,
+                saes, self.exp.warmup.pooling, n, self.exp.engine.items_together, answer,
                 self._keeps_values,
             )  # fmt: skip
-        accuracy = next(iter(found.values())).accuracy
-        if accuracy in (0.0, 1.0):
-            self.warn(
-                f"the unsteered model gets {'all' if accuracy else 'none'} of the {n} training "
-                "items right: every correlation is 0 and features can't be told apart. Use a "
-                "task of medium difficulty or more items (task.n_train=…)"
-            )
         return found
+
+    def _warn_of_chance(self, found: dict[int, LayerStatistics]) -> None:
+        """Say where there is nothing to learn from, whoever measured the statistics."""
+        first = next(iter(found.values()))
+        message = (
+            f"the unsteered model gets {'all' if first.accuracy else 'none'} of the {first.n} "
+            "training items right: every correlation is 0 and features can't be told apart. "
+            "Use a task of medium difficulty or more items (task.n_train=…)"
+        )
+        if first.accuracy in (0.0, 1.0) and message not in self.warnings:
+            self.warn(message)
