@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -14,11 +15,13 @@ from crl_exp import config as configs
 from crl_exp import preemption
 from crl_exp.code_state import note_code
 from crl_exp.config import Experiment
+from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
 from crl_exp.evaluation import evaluate
 from crl_exp.heartbeat import PHASES, beating
 from crl_exp.lab import Lab
 from crl_exp.methods import NoSteering
+from crl_exp.models import LanguageModel
 from crl_exp.records import Record
 from crl_exp.run_status import RETRIED, HeldError
 from crl_exp.runs import RunDirectory, write_json
@@ -28,10 +31,16 @@ log = logging.getLogger(__name__)
 VERSIONS = ("crl_exp", "torch", "transformers", "sae-lens", "mlflow", "hydra-core")
 
 
-def run_experiment(config: DictConfig, skip_finished: bool) -> dict[str, Any] | None:
+MakeEngine = Callable[[LanguageModel, EngineConfig], Engine]
+
+
+def run_experiment(
+    config: DictConfig, skip_finished: bool, make_engine: MakeEngine = Engine, packed: int = 1
+) -> dict[str, Any] | None:
     """Run one composed config in its run directory; returns its result.
 
     skip_finished: a finished run's result is returned (in a sweep) instead of being an error.
+    make_engine, packed: of a pack of runs, and how many they are; see `crl_exp.packing`.
     Returns None where the run is left alone: with resume=retry unless it failed, was lost or
     cancelled, and in a sweep where another process has it.
     Raises `UserError` for whatever the user can mend; asked to end early, `Preempted`.
@@ -49,7 +58,7 @@ def run_experiment(config: DictConfig, skip_finished: bool) -> dict[str, Any] | 
             if done is not None and not run.anew:
                 _already(run, skip_finished)
                 return done
-            return _attempt(exp, layers, run)
+            return _attempt(exp, layers, run, make_engine, packed)
     except HeldError as error:
         if not skip_finished:
             raise
@@ -68,7 +77,9 @@ def _already(run: RunDirectory, skip_finished: bool) -> None:
     log.info("already finished, skipped: %s", run.path)
 
 
-def _attempt(exp: Experiment, layers: list[int], run: RunDirectory) -> dict[str, Any]:
+def _attempt(
+    exp: Experiment, layers: list[int], run: RunDirectory, make_engine: MakeEngine, packed: int
+) -> dict[str, Any]:
     # The tracker outlives the directory's status: a failed run belongs in MLflow too.
     with (
         Tracker(run, exp.tracking) as tracker,
@@ -77,16 +88,18 @@ def _attempt(exp: Experiment, layers: list[int], run: RunDirectory) -> dict[str,
     ):
         code = note_code(run.path)
         tracker.start()
-        result = _run(exp, layers, run) | code
+        result = _run(exp, layers, run, make_engine) | code | {"packed": packed}
         write_json(run.result_path, result)
         run.clear_answers()
     return result
 
 
-def _run(exp: Experiment, layers: list[int], run: RunDirectory) -> dict[str, Any]:
+def _run(
+    exp: Experiment, layers: list[int], run: RunDirectory, make_engine: MakeEngine
+) -> dict[str, Any]:
     timed = run.progress.timed
     with timed("load"):
-        lab = Lab(exp, layers, run)
+        lab = Lab(exp, layers, run, make_engine)
         preemption.check()
     write_json(run.path / "data.json", lab.splits.facts())
     with timed("warmup"):

@@ -24,9 +24,10 @@ from crl_exp.config import Experiment
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.controllers.vector import FixedVectors
-from crl_exp.engine import Engine, Generation, Job, Prompts
+from crl_exp.engine import Engine, EngineConfig, Prompts
+from crl_exp.generation import Generation, Job
 from crl_exp.measuring import measure_of, warn_of_one_outcome
-from crl_exp.models import load_model
+from crl_exp.models import LanguageModel, load_model
 from crl_exp.preemption import Pace
 from crl_exp.probe import checked
 from crl_exp.runs import RunDirectory, content_key
@@ -54,7 +55,13 @@ def _shared(kind: str, key: Any, make: Callable[[], Any], keep: int) -> Any:
 class Lab:
     """Everything that a method and the evaluation need of one experiment."""
 
-    def __init__(self, exp: Experiment, layers: list[int], run: RunDirectory):
+    def __init__(
+        self,
+        exp: Experiment,
+        layers: list[int],
+        run: RunDirectory,
+        make_engine: Callable[[LanguageModel, EngineConfig], Engine] = Engine,
+    ):
         self.exp, self.run = exp, run
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
@@ -62,13 +69,8 @@ class Lab:
         self.model_key = asdict(exp.model)
         self.engine_key = [self.model_key, asdict(exp.engine)]
         self.lm = _shared("model", self.model_key, lambda: checked(load_model(exp.model)), keep=1)
-        self.engine = Engine(self.lm, exp.engine)
-        self.saes: dict[int, LayerSAE] = _shared(
-            "saes",
-            [self.model_key, asdict(exp.sae), layers],
-            lambda: load_saes(exp.sae, layers, self.lm.d_model, self.lm.name, self.lm.device),
-            keep=8,
-        )
+        self.engine = make_engine(self.lm, exp.engine)
+        self.saes: dict[int, LayerSAE] = {layer: self._sae(layer) for layer in layers}
         for sae in self.saes.values():
             for warning in sae.warnings:
                 self.warn(warning)
@@ -78,6 +80,14 @@ class Lab:
         self.choices = None if choices is None else self.lm.choice_ids(choices)
         self._statistics: dict[int, LayerStatistics] | None = None
         self._asked = 0  # times that a controller was tried on validation
+
+    def _sae(self, layer: int) -> LayerSAE:
+        exp, lm = self.exp, self.lm
+
+        def load() -> LayerSAE:
+            return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
+
+        return _shared("sae", [self.model_key, asdict(exp.sae), layer], load, keep=64)
 
     def warn(self, message: str) -> None:
         """Say it now and keep it in the result."""
@@ -174,7 +184,7 @@ class Lab:
         if first < n:
             self.prompts(split)
             with self.bar(what, n, first) as advance:
-                for items in batches(first, n, self.exp.engine.batch_size):
+                for items in batches(first, n, self.exp.engine.items_together):
                     batch = self.answer(controller, split, items, record).compact()
                     book.add(batch)
                     whole.append(batch)
@@ -187,9 +197,12 @@ class Lab:
         """The unsteered model's answers to a split, generated once a process."""
         key = [self.engine_key, asdict(self.exp.task), split]
         name, what = f"unsteered_{split}", f"unsteered on {split}"
-        return _shared(
-            "baseline", key, lambda: self.kept_answers(name, what, Unsteered(), split), keep=16
-        )
+
+        def make() -> Answers:
+            with self.engine.alone():
+                return self.kept_answers(name, what, Unsteered(), split)
+
+        return _shared("baseline", key, make, keep=16)
 
     def play(self, controller: Controller, items: list[int]) -> tuple[Generation, Tensor]:
         """A recorded rollout on training items, and its rewards [B]."""
@@ -211,7 +224,7 @@ class Lab:
         """Mean reward on the validation split, in the middle of training."""
         rewards = []
         n = len(self.prompts("validation"))
-        for items in batches(0, n, self.exp.engine.batch_size):
+        for items in batches(0, n, self.exp.engine.items_together):
             preemption.check()
             rewards.append(self.answer(controller, "validation", items).reward_B)
         return float(torch.cat(rewards).mean())
@@ -228,7 +241,8 @@ class Lab:
                 asked.append("values kept")
             key = content_key([self.engine_key, self.lm.fingerprint(), *asked])
             folder = Path(exp.output_dir).expanduser() / "shared" / "warmup"
-            found = shared_statistics(folder, key, self.saes, partial(measure_of, self))
+            with self.engine.alone():
+                found = shared_statistics(folder, key, self.saes, partial(measure_of, self))
             self._statistics = {layer: one.scored(exp.warmup) for layer, one in found.items()}
             warn_of_one_outcome(self, next(iter(found.values())))
         return self._statistics

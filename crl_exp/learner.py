@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from crl_exp import selection
 from crl_exp.algorithms import PPO, Algorithm
-from crl_exp.decode import Generation, Step
+from crl_exp.generation import Generation, Step
 from crl_exp.losses import ppo_policy_loss, token_weights, value_loss
 from crl_exp.policy import LayerAgent
 from crl_exp.stages.base import Observation
@@ -44,7 +44,7 @@ class NonFiniteError(RuntimeError):
 
 def collect(layer: int, played: Generation, reward_B: Tensor, algorithm: Algorithm) -> Rollout:
     """Put one layer's recorded steps together and compute advantages."""
-    steps = sorted((s for s in played.steps if s.layer == layer), key=lambda s: s.rows[0])
+    steps = [s for s in played.steps if s.layer == layer]
     n_tokens = max(s.token_index for s in steps) + 1
     device = steps[0].action.delta_BD.device
     value_BT = torch.zeros(len(reward_B), n_tokens, device=device)

@@ -150,7 +150,7 @@ def measure_of(
             lab.run.progress.known(n_done)
 
         return measure(
-            saes, exp.warmup.pooling, n, exp.engine.batch_size, answer, lab.keeps_values,
+            saes, exp.warmup.pooling, n, exp.engine.items_together, answer, lab.keeps_values,
             (partial, exp.checkpoint), skip,
         )  # fmt: skip
 

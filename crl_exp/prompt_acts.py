@@ -26,6 +26,10 @@ class PromptActs:
     store: PromptStore
     items: list[int]
 
+    def part(self, rows: list[int]) -> PromptActs:
+        """Of these rows alone."""
+        return PromptActs(self.store, [self.items[row] for row in rows])
+
     def means(self, sae: LayerSAE, allowed_C: Tensor) -> tuple[Tensor, Tensor]:
         """Mean activation [B, C] over each prompt, and how many tokens it is the mean of [B].
 

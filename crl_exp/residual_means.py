@@ -62,12 +62,16 @@ class ResidualObserver(Controller):
         self.count_B: dict[int, Tensor] = {}
 
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
-        alive_B = context.alive_B.double()
+        x_BD = x_BD[context.alive_B].double()
+        if layer not in self.total_BD:
+            self.total_BD[layer] = x_BD.new_zeros(context.n_rows, x_BD.shape[1])
+            self.count_B[layer] = x_BD.new_zeros(context.n_rows)
+        rows = context.row_B.to(x_BD.device)[context.alive_B]
         if context.token_index == 0:
-            self.total_BD[layer], self.count_B[layer] = x_BD.double(), alive_B
+            self.total_BD[layer][rows], self.count_B[layer][rows] = x_BD, 1.0
         elif not self.last_prompt:
-            self.total_BD[layer] += x_BD.double() * alive_B[:, None]
-            self.count_B[layer] += alive_B
+            self.total_BD[layer][rows] += x_BD
+            self.count_B[layer][rows] += 1
         return None
 
     def mean(self, layer: int) -> Tensor:
@@ -79,7 +83,7 @@ def residual_means(lab: Lab) -> dict[int, ResidualMeans]:
     """One unsteered pass over the training prompts, all of the lab's layers at once."""
     sites = {layer: sae.site for layer, sae in lab.saes.items()}
     found = {layer: ResidualMeans.none(lab.lm.d_model) for layer in sites}
-    n, batch_size = len(lab.splits.train), lab.exp.engine.batch_size
+    n, batch_size = len(lab.splits.train), lab.exp.engine.items_together
     checkpoint, pace, at = lab.run.checkpoint("residuals"), Pace(lab.exp.checkpoint), 0
     state = checkpoint.load()
     if state is not None:
