@@ -55,7 +55,8 @@ class EngineConfig:
 class Prompts(Protocol):
     """A split's prompts, kept or read anew for each batch. prompts: their token ids."""
 
-    prompts: Sequence[Sequence[int]]
+    @property
+    def prompts(self) -> Sequence[Sequence[int]]: ...
 
     def __len__(self) -> int: ...
 

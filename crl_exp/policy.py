@@ -19,7 +19,7 @@ from crl_exp.generation import Generation
 from crl_exp.memory import OF_ACTS, Memory
 from crl_exp.networks import Distribution, PolicyConfig, mlp
 from crl_exp.online import OnlineCorrelation, pooled, steps_of
-from crl_exp.saes import LayerSAE
+from crl_exp.saes import Encoder, LayerSAE
 from crl_exp.stages.base import Observation, Pipeline, Shape, StageContext
 from crl_exp.warmup import LayerStatistics, WarmupConfig
 
@@ -67,6 +67,7 @@ class LayerAgent(nn.Module):
         self.sae = [sae]  # in a list: its weights are frozen and not part of the checkpoint
         self.k, self.critic_kind = config.k, config.critic
         self.norm_mean, self.norm_std = statistics.norm_mean, max(statistics.norm_std, 1e-6)
+        self.encode: Encoder | None = None
         self.pipeline = copy.deepcopy(pipeline)
         self.pipeline.bind(Shape(n_features, d_model, setting.n_tokens, config.k))
         self.policy = mlp(d_model, n_features, config.policy_depth, config)
@@ -102,7 +103,9 @@ class LayerAgent(nn.Module):
             torch.full((len(x_BD),), context.token_index, device=x_BD.device),
         )
         if needs & OF_ACTS or self.online is not None:
-            acts_BC = self.sae[0].encode(x_BD)[:, self.allowed_C]
+            if self.encode is None:
+                self.encode = self.sae[0].encoder(self.allowed_C)
+            acts_BC = self.encode(x_BD)
             if "feature_acts" in needs or self.online is not None:
                 seen.feature_acts_BC = acts_BC
             if "seen" in needs:
