@@ -97,7 +97,10 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 
 class Climber(Sweeper):
-    """Asks for a point, and for the next one by what it got."""
+    """Asks for one point after the other and takes their results."""
+
+    def __init__(self, **values):
+        pass
 
     def setup(self, *, hydra_context, task_function, config):
         self.config, self.hydra_context = config, hydra_context
