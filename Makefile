@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup assets demo demo-refusal report test test-fast check format format-check \
+.PHONY: help setup assets demo demo-refusal report status logs test test-fast check format format-check \
 	lint types bench mlflow clean
 
 help: ## list these targets
@@ -50,6 +50,14 @@ demo-refusal: assets ## the second task: refusals of harmful and harmless prompt
 report: setup ## tables and figures of a finished sweep (SWEEP=demo)
 	@test -n "$(SWEEP)" || { echo "which sweep? make report SWEEP=demo"; exit 1; }
 	$(BIN)/python -m crl_exp report $(SWEEP)
+
+status: setup ## state, progress and time left of a sweep's runs (SWEEP=demo WATCH=1)
+	@test -n "$(SWEEP)" || { echo "which sweep? make status SWEEP=demo"; exit 1; }
+	@$(BIN)/python -m crl_exp status $(SWEEP) $(if $(WATCH),--watch)
+
+logs: setup ## what a run's job printed, and why it ended (RUN=its key)
+	@test -n "$(RUN)" || { echo "which run? make logs RUN=KEY; make status lists them"; exit 1; }
+	@$(BIN)/python -m crl_exp logs $(RUN)
 
 test: assets ## every test that can run here (PYTEST_ARGS='-k name')
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

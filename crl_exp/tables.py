@@ -178,7 +178,7 @@ def unfinished(sweep: SweepComparison) -> list[str]:
     """Runs without a result, with their state and error."""
     lines = []
     for run in sweep.unfinished:
-        error = str(run.status.get("error", "")).strip().split("\n")[0]
+        error = str(run.status.get("error") or "").strip().split("\n")[0]
         lines.append(f"{run.key} {run.state}{': ' + error if error else ''}")
     return lines
 
