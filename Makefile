@@ -15,8 +15,8 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup assets demo demo-refusal report status logs test test-fast check format format-check \
-	lint types bench mlflow clean
+.PHONY: help setup assets demo demo-refusal report status logs test test-fast check format \
+	format-check lint types bench mlflow clean retry cancel prefetch
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -58,6 +58,18 @@ status: setup ## state, progress and time left of a sweep's runs (SWEEP=demo WAT
 logs: setup ## what a run's job printed, and why it ended (RUN=its key)
 	@test -n "$(RUN)" || { echo "which run? make logs RUN=KEY; make status lists them"; exit 1; }
 	@$(BIN)/python -m crl_exp logs $(RUN)
+
+retry: setup ## start a sweep's failed, lost and cancelled runs again (SWEEP=name SET='mem=64GB')
+	@test -n "$(SWEEP)" || { echo "which sweep? make retry SWEEP=layerwise"; exit 1; }
+	$(BIN)/python -m crl_exp retry $(SWEEP) $(SET)
+
+cancel: setup ## end a sweep's queued and running runs, saved (SWEEP=name)
+	@test -n "$(SWEEP)" || { echo "which sweep? make cancel SWEEP=layerwise"; exit 1; }
+	$(BIN)/python -m crl_exp cancel $(SWEEP)
+
+prefetch: setup ## download what a sweep loads, for offline nodes (SWEEP=name ARGS='model=…')
+	@test -n "$(SWEEP)" || { echo "which sweep? make prefetch SWEEP=layerwise"; exit 1; }
+	$(BIN)/python -m crl_exp prefetch +sweep=$(SWEEP) $(ARGS)
 
 test: assets ## every test that can run here (PYTEST_ARGS='-k name')
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

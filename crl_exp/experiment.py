@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import subprocess
 from importlib.metadata import version
 from typing import Any
 
@@ -13,6 +12,7 @@ from omegaconf import DictConfig
 
 from crl_exp import config as configs
 from crl_exp import preemption
+from crl_exp.code_state import note_code
 from crl_exp.config import Experiment
 from crl_exp.errors import UserError
 from crl_exp.evaluation import evaluate
@@ -22,8 +22,7 @@ from crl_exp.methods import NoSteering
 from crl_exp.records import Record
 from crl_exp.run_status import RETRIED, HeldError
 from crl_exp.runs import RunDirectory, write_json
-from crl_exp.sae_config import REPO
-from crl_exp.tracking import sync
+from crl_exp.tracker import Tracker
 
 log = logging.getLogger(__name__)
 VERSIONS = ("crl_exp", "torch", "transformers", "sae-lens", "mlflow", "hydra-core")
@@ -70,17 +69,17 @@ def _already(run: RunDirectory, skip_finished: bool) -> None:
 
 
 def _attempt(exp: Experiment, layers: list[int], run: RunDirectory) -> dict[str, Any]:
-    try:
-        with run.recorded(), beating(run.path / "heartbeat.json", run.progress):
-            result = _run(exp, layers, run)
-            write_json(run.result_path, result)
-            run.clear_answers()
-    except preemption.Preempted:
-        raise  # there is no time for it
-    except BaseException:
-        sync(run, exp.tracking)  # a failed or cancelled run belongs in MLflow too, with its status
-        raise
-    sync(run, exp.tracking)
+    # The tracker outlives the directory's status: a failed run belongs in MLflow too.
+    with (
+        Tracker(run, exp.tracking) as tracker,
+        run.recorded(),
+        beating(run.path / "heartbeat.json", run.progress),
+    ):
+        code = note_code(run.path)
+        tracker.start()
+        result = _run(exp, layers, run) | code
+        write_json(run.result_path, result)
+        run.clear_answers()
     return result
 
 
@@ -89,6 +88,7 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory) -> dict[str, Any
     with timed("load"):
         lab = Lab(exp, layers, run)
         preemption.check()
+    write_json(run.path / "data.json", lab.splits.facts())
     with timed("warmup"):
         if not isinstance(exp.method, NoSteering):
             lab.statistics()
@@ -102,7 +102,6 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory) -> dict[str, Any
     result |= {"notes": lab.notes, "warnings": lab.warnings, "seconds": seconds}
     result["peak_memory_bytes"] = peak_memory_bytes()
     result["versions"] = {name: version(name) for name in VERSIONS}
-    result |= git_state()
     return result
 
 
@@ -162,15 +161,3 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def git_state() -> dict[str, Any]:
-    """Commit of the code and whether it was changed since; null outside a git checkout."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    dirty = None if changes is None else changes != ""
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}

@@ -27,9 +27,11 @@ from crl_exp.run_keys import NOT_IN_KEY, RESUME, content_key, freeze, frozen_con
 from crl_exp.run_status import ANEW, RunStatus
 
 __all__ = [
-    "NOT_IN_KEY", "RESUME", "RunDirectory", "content_key", "frozen_config", "run_key",
-    "write_atomic", "write_json",
+    "MLFLOW_BEGUN", "NOT_IN_KEY", "RESUME", "RunDirectory", "content_key", "frozen_config",
+    "run_key", "write_atomic", "write_json",
 ]  # fmt: skip
+MLFLOW_BEGUN = "mlflow_begun.json"
+"""Marks what MLflow is told as one run; gone once the run is started from nothing."""
 FROM_THE_LAST_TIME = (
     "result.json",
     "features.json",
@@ -40,6 +42,8 @@ FROM_THE_LAST_TIME = (
     "checkpoint.prev.pt",
     "residuals.pt",
     "residuals.prev.pt",
+    "system.jsonl",
+    MLFLOW_BEGUN,
 )
 ANSWERS = "answers"
 """Folder of the answers given so far; removed when the run is done."""

@@ -1,4 +1,5 @@
-"""MLflow, fed from run directories: after a run, and at any time by `python -m crl_exp sync`.
+"""MLflow, fed from run directories: before, during and after a run, and at any time by
+`python -m crl_exp sync`.
 
 The run directory is the truth. A tracking server that is away, slow or wrong never ends a run.
 """
@@ -9,165 +10,162 @@ import argparse
 import logging
 import os
 import re
-import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
+from crl_exp.code_state import code_state
 from crl_exp.errors import UserError
 from crl_exp.records import Record, find_records
-from crl_exp.runs import RunDirectory
-from crl_exp.tracking_upload import LOCK_SECONDS, Uploader
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from crl_exp.tracking_connection import connect, outside_faults, plain, resolved_uri
+from crl_exp.tracking_runs import Runs
+from crl_exp.tracking_upload import Uploader
 
 log = logging.getLogger(__name__)
-# A finished run waits no longer than this for MLflow; sync sends the rest.
-PATIENCE_SECONDS = 60.0
-SIGNS = {
-    "Connection refused": "nothing answers there",
-    "NameResolutionError": "there is no host of that name",
-    "Read timed out": "it took the request and did not answer in time",
-    "ConnectTimeoutError": "nothing answers there",
-    "database is locked": "another program holds the file",
-}
-"""What a person is told instead of these words in an error."""
-# Read by MLflow when it is imported or asks a server; what the user has set goes before it.
-ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-}
+# A submission waits no longer than this for MLflow; runs not announced by then announce themselves.
+ANNOUNCE_SECONDS = 60.0
 
 
 @dataclass
 class TrackingConfig:
     """Where runs are compared.
 
-    enabled: whether a run is sent to MLflow when it ends.
+    enabled: whether runs are sent to MLflow.
     uri: `http(s)://HOST:PORT` or `sqlite:///FILE`; null: the file mlflow.db in output_dir.
     experiment: MLflow's name for what the sweeps are filed under.
+    sync_seconds: a running run sends what is new so often, or less often where that would cost
+        more than a tenth of one core.
+    system_seconds: the load of processor, memory, disk and GPU is noted so often; null: never.
     """
 
     enabled: bool
     uri: str | None
     experiment: str
+    sync_seconds: float
+    system_seconds: float | None
 
     def faults(self) -> list[str]:
         found = [] if self.experiment else ["tracking.experiment is empty; give it a name"]
-        if self.uri is None:
-            return found
-        if not re.fullmatch(r"sqlite:///.+|https?://[^/\s].*", self.uri):
-            found.append(
-                f"tracking.uri={self.uri}: must be http://HOST:PORT, https://HOST, "
-                "sqlite:///FILE, or null for a file in output_dir"
-            )
-        elif re.match(r"https?://[^/]*:[^/]*@", self.uri):
-            found.append(
-                "tracking.uri holds a password, which would be written into every run directory; "
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
-            )
+        for name in ("sync_seconds", "system_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                found.append(f"tracking.{name}={value:g}: must be positive, e.g. {name}=10")
+        if self.uri is not None:
+            found += [fault for fault in [uri_fault(self.uri)] if fault]
         return found
 
 
-def sync(run: RunDirectory, config: TrackingConfig) -> None:
-    """Bring MLflow up to date with a run directory. May be called again and again.
+def uri_fault(uri: str) -> str | None:
+    """What is wrong with a tracking URI as it is typed."""
+    if not re.fullmatch(r"sqlite:///.+|https?://[^/\s].*", uri):
+        return (
+            f"tracking.uri={uri}: must be http://HOST:PORT, https://HOST, sqlite:///FILE, or null "
+            "for a file in output_dir"
+        )
+    if re.match(r"https?://[^/]*:[^/]*@", uri):
+        return (
+            "tracking.uri holds a password, which would be written into every run directory; "
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+        )
+    return None
 
-    Where MLflow can't be reached, refuses or is slow: warns, and returns.
+
+@dataclass(frozen=True)
+class Place:
+    """One MLflow, and the output folder that is sent to it."""
+
+    uri: str | None
+    experiment: str
+    output_dir: Path
+
+    @property
+    def resolved(self) -> str:
+        return resolved_uri(self.uri, self.output_dir)
+
+    def uploader(self, deadline: float | None) -> Uploader:
+        """Connects. deadline: on `time.monotonic()`'s clock."""
+        uri = self.resolved
+        recorded = None if uri == resolved_uri(None, self.output_dir) else uri
+        sqlite = uri.startswith("sqlite")
+        artifacts = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if sqlite else None
+        return Uploader(Runs(connect(uri, deadline), recorded, self.experiment, artifacts))
+
+    def refused(self, folder: Path, error: Exception) -> str:
+        """What a person is told."""
+        return (
+            f"MLflow did not take {folder} (tracking.uri={self.resolved}): {plain(error)}. Nothing "
+            "is lost: the run directory has everything. Once MLflow is right, "
+            f"`python -m crl_exp sync {folder}` catches up (with --uri to another one)"
+        )
+
+
+def place_of(record: Record, uri: str | None = None) -> Place:
+    """Where a record's own config says that it is sent, or another MLflow."""
+    section = record.config["tracking"]
+    return Place(uri or section["uri"], section["experiment"], record.path.parent.parent)
+
+
+def _attempt(place: Place, folder: Path, deadline: float | None,
+             work: Callable[[Uploader], None]) -> str | None:  # fmt: skip
+    """Do it, or say what went wrong in plain words."""
+    try:
+        work(place.uploader(deadline))
+    except outside_faults() as error:
+        return place.refused(folder, error)
+    return None
+
+
+def announce(records: list[Record], config: TrackingConfig) -> None:
+    """At submission: make the sweep's parent run and a scheduled child run for each record.
+
+    Records that MLflow has under their present state are passed over. Where MLflow can't be
+    reached, refuses or is slow: warns, and returns; a run that isn't there makes itself known when
+    it starts.
     """
-    if not config.enabled:
+    waiting = [r for r in records if r.state == "queued" and r.config["resume"] != "force"]
+    if not config.enabled or not waiting:
         return
-    record = Record(run.path.absolute())
-    fault = send([record], config, time.monotonic() + PATIENCE_SECONDS)
+    sweep, code = waiting[0].path.parent, code_state()
+    code.write_diff(sweep)
+
+    def work(uploader: Uploader) -> None:
+        parent = uploader.parent(sweep, code.facts)
+        for record in waiting:
+            uploader.announce(record, parent, code.facts)
+        uploader.send_sweep(sweep)
+
+    place = Place(config.uri, config.experiment, sweep.parent)
+    fault = _attempt(place, sweep, time.monotonic() + ANNOUNCE_SECONDS, work)
     if fault is not None:
         log.warning("%s", fault)
 
 
-def send(records: list[Record], config: TrackingConfig, deadline: float | None) -> str | None:
-    """Send run directories of one output folder; returns what went wrong in plain words."""
-    output_dir = records[0].path.parent.parent
-    uri = resolved_uri(config.uri, output_dir)
-    recorded = None if uri == resolved_uri(None, output_dir) else uri
-    sqlite = uri.startswith("sqlite")
-    artifacts = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if sqlite else None
-    folder = records[0].path if len(records) == 1 else records[0].path.parent
+def send(records: list[Record], place: Place) -> str | None:
+    """Send run directories of one output folder, and their sweeps' reports; returns what went
+    wrong in plain words."""
     damaged: list[str] = []
-    try:
-        uploader = Uploader(connect(uri), recorded, config.experiment, artifacts, deadline)
+
+    def work(uploader: Uploader) -> None:
         for record in records:
             try:
                 uploader.send(record)
             except UserError as error:
                 damaged.append(str(error))
-    except _faults() as error:
-        return (
-            f"MLflow did not take {folder} (tracking.uri={uri}): {_plain(error)}. Nothing is "
-            "lost: the run directory has everything. Once MLflow is right, `python -m crl_exp sync "
-            f"{folder}` catches up (with --uri to another one)"
-        )
-    return "\n".join(damaged) or None
+        for sweep in sorted({record.path.parent for record in records}):
+            uploader.send_sweep(sweep)
+
+    folder = records[0].path if len(records) == 1 else records[0].path.parent
+    return _attempt(place, folder, None, work) or "\n".join(damaged) or None
 
 
-def resolved_uri(uri: str | None, output_dir: Path) -> str:
-    """The URI with its SQLite file's path made absolute."""
-    if uri is None:
-        return f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri[len('sqlite:///') :]).expanduser().absolute()}"
-    return uri
-
-
-def connect(uri: str) -> MlflowClient:
-    """MLflow's client for a resolved URI; makes a new SQLite file's tables."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-    if not uri.startswith("sqlite:///"):
-        return MlflowClient(uri)
-    path = Path(uri.removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes at once must not make the same file's tables, and MLflow would try a file that
-    # can't be opened again for minutes.
-    with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
-        with sqlite3.connect(path) as database:
-            database.execute("PRAGMA schema_version")
-        database.close()
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)
-    return client
-
-
-def _faults() -> tuple[type[Exception], ...]:
-    """What MLflow, its HTTP client and its database raise when something is amiss out there."""
-    from alembic.util.exc import CommandError
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    # requests' exceptions and filelock's Timeout are OSErrors.
-    return (
-        MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ImportError,
-        UserError,
-    )  # fmt: skip
-
-
-def _plain(error: Exception) -> str:
-    """What happened, in one line."""
-    text = str(error).strip() or type(error).__name__
-    for sign, words in SIGNS.items():
-        if sign in text:
-            return words
-    line = text.splitlines()[0]
-    return line if len(line) <= 300 else line[:299] + "…"
+def send_report(sweep: Path) -> str | None:
+    """Log what lies in a sweep's `report` folder to its parent run, where its runs are tracked;
+    returns what went wrong in plain words."""
+    record = find_records(sweep)[0]
+    if not record.config["tracking"]["enabled"]:
+        return None
+    return _attempt(place_of(record), sweep, None, lambda uploader: uploader.send_sweep(sweep))
 
 
 def main(argv: list[str]) -> int:
@@ -176,21 +174,24 @@ def main(argv: list[str]) -> int:
         prog="python -m crl_exp sync",
         description="Bring MLflow up to date with run directories, without duplicates.",
     )
-    parser.add_argument("path", type=Path, help="outputs/SWEEP, outputs/SWEEP/RUN_KEY or outputs")
+    parser.add_argument(
+        "path", type=Path, help="a sweep's name, outputs/SWEEP, outputs/SWEEP/RUN_KEY or outputs"
+    )
     parser.add_argument("--uri", help="instead of the runs' own tracking.uri")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     arguments = parser.parse_args(argv)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # here no run is kept waiting
-    groups: dict[tuple[str | None, str], list[Record]] = {}
-    for record in find_records(arguments.path):
-        section = record.config["tracking"]
-        place = (arguments.uri or section["uri"], section["experiment"])
-        groups.setdefault(place, []).append(record)
-    for (uri, experiment), records in groups.items():
-        config = TrackingConfig(True, uri, experiment)
-        faults = config.faults()
-        fault = "\n".join(faults) or send(records, config, None)
+    fault = None if arguments.uri is None else uri_fault(arguments.uri)
+    if fault:
+        raise UserError(fault)
+    named = arguments.output_dir / arguments.path
+    folder = arguments.path if arguments.path.is_dir() or not named.is_dir() else named
+    groups: dict[Place, list[Record]] = {}
+    for record in find_records(folder):
+        groups.setdefault(place_of(record, arguments.uri), []).append(record)
+    for place, records in groups.items():
+        fault = send(records, place)
         if fault:
             raise UserError(fault)
-        output_dir = records[0].path.parent.parent
-        print(f"{len(records)} runs up to date in {resolved_uri(uri, output_dir)}")
+        print(f"{len(records)} runs up to date in {place.resolved}")
     return 0

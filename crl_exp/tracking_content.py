@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from crl_exp.records import Record, flatten
 from crl_exp.runs import NOT_IN_KEY
+from crl_exp.tracking_state import digest
 
-ARTIFACTS = ("config.yaml", "result.json", "features.json", "interventions.parquet")
+ARTIFACTS = (
+    "config.yaml", "code.json", "data.json", "result.json", "features.json",
+    "interventions.parquet", "*.png", "figures/*",
+)  # fmt: skip
+SWEEP_ARTIFACTS = ("submission.json", "code-*.diff", "report/*")
 STATUS = {
     "queued": "SCHEDULED",
+    "unknown": "SCHEDULED",
     "running": "RUNNING",
     "done": "FINISHED",
     "failed": "FAILED",
@@ -21,6 +30,10 @@ STATUS = {
     "lost": "KILLED",
 }
 """State of a run directory to MLflow's status of a run."""
+UNFINISHED = ("SCHEDULED", "RUNNING")
+# MLflow's own limits of a param's name and value.
+PARAM_CHARS, NAME_CHARS = 6000, 250
+WHOLE_PARAMS = "long_params.json"
 
 # Final metric's name, and its key in the figures of a split.
 COMPARED = {
@@ -45,33 +58,71 @@ class Point:
     time_ms: int
 
 
-def parameters(config: dict[str, Any]) -> dict[str, str]:
+@dataclass
+class Params:
+    """A config as MLflow takes it.
+
+    given: by name, at most `PARAM_CHARS` characters. whole: by name, those that had to be cut.
+    """
+
+    given: dict[str, str] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+
+
+def parameters(config: dict[str, Any]) -> Params:
     """The flattened config without what doesn't change the run, as text: JSON, strings bare."""
     kept = {key: value for key, value in config.items() if key not in NOT_IN_KEY}
-    return {
-        key: value if isinstance(value, str) else json.dumps(value)
-        for key, value in flatten(kept).items()
-    }
+    made = Params()
+    for key, value in flatten(kept).items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        name = re.sub(r"[^\w.\- /:]", "_", key)
+        if len(name) > NAME_CHARS or name in made.given:
+            name = f"{name[: NAME_CHARS - 18]}_{digest(key)}"
+        if len(text) > PARAM_CHARS:
+            made.whole[key] = text
+            pointer = f"… (all {len(text)} characters: artifact {WHOLE_PARAMS})"
+            text = text[: PARAM_CHARS - len(pointer)] + pointer
+        elif name != key:
+            made.whole[key] = text
+        made.given[name] = text
+    return made
 
 
-def tags(record: Record) -> dict[str, str]:
-    """What runs are filtered and grouped by. What isn't known yet is left out."""
+def tags(record: Record, code: dict[str, Any] | None = None) -> dict[str, str]:
+    """What runs are filtered and grouped by. What isn't known yet is left out.
+
+    code: what to say of the code where the run, not started yet, hasn't said it.
+    """
     config, result = record.config, record.result or {}
+    sae = config["sae"]
     found = {
         "sweep": record.sweep,
         "run_key": record.key,
         "method": config["method"]["name"],
         "model": config["model"]["name"],
-        "sae": config["sae"]["name"],
+        "sae": sae["name"],
+        "sae_release": sae.get("release") or sae.get("folder"),
         "task": config["task"]["name"],
         "layers": layers_text(record),
         "seed": str(config["seed"]),
-        "git_commit": result.get("git_commit"),
-        "git_dirty": None if result.get("git_dirty") is None else json.dumps(result["git_dirty"]),
+        **code_tags(read_json(record.path / "code.json") or code or result),
         "mlflow.source.name": "launch.py",
         "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": result.get("git_commit"),
         "run_directory": f"{record.status.get('host', '')}:{record.path}",
+        "error": record.status.get("error"),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def code_tags(code: dict[str, Any]) -> dict[str, str]:
+    """Tags of code.json's facts. git_diff: digest of the sweep's artifact code-DIGEST.diff."""
+    dirty = None if code.get("git_dirty") is None else json.dumps(code["git_dirty"])
+    found = {
+        "git_commit": code.get("git_commit"),
+        "git_dirty": dirty,
+        "git_diff": code.get("git_diff"),
+        "mlflow.source.git.commit": code.get("git_commit"),
+        "mlflow.source.git.dirty": dirty,
     }
     return {key: value for key, value in found.items() if value is not None}
 
@@ -89,11 +140,11 @@ def run_name(record: Record) -> str:
     return f"{name} seed {record.config['seed']}{shuffled}"
 
 
-def journal_points(record: Record) -> list[Point]:
-    """Every metric of the journal, under the journal's own names."""
+def points(lines: list[dict[str, Any]], prefix: str = "") -> list[Point]:
+    """Every metric of journal lines, under the journal's own names."""
     return [
-        Point(name, float(value), line["step"], int(line["time"] * 1000))
-        for line in record.journal
+        Point(prefix + name, float(value), line["step"], int(line["time"] * 1000))
+        for line in lines
         for name, value in line["metrics"].items()
     ]
 
@@ -118,3 +169,53 @@ def _split_values(prefix: str, figures: dict[str, Any]) -> dict[str, float | Non
     low, high = figures["delta_ci95"]
     values = {f"{prefix}/{name}": figures[key] for name, key in COMPARED.items()}
     return {**values, f"{prefix}/delta_low": low, f"{prefix}/delta_high": high}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The items of a run's splits, as MLflow's data sets are described; `source`, `profile`: JSON.
+
+    digest: content hash of all splits; runs may be compared only where it is equal.
+    """
+
+    name: str
+    digest: str
+    source_type: str
+    source: str
+    profile: str
+
+
+def data_set(record: Record) -> DataSet | None:
+    """What the run worked with; None where it hasn't got to loading it."""
+    facts = read_json(record.path / "data.json")
+    if facts is None and record.result is not None:
+        facts = {"digest": record.result["data_digest"], "n": {"test": record.result["n"]}}
+    if facts is None:
+        return None
+    task = record.config["task"]
+    kind, source = _data_source(task)
+    return DataSet(task["name"], facts["digest"], kind, json.dumps(source), json.dumps(facts["n"]))
+
+
+def _data_source(task: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where a task's items come from: kind and description, in MLflow's words."""
+    files = task.get("data_files") or task.get("path")
+    if files is not None:
+        return "local", {"uri": files if isinstance(files, str) else json.dumps(files)}
+    if "hub_id" in task:
+        names = ("subsets", "revision", "sources")
+        return "hugging_face", {"path": task["hub_id"], **{n: task.get(n) for n in names}}
+    return "code", {"tags": {"mlflow.source.name": task.get("_target_")}}
+
+
+def files(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[Path, str | None]]:
+    """Each file and the artifact folder that it belongs into; hidden ones are left out."""
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file() and not path.name.startswith("."):
+                inside = str(path.parent.relative_to(folder))
+                yield path, None if inside == "." else inside
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,231 +1,240 @@
-"""One run directory to one MLflow, as often as you like, without duplicates.
+"""Run directories to one MLflow, as often as you like, without duplicates.
 
-What was sent is kept beside what it was sent from, in `mlflow.json` of the run directory and of its
-sweep. A run or a point that was sent and not noted (a crash, a lost reply) is found again: runs by
-a tag that is written down before they are made, points because MLflow drops equal ones.
-Only MLflow's client is used: its fluent functions obey MLFLOW_RUN_ID and such of the environment.
+What was sent is kept beside what it was sent from (`tracking_runs`). A point that was sent and not
+noted is not sent again: MLflow is asked for the last step it has, and drops equal points.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
-from crl_exp.errors import UserError
 from crl_exp.records import Record
 from crl_exp.tracking_content import (
     ARTIFACTS,
-    STATUS,
+    SWEEP_ARTIFACTS,
+    UNFINISHED,
+    WHOLE_PARAMS,
     Point,
+    code_tags,
+    data_set,
+    files,
     final_points,
-    journal_points,
     parameters,
-    run_name,
+    points,
+    read_json,
     tags,
 )
-from crl_exp.tracking_state import Sent, begun_anew, digest
+from crl_exp.tracking_runs import Runs, ended, status_of, status_of_all
+from crl_exp.tracking_state import Sent, Tail, digest
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
-LOCK_SECONDS = 60.0
-# MLflow's own limits: points, and params or tags, of one request; characters of a param and a tag.
+# MLflow's own limits: points, and params or tags, of one request; characters of it and of a tag.
 POINTS_A_REQUEST = 1000
-TEXTS_A_REQUEST = 100
-PARAM_CHARS, TAG_CHARS = 6000, 5000
+TEXTS_A_REQUEST, REQUEST_CHARS = 100, 500_000
+TAG_CHARS = 5000
 
 
 class ArtifactError(OSError):
     """MLflow's artifact store didn't take a file."""
 
 
+@dataclass
+class Reading:
+    """How far a run directory's growing files have been read."""
+
+    tails: dict[str, Tail] = field(default_factory=dict)
+
+    def parts(self, path: Path) -> Iterator[list[dict[str, Any]]]:
+        return self.tails.setdefault(path.name, Tail(path)).parts()
+
+
 class Uploader:
-    """Sends run directories to one MLflow.
+    """Sends run directories to one MLflow."""
 
-    recorded_uri: what is noted for it (None for the one in the output folder, so that the folder
-    may be moved). artifacts: folder for artifacts; None where a server keeps them.
-    deadline: on `time.monotonic()`'s clock; `TimeoutError` is raised once it has passed.
-    """
+    def __init__(self, runs: Runs):
+        self.runs, self.client = runs, runs.client
 
-    def __init__(
-        self, client: MlflowClient, recorded_uri: str | None, experiment: str,
-        artifacts: Path | None, deadline: float | None,
-    ):  # fmt: skip
-        self.client, self.recorded_uri = client, recorded_uri
-        self.experiment, self.deadline = experiment, deadline
-        self.experiment_id = self._experiment_id(artifacts)
+    # --- a run ---
 
-    def send(self, record: Record) -> None:
-        """Bring MLflow up to date with the run directory as it is now."""
-        with FileLock(record.path / ".mlflow.lock", timeout=LOCK_SECONDS):
-            sent = Sent(record.path, self.recorded_uri, self.experiment)
-            parent = self._parent(record)
-            self._child(record, sent, parent)
+    def announce(self, record: Record, parent: str, code: dict[str, Any]) -> None:
+        """Make the run of a run directory that waits to be started. Two requests."""
+        with self.runs.noted(record.path) as sent:
+            run = self.runs.child(record, sent, parent, _cut(tags(record, code)))
+            self._status(record, run)
+
+    def send(
+        self, record: Record, reading: Reading | None = None, at_most: float = float("inf")
+    ) -> bool:
+        """Bring MLflow up to date with the run directory as it is now.
+
+        reading: how far it was read by an earlier call with the same record's directory.
+        Returns False where more than `at_most` points were there and some are left.
+        """
+        parent = self.parent(record.path.parent, read_json(record.path / "code.json"))
+        over = status_of(record) not in UNFINISHED
+        with self.runs.noted(record.path) as sent:
+            run = self.runs.child(record, sent, parent, _cut(tags(record)))
             self._texts(record, sent)
-            self._points(record, sent)
-            self._status(sent.record["run_id"], record)
-            self._artifacts(record, sent)
-        self._parent_status(record.path.parent, parent)
-
-    def _check_time(self) -> None:
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            raise TimeoutError("it is too slow; what was sent until now is kept")
-
-    # --- experiment, parent run, run ---
-
-    def _experiment_id(self, artifacts: Path | None) -> str:
-        from mlflow.exceptions import MlflowException
-
-        found = self.client.get_experiment_by_name(self.experiment)
-        if found is None:
-            location = None if artifacts is None else artifacts.absolute().as_uri()
-            try:
-                return self.client.create_experiment(self.experiment, location)
-            except MlflowException:  # another process may have made it just now
-                found = self.client.get_experiment_by_name(self.experiment)
-                if found is None:
-                    raise
-        if found.lifecycle_stage != "active":
-            raise UserError(
-                f"the MLflow experiment {self.experiment!r} was deleted there; restore it, or set "
-                "tracking.experiment=ANOTHER_NAME"
-            )
-        return found.experiment_id
-
-    def _run(self, sent: Sent, name: str, started: float, more: dict[str, str]) -> str:
-        """The run that `sent` is about, made where it isn't there."""
-        run_id = sent.record.get("run_id")
-        if run_id is not None and self._exists(run_id):
-            return run_id
-        if run_id is not None or "upload_id" not in sent.record:
-            sent.start_anew()
-        upload_id = sent.record["upload_id"]
-        lost = self.client.search_runs(
-            [self.experiment_id], f"tags.`crl_exp.upload_id` = '{upload_id}'", max_results=1
-        )
-        made = lost[0] if lost else self.client.create_run(
-            self.experiment_id, int(started * 1000), {**more, "crl_exp.upload_id": upload_id}, name
-        )  # fmt: skip
-        sent.record |= {"experiment_id": self.experiment_id, "run_id": made.info.run_id}
-        sent.save()
-        return made.info.run_id
-
-    def _exists(self, run_id: str) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            run = self.client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
-        return run.info.lifecycle_stage == "active" and run.info.experiment_id == self.experiment_id
-
-    def _parent(self, record: Record) -> str:
-        folder = record.path.parent
-        with FileLock(folder / ".mlflow.lock", timeout=LOCK_SECONDS):
-            sent = Sent(folder, self.recorded_uri, self.experiment)
-            started = record.status.get("started", time.time())
-            return self._run(sent, record.sweep, started, {"crl_exp.sweep": record.sweep})
-
-    def _child(self, record: Record, sent: Sent, parent: str) -> None:
-        before = sent.record.get("run_id")
-        if before is not None and begun_anew(record, sent.record):
-            sent.start_anew()
-        started = record.status.get("started", time.time())
-        links = {"mlflow.parentRunId": parent}
-        run_id = self._run(sent, run_name(record), started, links)
-        if before not in (None, run_id) and self._exists(before):
-            self.client.set_tag(before, "crl_exp.superseded_by", run_id)
-            if self.client.get_run(before).info.status in ("RUNNING", "SCHEDULED"):
-                self.client.set_terminated(before, "KILLED")
-        if sent.record.get("parent_run_id") != parent:
-            self.client.set_tag(run_id, "mlflow.parentRunId", parent)
-            sent.record["parent_run_id"] = parent
-            sent.save()
-
-    # --- what is in a run ---
+            if not over:
+                self._status(record, run)
+            self._input(record, sent)
+            whole = self._journals(record, sent, run, reading or Reading(), at_most)
+            self._result(record, sent)
+            self._artifacts(record.path, sent, (*ARTIFACTS, "status.json") if over else ARTIFACTS)
+            self._status(record, run)
+        return whole
 
     def _texts(self, record: Record, sent: Sent) -> None:
         from mlflow.entities import Param, RunTag
 
         run_id = sent.record["run_id"]
         if not sent.record.get("params"):
-            rows = [Param(k, _cut(v, PARAM_CHARS)) for k, v in parameters(record.config).items()]
-            for start in range(0, len(rows), TEXTS_A_REQUEST):
-                self._check_time()
-                self.client.log_batch(run_id, params=rows[start : start + TEXTS_A_REQUEST])
-            sent.record["params"] = len(rows)
-        found = [RunTag(key, _cut(value, TAG_CHARS)) for key, value in tags(record).items()]
-        self.client.log_batch(run_id, tags=found)
+            params = parameters(record.config)
+            for part in _chunks(params.given.items()):
+                self.client.log_batch(run_id, params=[Param(k, v) for k, v in part])
+            if params.whole:
+                _stored(WHOLE_PARAMS, self.client.log_dict, run_id, params.whole, WHOLE_PARAMS)
+            sent.record["params"] = len(params.given)
+            sent.save()
+        found = tags(record)
+        if sent.record.get("error") and "error" not in found:
+            found["error"] = ""  # of an earlier attempt
+        if sent.record.get("tags") == digest(found):
+            return
+        for part in _chunks(_cut(found).items()):
+            self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in part])
+        sent.record |= {"tags": digest(found), "error": bool(found.get("error"))}
+        sent.save()
 
-    def _points(self, record: Record, sent: Sent) -> None:
+    def _status(self, record: Record, run: Run) -> None:
+        self.runs.set_status(run.info.run_id, status_of(record), ended(record))
+
+    def _input(self, record: Record, sent: Sent) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = data_set(record)
+        if data is None or sent.record.get("data") == data.digest:
+            return
+        made = Dataset(data.name, data.digest, data.source_type, data.source, None, data.profile)
+        context = InputTag("mlflow.data.context", "train, validation, test")
+        self.client.log_inputs(sent.record["run_id"], [DatasetInput(made, [context])])
+        sent.record["data"] = data.digest
+        sent.save()
+
+    # --- points ---
+
+    def _journals(
+        self, record: Record, sent: Sent, run: Run, reading: Reading, at_most: float
+    ) -> bool:
         """Points later than the last one sent of their name.
 
         Where a resumed run cut its journal back, it goes over the same steps again; they are sent
         once.
         """
         last: dict[str, int] = sent.record.setdefault("last_step", {})
-        new = [p for p in journal_points(record) if p.step > last.get(p.name, -1)]
-        for start in range(0, len(new), POINTS_A_REQUEST):
-            part = new[start : start + POINTS_A_REQUEST]
-            self._log(sent.record["run_id"], part)
-            last |= {p.name: p.step for p in part}
-            sent.record["journal_first"] = digest(record.journal[0])
-            sent.save()
-        sent.record["journal_lines"] = len(record.journal)
-        if record.result is not None and sent.record.get("result") is None:
-            time_ms = int((record.path / "result.json").stat().st_mtime * 1000)
-            self._log(sent.record["run_id"], final_points(record.result, time_ms))
-            sent.record["result"] = digest(record.result)
+        for metric in run.data._metric_objs:  # what came through, noted or not
+            last[metric.key] = max(metric.step, last.get(metric.key, -1))
+        n_sent = 0
+        for name, prefix in (("journal.jsonl", ""), ("system.jsonl", "system/")):
+            for lines in reading.parts(record.path / name):
+                new = [p for p in points(lines, prefix) if p.step > last.get(p.name, -1)]
+                for start in range(0, len(new), POINTS_A_REQUEST):
+                    part = new[start : start + POINTS_A_REQUEST]
+                    self._log(run.info.run_id, part)
+                    last |= {p.name: p.step for p in part}
+                    sent.save()
+                n_sent += len(new)
+                if n_sent > at_most:
+                    return False
+        return True
+
+    def _result(self, record: Record, sent: Sent) -> None:
+        if record.result is None or sent.record.get("result") is not None:
+            return
+        time_ms = int((record.path / "result.json").stat().st_mtime * 1000)
+        self._log(sent.record["run_id"], final_points(record.result, time_ms))
+        sent.record["result"] = digest(record.result)
         sent.save()
 
-    def _log(self, run_id: str, points: list[Point]) -> None:
+    def _log(self, run_id: str, new: list[Point]) -> None:
         from mlflow.entities import Metric
 
-        self._check_time()
-        rows = [Metric(p.name, p.value, p.time_ms, p.step) for p in points]
-        self.client.log_batch(run_id, metrics=rows)
+        self.client.log_batch(
+            run_id, metrics=[Metric(p.name, p.value, p.time_ms, p.step) for p in new]
+        )
 
-    def _status(self, run_id: str, record: Record) -> None:
-        status = STATUS.get(record.state, "RUNNING")
-        if status in ("RUNNING", "SCHEDULED"):
-            self.client.update_run(run_id, status)
-        else:
-            ended = record.status.get("updated", time.time())
-            self.client.set_terminated(run_id, status, int(ended * 1000))
+    # --- files ---
 
-    def _artifacts(self, record: Record, sent: Sent) -> None:
-        digests: dict[str, str] = sent.record.setdefault("artifacts", {})
-        for name in ARTIFACTS:
-            path = record.path / name
-            if not path.exists():
+    def _artifacts(self, folder: Path, sent: Sent, patterns: tuple[str, ...]) -> None:
+        known: dict[str, str] = sent.record.setdefault("artifacts", {})
+        stats: dict[str, list[int]] = sent.record.setdefault("artifact_stats", {})
+        for path, inside in files(folder, patterns):
+            name = str(path.relative_to(folder))
+            stat = [path.stat().st_size, path.stat().st_mtime_ns]
+            if stats.get(name) == stat:
                 continue
             now = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            if digests.get(name) == now:
-                continue
-            self._check_time()
-            try:
-                self.client.log_artifact(sent.record["run_id"], str(path))
-            except Exception as error:  # each artifact store raises its own kinds
-                raise ArtifactError(f"its artifact store didn't take {name}: {error}") from error
-            digests[name] = now
+            if known.get(name) != now:
+                run_id = sent.record["run_id"]
+                _stored(name, self.client.log_artifact, run_id, str(path), inside)
+            known[name], stats[name] = now, stat
             sent.save()
 
-    def _parent_status(self, sweep: Path, run_id: str) -> None:
-        runs = [Record(path.parent) for path in sweep.glob("*/status.json")]
-        states = {STATUS.get(run.state, "RUNNING") for run in runs}
-        if states & {"RUNNING", "SCHEDULED"}:
-            self.client.update_run(run_id, "RUNNING")
-            return
-        ended = max((run.status["updated"] for run in runs), default=time.time())
-        status = "FINISHED" if states == {"FINISHED"} else "FAILED"
-        self.client.set_terminated(run_id, status, int(ended * 1000))
+    # --- a sweep ---
+
+    def parent(self, sweep: Path, code: dict[str, Any] | None = None) -> str:
+        """Id of the sweep's run. code: as in code.json, of the run started last."""
+        from mlflow.entities import RunTag
+
+        with self.runs.noted(sweep) as sent:
+            found = _cut(code_tags(code or {}))
+            run_id = self.runs.parent(sent, found, time.time())
+            if found and sent.record.get("tags") != digest(found):
+                self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in found.items()])
+                sent.record["tags"] = digest(found)
+                sent.save()
+        return run_id
+
+    def send_sweep(self, sweep: Path) -> None:
+        """The parent's status and files, such as the code's changes and the report."""
+        self.parent(sweep)
+        with self.runs.noted(sweep) as sent:
+            run_id = sent.record["run_id"]
+            self._artifacts(sweep, sent, SWEEP_ARTIFACTS)
+            records = [Record(path.parent) for path in sweep.glob("*/config.yaml")]
+            now = status_of_all({status_of(record) for record in records})
+            self.runs.set_status(run_id, now, max(map(ended, records), default=time.time()))
 
 
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _stored(name: str, call: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        call(*arguments)
+    except Exception as error:  # each artifact store raises its own kinds
+        raise ArtifactError(f"its artifact store didn't take {name}: {error}") from error
+
+
+def _chunks(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Params or tags in requests of a size that MLflow takes."""
+    part: list[tuple[str, str]] = []
+    chars = 0
+    for key, value in texts:
+        size = len(json.dumps([key, value]))
+        if part and (len(part) == TEXTS_A_REQUEST or chars + size > REQUEST_CHARS):
+            yield part
+            part, chars = [], 0
+        part.append((key, value))
+        chars += size
+    if part:
+        yield part
+
+
+def _cut(texts: dict[str, str]) -> dict[str, str]:
+    return {k: v if len(v) <= TAG_CHARS else v[: TAG_CHARS - 1] + "…" for k, v in texts.items()}

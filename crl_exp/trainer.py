@@ -22,6 +22,7 @@ from crl_exp.learner import LayerLearner, collect
 from crl_exp.policy import LayerAgent, PolicyController
 from crl_exp.preemption import Pace, Preempted
 from crl_exp.runs import RunDirectory
+from crl_exp.watch import watch_choices
 
 Play = Callable[[PolicyController, list[int]], tuple[Generation, Tensor]]
 """Answers these training prompts under the controller: the recorded generation and rewards [B]."""
@@ -102,7 +103,7 @@ class Trainer:
             watched = learner.update(rollout, self.step, self.shuffle)
             if learner.agent.online is not None:
                 learner.follow(played, reward_B)
-            watched |= _watch_choices(layer, played)
+            watched |= watch_choices(learner.agent, played)
             metrics |= {f"layer_{layer}/{name}": value for name, value in watched.items()}
         metrics["seconds_rollout"] = rolled_out - started
         metrics["seconds_update"] = time.perf_counter() - rolled_out
@@ -155,16 +156,3 @@ class Trainer:
         self.best_agents = best["agents"]
         self.explore.set_state(state["explore"])
         self.shuffle.set_state(state["shuffle"])
-
-
-def _watch_choices(layer: int, played: Generation) -> dict[str, float]:
-    """What the policy chose in a rollout: how many different features, how strongly."""
-    steps = [s for s in played.steps if s.layer == layer]
-    chosen = torch.cat([s.action.feature_idx_BK[s.alive_B].flatten() for s in steps])
-    strength = torch.cat([s.action.coefficient_BK[s.alive_B].flatten() for s in steps])
-    real = chosen >= 0
-    return {
-        "unique_features": float(chosen[real].unique().numel()),
-        "mean_coefficient": float(strength[real].mean()) if real.any() else 0.0,
-        "unsteered_tokens": float((~real).float().mean()),
-    }

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import socket
 import tempfile
 from pathlib import Path
 
-from crl_exp.tracking import connect, resolved_uri
+from crl_exp.records import Record
+from crl_exp.runs import RunDirectory
+from crl_exp.tracking import place_of, send
+from crl_exp.tracking_connection import connect, resolved_uri
 
 
 @functools.cache
@@ -22,6 +26,12 @@ def with_database(folder: Path) -> Path:
     return folder
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def client(uri: str):
     from mlflow import MlflowClient
 
@@ -31,7 +41,8 @@ def client(uri: str):
 def runs(uri: str, filter_string: str = ""):
     mlflow = client(uri)
     experiment = mlflow.get_experiment_by_name("crl_exp")
-    assert experiment is not None
+    if experiment is None:
+        return []
     return mlflow.search_runs([experiment.experiment_id], filter_string)
 
 
@@ -41,3 +52,9 @@ def children(uri: str):
 
 def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in client(uri).get_metric_history(run_id, name)]
+
+
+def sync(run: RunDirectory) -> None:
+    """Send a run directory to where its config says; it must succeed."""
+    record = Record(run.path.absolute())
+    assert send([record], place_of(record)) is None

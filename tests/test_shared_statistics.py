@@ -36,6 +36,7 @@ assert set(found) == {2, 3} and found[3].layer == 3
 """
 
 
+@pytest.mark.slow
 def test_processes_started_together_compute_a_layer_once(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RACE, str(tmp_path)]

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from crl_exp.errors import UserError
-from crl_exp.tracking import TrackingConfig, main, resolved_uri, sync
-from tests.mlflow_reading import children, client, history, runs, with_database
+from crl_exp.records import Record
+from crl_exp.runs import RunDirectory
+from crl_exp.tracker import Tracker
+from crl_exp.tracking import TrackingConfig, announce, main, place_of, send
+from crl_exp.tracking_connection import resolved_uri
+from tests.mlflow_reading import children, free_port, history, runs, with_database
 from tests.synthetic import config, finished_run
-
-TRACKING = TrackingConfig(enabled=True, uri=None, experiment="crl_exp")
 
 
 @pytest.fixture
@@ -28,38 +28,77 @@ def folder(tmp_path) -> Path:
     return with_database(tmp_path)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def said_of(run: RunDirectory, uri: str) -> str:
+    """What a person is told where a run can't be sent to `uri`."""
+    record = Record(run.path.absolute())
+    told = send([record], place_of(record, uri))
+    assert told is not None
+    assert "Nothing is lost" in told and f"python -m crl_exp sync {run.path}" in told
+    assert "Traceback" not in told and "\n" not in told
+    return told
 
 
-def test_a_dead_server_is_a_warning(folder, caplog):
+def test_a_dead_server_is_told_and_another_place_has_all(folder):
     run = finished_run(config(folder), 0.1)
     uri = f"http://127.0.0.1:{free_port()}"
-    with caplog.at_level(logging.WARNING):
-        sync(run, TrackingConfig(True, uri, "crl_exp"))
-    (said,) = [r.getMessage() for r in caplog.records if r.name == "crl_exp.tracking"]
-    assert f"tracking.uri={uri}): nothing answers there" in said
-    assert f"python -m crl_exp sync {run.path}" in said
+    assert f"tracking.uri={uri}): nothing answers there" in said_of(run, uri)
     assert main([str(run.path)]) == 0
     assert len(children(resolved_uri(None, folder))) == 1
 
 
-@pytest.mark.slow
-def test_a_silent_server_is_given_up(tmp_path, caplog, monkeypatch):
-    """It takes the connection and never answers."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+def test_a_host_that_does_not_exist(tmp_path):
     run = finished_run(config(tmp_path), 0.1)
-    with socket.socket() as s, caplog.at_level(logging.WARNING):
+    assert "there is no host of that name" in said_of(run, "http://no-such-host.invalid:5000")
+
+
+def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
+    """It takes the connection and never answers."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    run = finished_run(config(tmp_path), 0.1)
+    with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
-        sync(run, TrackingConfig(True, f"http://127.0.0.1:{s.getsockname()[1]}", "crl_exp"))
-    assert "did not answer in time" in caplog.text
+        told = said_of(run, f"http://127.0.0.1:{s.getsockname()[1]}")
+    assert "did not answer in time" in told
+
+
+@pytest.mark.parametrize(
+    ("code", "page", "words"),
+    [(401, "You are not authenticated.", "it needs a login; set MLFLOW_TRACKING_USERNAME"),
+     (403, "Permission denied", "has no right to it"),
+     (404, "<html>nothing here</html>", "it is no MLflow server"),
+     (200, "<html>a page of something else</html>", "it is no MLflow server")],
+)  # fmt: skip
+def test_what_a_server_answers_in_plain_words(tmp_path, code, page, words):
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    run = finished_run(config(tmp_path), 0.1)
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert words in said_of(run, f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+def test_https_to_a_server_of_http(tmp_path):
+    run = finished_run(config(tmp_path), 0.1)
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        told = said_of(run, f"https://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert "it speaks http, not https" in told
 
 
 @pytest.mark.parametrize("kind", ["folder", "not a database", "no permission"])
-def test_an_unusable_file_is_a_warning(tmp_path, caplog, kind):
+def test_an_unusable_file_is_told(tmp_path, kind):
     run = finished_run(config(tmp_path), 0.1)
     path = tmp_path / "db"
     if kind == "folder":
@@ -68,28 +107,37 @@ def test_an_unusable_file_is_a_warning(tmp_path, caplog, kind):
         path.write_text("a shopping list, long enough to be read as a header" * 50)
     else:
         path = Path("/proc/nowhere/mlflow.db")
-    with caplog.at_level(logging.WARNING):
-        sync(run, TrackingConfig(True, f"sqlite:///{path}", "crl_exp"))
-    assert "did not take" in caplog.text and "Traceback" not in caplog.text
+    said_of(run, f"sqlite:///{path}")
 
 
 @pytest.mark.parametrize("uri", ["localhost:5000", "mlruns", "http://", "sqlite:///", "htp://x"])
 def test_a_bad_uri_is_a_fault_of_the_config(uri):
-    (fault,) = TrackingConfig(True, uri, "crl_exp").faults()
+    (fault,) = TrackingConfig(True, uri, "crl_exp", 15, 10).faults()
     assert f"tracking.uri={uri}" in fault
 
 
 def test_a_password_in_the_uri_is_refused_and_not_repeated():
-    (fault,) = TrackingConfig(True, "https://me:secret@host", "crl_exp").faults()
+    (fault,) = TrackingConfig(True, "https://me:secret@host", "crl_exp", 15, 10).faults()
     assert "MLFLOW_TRACKING_PASSWORD" in fault and "secret" not in fault
 
 
+def test_seconds_must_be_positive():
+    faults = TrackingConfig(True, None, "crl_exp", 0, -1).faults()
+    assert ["sync_seconds=0:" in faults[0], "system_seconds=-1:" in faults[1]] == [True, True]
+
+
 def test_switched_off_leaves_nothing(tmp_path):
-    run = finished_run(config(tmp_path), 0.1)
-    sync(run, TrackingConfig(False, None, "crl_exp"))
-    assert not (tmp_path / "mlflow.db").exists() and not (run.path / "mlflow.json").exists()
+    run = RunDirectory(config(tmp_path))
+    off = TrackingConfig(False, None, "crl_exp", 0.1, 0.1)
+    with Tracker(run, off) as tracker, run.opened():
+        tracker.start()
+        time.sleep(0.3)
+    announce([Record(run.path)], off)
+    assert not (tmp_path / "mlflow.db").exists()
+    assert not {"mlflow.json", "system.jsonl"} & {path.name for path in run.path.iterdir()}
 
 
+@pytest.mark.slow
 def test_sync_command_on_a_sweep_to_another_file(folder, capsys):
     for layer in (8, 12, 15):
         finished_run(config(folder, layers=(layer,)), 0.1, steps=2)
@@ -134,55 +182,3 @@ def test_processes_at_once_on_a_new_file(tmp_path):
     uri = resolved_uri(None, tmp_path)
     assert len(runs(uri)) == 4
     assert [len(history(uri, r.info.run_id, "reward")) for r in children(uri)] == [30] * 3
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A real MLflow server on loopback."""
-    port = free_port()
-    folder = tmp_path / "server"
-    folder.mkdir()
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
-        "--artifacts-destination", str(folder / "artifacts"),
-    ]  # fmt: skip
-    quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-    with (folder / "log").open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=quiet, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(process.pid, 15)
-            process.wait()
-
-
-def _wait_for(url: str, process: subprocess.Popen, output: Path) -> None:
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-            return
-        except OSError:
-            assert process.poll() is None, output.read_text()
-            time.sleep(0.2)
-    pytest.fail(f"no MLflow server: {output.read_text()}")
-
-
-@pytest.mark.slow
-def test_over_http(tmp_path, server):
-    made = config(tmp_path)
-    made.tracking.uri = server
-    run = finished_run(made, 0.1, steps=1100)
-    tracking = TrackingConfig(True, server, "crl_exp")
-    for _ in range(2):
-        sync(run, tracking)
-    (child,) = children(server)
-    assert len(runs(server)) == 2 and child.info.status == "FINISHED"
-    assert len(history(server, child.info.run_id, "reward")) == 1100
-    assert len(history(server, child.info.run_id, "eval/delta")) == 1
-    path = client(server).download_artifacts(child.info.run_id, "result.json", str(tmp_path))
-    assert json.loads(Path(path).read_text()) == run.result()
-    assert not (tmp_path / "mlflow.db").exists() and not (tmp_path / "mlartifacts").exists()

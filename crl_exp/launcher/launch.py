@@ -10,6 +10,7 @@ from pathlib import Path
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig
 
+from crl_exp import config as configs
 from crl_exp.errors import UserError
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.estimate import estimate
@@ -19,6 +20,7 @@ from crl_exp.launcher.states import is_started, states_of
 from crl_exp.launcher.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.sweep_file import SweepFile, locked
 from crl_exp.records import Record
+from crl_exp.tracking import announce
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ def launch(
     points = compose_points(loader, master, jobs, settings)
     unique = {point.key: point for point in points}
     folder = folder_of(points)
+    if SweepFile.read(folder).unreleased:
+        with locked(folder):  # another launch that is at it is waited for
+            abandon_unreleased(SweepFile.read(folder))
     states = look(unique, SweepFile.read(folder))
     missing = [p for p in unique.values() if _is_started(p, states[p.key][0])]
     check(missing)
@@ -67,6 +72,9 @@ def launch(
             print(submitted_text(submission, folder))
         else:
             sweep.write()
+    if starting:
+        tracking = configs.experiment(starting[0].config).tracking
+        announce([Record(point.run.path) for point in starting], tracking)
     return Launch(points, {point.key for point in starting})
 
 

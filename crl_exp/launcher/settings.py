@@ -54,6 +54,7 @@ class SlurmSettings(LaunchSettings):
     cpus: of each run. mem: of each run, e.g. 16GB. time: limit of each start, in minutes or as
         [DAYS-]HH:MM:SS; a run that reaches it is queued again and goes on from its checkpoint.
     signal_seconds: the run is told to save so long before the limit.
+    requeue: after the loss of a node or a preemption SLURM starts the run again.
     array_parallelism: runs of one array at a time.
     max_array_size: longest array; null: what `scontrol show config` says.
     sbatch: more of sbatch's options by their long names, {reservation: mine, exclusive: true}.
@@ -68,6 +69,7 @@ class SlurmSettings(LaunchSettings):
     mem: str | None
     time: str
     signal_seconds: int
+    requeue: bool
     array_parallelism: int
     max_array_size: int | None
     sbatch: dict[str, Any]
@@ -176,9 +178,15 @@ def changed(
         if not equals:
             raise UserError(f"{override}: must be KEY=VALUE, such as mem=32GB")
         # As text where text is meant: YAML reads 12:00:00 as a number.
-        value = text if key in texts and text != "null" else OmegaConf.create(f"_: {text}")["_"]
+        value = text if key in texts and text != "null" else _as_yaml(text)
         if key.startswith("sbatch."):
             values["sbatch"] = {**values["sbatch"], key.removeprefix("sbatch."): value}
         else:
             values[key] = value
     return make_settings(kind_of(settings), values)
+
+
+def _as_yaml(text: str) -> Any:
+    node = OmegaConf.create(f"value: {text}")
+    assert isinstance(node, DictConfig)
+    return node.value

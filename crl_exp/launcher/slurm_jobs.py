@@ -85,6 +85,7 @@ def submit_held(settings: SlurmSettings, runs: list[Path], folder: Path) -> str:
 
 def _sbatch_parameters(settings: SlurmSettings, list_path: Path, name: str) -> dict[str, Any]:
     """What submitit's executor takes."""
+    requeue = "requeue" if settings.requeue else "no-requeue"
     take = TAKE_DIRECTORY.format(list_path=shlex.quote(str(list_path)))
     given = {
         "job_name": name,
@@ -102,7 +103,7 @@ def _sbatch_parameters(settings: SlurmSettings, list_path: Path, name: str) -> d
         # Since SLURM 22.05 srun doesn't take over the batch job's --cpus-per-task.
         "srun_args": [f"--cpus-per-task={settings.cpus}"],
         "setup": [*settings.setup, *take.splitlines(), "export RUN_DIRECTORY"],
-        "additional_parameters": {**settings.sbatch, "hold": True, "requeue": True},
+        "additional_parameters": {**settings.sbatch, "hold": True, requeue: True},
     }
     return {key: value for key, value in given.items() if value is not None}
 
@@ -114,14 +115,16 @@ def release(job_ids: list[str]) -> None:
         raise UserError(f"SLURM did not release the jobs: {(done.stderr or done.stdout).strip()}")
 
 
-def cancel(job_ids: list[str]) -> None:
+def cancel(job_ids: list[str], by_signal: str | None = None) -> None:
     """Cancel jobs, arrays or tasks of them; those that are over already are no fault.
 
+    by_signal: send their processes this signal instead, and leave it to them to end.
     Raises `UserError` with scancel's words where it can't.
     """
     if not job_ids:
         return
-    done = subprocess.run(["scancel", *job_ids], capture_output=True, text=True)
+    how = [f"--signal={by_signal}"] if by_signal else []
+    done = subprocess.run(["scancel", *how, *job_ids], capture_output=True, text=True)
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
         raise UserError(f"scancel {' '.join(job_ids)}: {(done.stderr or done.stdout).strip()}")
 

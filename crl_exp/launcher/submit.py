@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-from crl_exp.experiment import git_state
+from crl_exp.code_state import code_state
 from crl_exp.files import write_atomic
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.local_workers import check_gpus, start_workers
@@ -40,7 +40,7 @@ def submit(starts: Sequence[Start], sweep: SweepFile) -> dict[str, Any]:
     """
     submission: dict[str, Any] = {
         "time": time.time(), "cwd": os.getcwd(), "command": sys.argv,
-        "version": version("crl_exp"), **git_state(),
+        "version": version("crl_exp"), **code_state().facts,
         "launcher": kind_of(starts[0].settings), "released": False, "parts": [],
     }  # fmt: skip
     sweep.submissions.append(submission)
@@ -128,7 +128,7 @@ def _restore(run: RunDirectory, status: str | None) -> None:
 
 def abandon_unreleased(sweep: SweepFile) -> None:
     """Cancel arrays that a launcher submitted held and did not live to release."""
-    left = [one for one in sweep.submissions if not one["released"]]
+    left = sweep.unreleased
     for submission in left:
         jobs = [part["job"] for part in submission["parts"] if part["job"]]
         if jobs:

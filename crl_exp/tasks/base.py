@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from crl_exp.errors import UserError
 
@@ -82,6 +82,10 @@ class Splits:
         if self.shared:
             lines.append(self.shared)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def facts(self) -> dict[str, Any]:
+        """As in a run's data.json: what the splits are known by, and their sizes."""
+        return {"digest": self.digest(), "n": {k: len(items) for k, items in self.named().items()}}
 
 
 @dataclass

@@ -11,6 +11,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -243,3 +244,9 @@ def _job_processes(cluster: Cluster, node: str) -> list[psutil.Process]:
             found[process.pid] = process
     steps = [p for p in found.values() if p.name().startswith("slurmstepd")]
     return steps + [p for p in found.values() if p not in steps]
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt), running_cluster() as one:
+        print(f"export SLURM_CONF={one.environment['SLURM_CONF']}", flush=True)
+        signal.pause()
