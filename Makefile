@@ -15,8 +15,8 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup assets demo demo-refusal report test test-fast check format format-check \
-	lint types bench mlflow clean retry cancel prefetch
+.PHONY: help setup assets demo demo-refusal report status logs test test-fast check format \
+	format-check lint types bench mlflow clean retry cancel prefetch
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -50,6 +50,14 @@ demo-refusal: assets ## the second task: refusals of harmful and harmless prompt
 report: setup ## tables and figures of a finished sweep (SWEEP=demo)
 	@test -n "$(SWEEP)" || { echo "which sweep? make report SWEEP=demo"; exit 1; }
 	$(BIN)/python -m crl_exp report $(SWEEP)
+
+status: setup ## state, progress and time left of a sweep's runs (SWEEP=demo WATCH=1)
+	@test -n "$(SWEEP)" || { echo "which sweep? make status SWEEP=demo"; exit 1; }
+	@$(BIN)/python -m crl_exp status $(SWEEP) $(if $(WATCH),--watch)
+
+logs: setup ## what a run's job printed, and why it ended (RUN=its key)
+	@test -n "$(RUN)" || { echo "which run? make logs RUN=KEY; make status lists them"; exit 1; }
+	@$(BIN)/python -m crl_exp logs $(RUN)
 
 retry: setup ## start a sweep's failed, lost and cancelled runs again (SWEEP=name SET='mem=64GB')
 	@test -n "$(SWEEP)" || { echo "which sweep? make retry SWEEP=layerwise"; exit 1; }

@@ -166,7 +166,7 @@ def unfinished(runs: Sequence[Record]) -> list[str]:
     """Runs without a result, with their state and error."""
     lines = []
     for run in runs:
-        error = str(run.status.get("error", "")).strip().split("\n")[0]
+        error = str(run.status.get("error") or "").strip().split("\n")[0]
         lines.append(f"{run.key} {run.state}{': ' + error if error else ''}")
     return lines
 

@@ -88,7 +88,8 @@ class Runs:
         if before is not None and begun_anew(record, sent.record, now):
             sent.start_anew()
         tags = {**tags, "mlflow.parentRunId": parent}
-        run = self._made(sent, run_name(record), record.status.get("started", time.time()), tags)
+        started = record.status.get("started") or time.time()  # a queued run's is null
+        run = self._made(sent, run_name(record), started, tags)
         run_id = run.info.run_id
         if before not in (None, run_id):
             self._supersede(before, run_id)
