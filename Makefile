@@ -8,15 +8,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PORT ?= 5000
+HOST ?= 127.0.0.1
+MLFLOW_DIR ?= outputs
+MLFLOW_ARGS ?=
 PYTEST_ARGS ?=
 
 # Nothing here reports home, and MLflow's telemetry has a race that loses points.
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
+# A process of the server that nothing here needs.
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
-.PHONY: help setup assets demo demo-refusal report status logs test test-fast check format \
-	format-check lint types bench mlflow clean retry cancel prefetch
+.PHONY: help setup assets demo demo-refusal report status logs retry cancel prefetch test test-fast \
+	check format format-check lint types bench mlflow sync clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -95,11 +100,16 @@ types: setup ## the type checker
 bench: assets ## measure speed and memory
 	$(BIN)/python -m crl_exp.bench
 
-mlflow: setup ## compare runs in the browser, on loopback (PORT=5000)
-	@mkdir -p outputs
-	@echo "open http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning"
-	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) \
-		--backend-store-uri sqlite:///outputs/mlflow.db --artifacts-destination outputs/mlartifacts
+mlflow: setup ## compare runs in the browser, on loopback (PORT=5000); docs/mlflow.md
+	@mkdir -p "$(MLFLOW_DIR)"
+	@echo "open http://$(HOST):$(PORT)/#/experiments/1/runs?workflowType=machine_learning"
+	$(BIN)/mlflow server --host $(HOST) --port $(PORT) \
+		--backend-store-uri "sqlite:///$(abspath $(MLFLOW_DIR))/mlflow.db" \
+		--artifacts-destination "$(abspath $(MLFLOW_DIR))/mlartifacts" $(MLFLOW_ARGS)
+
+sync: setup ## bring MLflow up to date with a sweep's run directories (SWEEP=demo)
+	@test -n "$(SWEEP)" || { echo "which sweep? make sync SWEEP=demo"; exit 1; }
+	$(BIN)/python -m crl_exp sync $(SWEEP)
 
 clean: ## remove caches; results, .venv and assets stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

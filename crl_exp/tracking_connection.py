@@ -22,6 +22,8 @@ BUSY_SECONDS = 60.0
 BUSY = ("database is locked", "TEMPORARILY_UNAVAILABLE")
 LOGIN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 SIGNS = {
+    "Invalid Host header": "it refuses to be called by this name; start it with "
+    "--allowed-hosts NAME:PORT",
     "Connection refused": "nothing answers there",
     "NameResolutionError": "there is no host of that name",
     "Read timed out": "it took the request and did not answer in time",

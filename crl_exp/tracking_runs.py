@@ -9,10 +9,10 @@ Only MLflow's client is used: its fluent functions obey MLFLOW_RUN_ID and such o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -24,6 +24,9 @@ from crl_exp.tracking_state import Sent, begun_anew, life
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+Clock = Callable[[], float]
+"""Asked for seconds since the epoch where they are needed."""
 
 
 class Runs:
@@ -72,11 +75,11 @@ class Runs:
         self.seen.clear()
         self._told.clear()
 
-    def parent(self, sent: Sent, tags: dict[str, str], started: float) -> str:
+    def parent(self, sent: Sent, tags: dict[str, str]) -> str:
         """The sweep's run; made where it isn't there."""
-        name = sent.path.parent.name
-        tags = {"crl_exp.sweep": name, "sweep": name, **tags}
-        return self._made(sent, name, started, tags).info.run_id
+        sweep = sent.path.parent
+        tags = {"crl_exp.sweep": sweep.name, "sweep": sweep.name, **tags}
+        return self._made(sent, sweep.name, lambda: begun(sweep), tags).info.run_id
 
     def child(self, record: Record, sent: Sent, parent: str, tags: dict[str, str]) -> Run:
         """The run directory's run, as it was before anything is sent now.
@@ -89,7 +92,7 @@ class Runs:
             sent.start_anew()
         tags = {**tags, "mlflow.parentRunId": parent}
         started = record.status.get("started") or time.time()  # a queued run's is null
-        run = self._made(sent, run_name(record), started, tags)
+        run = self._made(sent, run_name(record), lambda: started, tags)
         run_id = run.info.run_id
         if before not in (None, run_id):
             self._supersede(before, run_id)
@@ -119,7 +122,9 @@ class Runs:
         if old.info.status in UNFINISHED:
             self.client.set_terminated(before, "KILLED")
 
-    def _made(self, sent: Sent, name: str, started: float, tags: dict[str, str]) -> Run:
+    def _made(
+        self, sent: Sent, name: str, started: Callable[[], float], tags: dict[str, str]
+    ) -> Run:
         """The run that `sent` is about, made where it isn't there."""
         run_id = sent.record.get("run_id")
         known = None if run_id is None else self.seen.get(run_id) or self._active(run_id)
@@ -127,7 +132,9 @@ class Runs:
             known = self._make(sent, name, started, tags)
         return self.seen.setdefault(known.info.run_id, known)
 
-    def _make(self, sent: Sent, name: str, started: float, tags: dict[str, str]) -> Run:
+    def _make(
+        self, sent: Sent, name: str, started: Callable[[], float], tags: dict[str, str]
+    ) -> Run:
         # Noted without a run: it may have been made all the same.
         doubtful = "upload_id" in sent.record and "run_id" not in sent.record
         if not doubtful:
@@ -136,8 +143,9 @@ class Runs:
         lost = doubtful and self.client.search_runs(
             [self.experiment_id], f"tags.`crl_exp.upload_id` = '{upload_id}'", max_results=1
         )
+        tags = {**tags, "crl_exp.upload_id": upload_id}
         made = lost[0] if lost else self.client.create_run(
-            self.experiment_id, int(started * 1000), {**tags, "crl_exp.upload_id": upload_id}, name
+            self.experiment_id, int(started() * 1000), tags, name
         )  # fmt: skip
         sent.record |= {"experiment_id": self.experiment_id, "run_id": made.info.run_id}
         sent.save()
@@ -169,6 +177,14 @@ def status_of_all(statuses: set[str]) -> str:
 
 def ended(record: Record) -> float:
     """When a run that is over was last heard of."""
-    known: list[Any] = [record.status.get("updated")]
-    known += [p.stat().st_mtime for p in record.path.glob("journal.jsonl")]
-    return max((time_s for time_s in known if time_s), default=time.time())
+    known = [record.status.get("updated", 0.0)]
+    if record.status.get("state") == "running":  # and its process is gone
+        known += [line["time"] for line in record.journal[-1:]]
+    return max(known) or time.time()
+
+
+def begun(sweep: Path) -> float:
+    """When the first of a sweep's runs was started; now, where none was."""
+    runs = (Record(path.parent) for path in sweep.glob("*/status.json"))
+    return min((run.status["started"] for run in runs if "started" in run.status),
+               default=time.time())  # fmt: skip

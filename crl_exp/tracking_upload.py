@@ -160,13 +160,17 @@ class Uploader:
         if record.result is None or sent.record.get("result") is not None:
             return
         time_ms = int((record.path / "result.json").stat().st_mtime * 1000)
-        self._log(sent.record["run_id"], final_points(record.result, time_ms))
+        found = final_points(record.result, time_ms)
+        last = sent.record["last_step"]
+        self._log(sent.record["run_id"], [p for p in found if p.step > last.get(p.name, -1)])
         sent.record["result"] = digest(record.result)
         sent.save()
 
     def _log(self, run_id: str, new: list[Point]) -> None:
         from mlflow.entities import Metric
 
+        if not new:
+            return
         self.client.log_batch(
             run_id, metrics=[Metric(p.name, p.value, p.time_ms, p.step) for p in new]
         )
@@ -196,7 +200,7 @@ class Uploader:
 
         with self.runs.noted(sweep) as sent:
             found = _cut(code_tags(code or {}))
-            run_id = self.runs.parent(sent, found, time.time())
+            run_id = self.runs.parent(sent, found)
             if found and sent.record.get("tags") != digest(found):
                 self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in found.items()])
                 sent.record["tags"] = digest(found)

@@ -15,7 +15,11 @@ from pathlib import Path
 
 from tests.mlflow_reading import free_port
 
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a process more, for what is not used here
+}
 
 
 class Server:
@@ -74,7 +78,11 @@ class SlowProxy:
                 asking, _ = self.listening.accept()
             except OSError:  # closed
                 return
-            answering = socket.create_connection(("127.0.0.1", self.port))
+            try:
+                answering = socket.create_connection(("127.0.0.1", self.port))
+            except OSError:  # the server is dead
+                asking.close()
+                continue
             for pair in ((asking, answering, 0.0), (answering, asking, self.delay)):
                 threading.Thread(target=_pass_on, args=pair, daemon=True).start()
 
