@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from crl_exp.comparison import Row
 from crl_exp.feature_use import layer_uses
 from crl_exp.records import Record
 
+pc: Any = pyarrow.compute  # its functions are made on import, where no type checker sees them
 BATCH_ROWS = 500_000
 REWARDS = ("reward_baseline", "reward_steered")
 RIGHT = 0.5  # as in `statistics.compare`
