@@ -163,7 +163,8 @@ def main(argv: list[str] | None = None) -> int:
     told = {
         "subject": name, "machine": machine(), "started": started,
         "seconds": time.time() - started, "peak_memory_bytes": peak_memory_bytes(),
-        "command": "python -m crl_exp.bench " + " ".join(argv or sys.argv[1:]), **code_state().facts,
+        "command": "python -m crl_exp.bench " + " ".join(argv or sys.argv[1:]),
+        **code_state().facts,
         "figures": [asdict(m) for m in found], "left_out": left_out,
     }  # fmt: skip
     asked.out.parent.mkdir(parents=True, exist_ok=True)

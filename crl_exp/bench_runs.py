@@ -19,8 +19,8 @@ from crl_exp.bench_subject import Subject
 from crl_exp.controllers.base import Controller
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.generation import Job
-from crl_exp.packing import run_pack
 from crl_exp.measuring import measure
+from crl_exp.packing import run_pack
 
 Calls = dict[str, Callable[[], float | None]]
 ROWS = 64
