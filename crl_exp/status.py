@@ -56,7 +56,9 @@ def lines_of(records: Sequence[Record], folder: Path) -> list[Line]:
     states = states_of(records, SweepFile.read(folder))
     names = labels(list(records))
     usual = usual_seconds(records)
-    lines = [_line(record, *states[record.key], names[record.key], usual) for record in records]
+    lines = [
+        _line(record, *states[record.key], names[record.key].text, usual) for record in records
+    ]
     order = list(COLOURS)
     return sorted(lines, key=lambda line: (order.index(line.state), line.label))
 
