@@ -47,7 +47,8 @@ def log_files(record: Record) -> list[Path]:
 
 def tail(path: Path, n_lines: int) -> str:
     """The last lines of a file; 0: all of them. Of a progress bar only what it showed last."""
-    lines = path.read_text(errors="replace").split("\n")
+    with path.open(errors="replace", newline="") as file:
+        lines = file.read().split("\n")
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
     return "\n".join(lines[-n_lines - 1 :] if n_lines else lines).rstrip()
 

@@ -68,6 +68,8 @@ def requeue(name: str) -> bool:
     if said is not None and said.returncode == 0:
         log.info("job %s goes back into the queue", name)
         return True
+    if said is not None and "pending" in said.stderr:
+        return True  # SLURM has put it back itself: that is why it asked the run to end
     why = "there is no scontrol" if said is None else (said.stderr or said.stdout).strip()
     log.warning("SLURM did not requeue job %s: %s. Submit the run again; it goes on", name, why)
     return False

@@ -50,7 +50,7 @@ def disk(tmp_path) -> Iterator[Disk]:
     made.path.mkdir()
     made.mount(f"size={FULL_MIB}m")
     yield made
-    subprocess.run(["umount", str(made.path)], check=True)
+    subprocess.run(["umount", "-l", str(made.path)], check=True)
 
 
 def fails(overrides: list[str], words: str) -> str:

@@ -38,6 +38,7 @@ class Job:
     def __init__(self, cluster, home: Path, overrides: list[str], module: Sequence[str]):
         self.cluster, self.home = cluster, home
         home.mkdir()
+        self.asked = 0.0
         self.events, self.log = home / "events", home / "log"
         self.run = RunDirectory(small([*overrides, f"output_dir={home / 'out'}"]))
         self.run.freeze()
@@ -56,9 +57,10 @@ class Job:
         return self.log.read_text() if self.log.exists() else "no log"
 
     def disturb(self, attempt: int, how: str, position: int, delay: float) -> None:
-        """Once the attempt has got so far, disturb it, and have SLURM start it again at once."""
+        """Once the attempt has got so far, disturb it."""
 
         def there() -> bool:
+            self.start_soon()
             status = self.run.status()
             running = status.get("state") == "running" and status["attempts"] == attempt
             return running and n_lines(self.events) >= position
@@ -70,11 +72,22 @@ class Job:
         else:
             self.cluster.run("scancel", f"--signal={how}", self.id)
         wait_for(f"the end of attempt {attempt}: {self.said()}", lambda: self.state != "running")
-        wait_for("the queue", lambda: self.cluster.queue().get(self.id) == "PENDING")
-        self.cluster.start_now(self.id)
+
+    def start_soon(self) -> None:
+        """A requeued job waits two minutes otherwise. Asked now and then: SLURM sets the time anew
+        when it has cleaned up."""
+        if self.state != "running" and time.monotonic() - self.asked > 0.5:
+            self.asked = time.monotonic()
+            if self.cluster.queue().get(self.id) == "PENDING":
+                self.cluster.start_now(self.id)
 
     def end(self) -> None:
-        wait_for(f"the end: {self.said()}", lambda: self.state in ("done", "failed"))
+
+        def over() -> bool:
+            self.start_soon()
+            return self.state in ("done", "failed")
+
+        wait_for(f"the end: {self.said()}", over)
         assert self.state == "done", self.said()
 
 
