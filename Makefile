@@ -21,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
 .PHONY: help setup assets demo demo-refusal report test test-fast check format format-check \
-	lint types bench mlflow sync clean
+	lint types bench mlflow sync clean retry cancel prefetch
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -55,6 +55,18 @@ demo-refusal: assets ## the second task: refusals of harmful and harmless prompt
 report: setup ## tables and figures of a finished sweep (SWEEP=demo)
 	@test -n "$(SWEEP)" || { echo "which sweep? make report SWEEP=demo"; exit 1; }
 	$(BIN)/python -m crl_exp report $(SWEEP)
+
+retry: setup ## start a sweep's failed, lost and cancelled runs again (SWEEP=name SET='mem=64GB')
+	@test -n "$(SWEEP)" || { echo "which sweep? make retry SWEEP=layerwise"; exit 1; }
+	$(BIN)/python -m crl_exp retry $(SWEEP) $(SET)
+
+cancel: setup ## end a sweep's queued and running runs, saved (SWEEP=name)
+	@test -n "$(SWEEP)" || { echo "which sweep? make cancel SWEEP=layerwise"; exit 1; }
+	$(BIN)/python -m crl_exp cancel $(SWEEP)
+
+prefetch: setup ## download what a sweep loads, for offline nodes (SWEEP=name ARGS='model=…')
+	@test -n "$(SWEEP)" || { echo "which sweep? make prefetch SWEEP=layerwise"; exit 1; }
+	$(BIN)/python -m crl_exp prefetch +sweep=$(SWEEP) $(ARGS)
 
 test: assets ## every test that can run here (PYTEST_ARGS='-k name')
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -11,12 +11,12 @@ from crl_exp.cli import people_errors, register
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> float:
+def main(config: DictConfig) -> float | None:
     from crl_exp.experiment import run_experiment
 
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     result = run_experiment(config, skip_finished=in_sweep)
-    return result["accuracy_steered"]
+    return None if result is None else result["accuracy_steered"]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ from crl_exp.errors import UserError
 # Each module has `main(argv) -> int` and is imported only when its command is called.
 COMMANDS = {
     "assets": ("crl_exp.assets_command", "fetch the model and the data into the cache"),
+    "run": ("crl_exp.launcher.job", "run directories from their frozen configs, as a job does"),
+    "retry": ("crl_exp.launcher.retry", "start a sweep's failed, lost and cancelled runs again"),
+    "cancel": ("crl_exp.launcher.cancel", "end a sweep's queued and running runs"),
+    "prefetch": ("crl_exp.launcher.prefetch", "download what a sweep loads, for offline nodes"),
     "sync": ("crl_exp.tracking", "bring MLflow up to date with the run directories"),
     "report": ("crl_exp.report", "tables and figures of a finished sweep"),
     "options": ("crl_exp.options_page", "write docs/options.md from conf/"),

@@ -1,165 +1,175 @@
 """`make bench`: ratios of times measured side by side in one process. Never asserted anywhere.
 
-Each figure is the median of `REPEATS` ratios, with the smallest and largest. Pairs are timed in
-turn, so that a machine that slows down slows both.
+Each figure is the median of several ratios, with the smallest and the largest. What is compared is
+timed in turn, so that a machine that slows down slows both. The rows are in `crl_exp.bench_rows`,
+model and prompts in `crl_exp.bench_subject`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
+import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from rich.table import Table
 
-from crl_exp.cli import register
-from crl_exp.config import experiment, validate
-from crl_exp.controllers.base import Unsteered
-from crl_exp.controllers.fixed import Steer
-from crl_exp.engine import Job
-from crl_exp.lab import Lab
-from crl_exp.learner import LayerLearner, collect
-from crl_exp.methods import CRL
-from crl_exp.policy import PolicyController
-from crl_exp.runs import RunDirectory
-from crl_exp.sae_config import REPO
+from crl_exp.bench_rows import GROUPS, Calls, Figure, Group, memory_child
+from crl_exp.bench_subject import SUBJECTS, Subject
+from crl_exp.errors import UserError
+from crl_exp.experiment import git_state, peak_memory_bytes
 from crl_exp.terminal import console
-
-REPEATS = 5
-PROMPTS, NEW_TOKENS = 32, 16
 
 
 @dataclass
-class Ratio:
-    """Time of `what` over time of `against`, both in seconds."""
+class Measured:
+    """One figure: seconds of its `top` over seconds of its `bottom`, round by round."""
 
+    name: str
     what: str
-    against: str
+    goal: str
+    met: bool
     median: float
     low: float
     high: float
-    seconds_what: float
-    seconds_against: float
+    seconds_top: float
+    seconds_bottom: float
+    rounds: int
 
 
-def ratio(what: str, a: Callable[[], object], against: str, b: Callable[[], object]) -> Ratio:
-    """Time the two in turn, once to warm up and then `REPEATS` times."""
-    pairs = [(_seconds(a), _seconds(b)) for _ in range(REPEATS + 1)][1:]
-    ratios = [x / y for x, y in pairs]
-    return Ratio(
-        what, against, statistics.median(ratios), min(ratios), max(ratios),
-        statistics.median(x for x, _ in pairs), statistics.median(y for _, y in pairs),
+def seconds(call: Callable[[], float | None]) -> float:
+    """What the call says, or else how long it took."""
+    _wait()
+    started = time.perf_counter()
+    said = call()
+    _wait()
+    return time.perf_counter() - started if said is None else said
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(group: Group, calls: Calls, figures: list[Figure]) -> list[Measured]:
+    """Time the calls that the figures need, in turn, round after round."""
+    needed = {name for figure in figures for name in (figure.top, figure.bottom)}
+    rounds: list[dict[str, float]] = []
+    for _ in range(group.warm_ups + group.rounds):
+        rounds.append({name: seconds(call) for name, call in calls.items() if name in needed})
+    return [_figure(figure, rounds[group.warm_ups :]) for figure in figures]
+
+
+def _figure(figure: Figure, rounds: list[dict[str, float]]) -> Measured:
+    ratios = [found[figure.top] / found[figure.bottom] for found in rounds]
+    median = statistics.median(ratios)
+    met = median >= figure.goal if figure.at_least else median <= figure.goal
+    return Measured(
+        figure.name, figure.what, f"{'≥' if figure.at_least else '≤'} {figure.goal:.3g}", met,
+        median, min(ratios), max(ratios),
+        statistics.median(found[figure.top] for found in rounds),
+        statistics.median(found[figure.bottom] for found in rounds), len(rounds),
     )  # fmt: skip
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def run(subject: Subject, only: list[str]) -> tuple[list[Measured], dict[str, str]]:
+    """All figures, or those named (a group's name stands for all of its); also what was left out,
+    and why."""
+    found: list[Measured] = []
+    left_out: dict[str, str] = {}
+    for group in GROUPS:
+        wanted = [f for f in group.figures if not only or {f.name, group.name} & set(only)]
+        why = {f.name: missing for f in wanted if (missing := f.missing(subject))}
+        left_out |= why
+        figures = [f for f in wanted if f.name not in why]
+        if figures:
+            console.print(f"measuring {', '.join(f.name for f in figures)} …")
+            with group.calls(subject) as calls:
+                found += measure(group, calls, figures)
+    return found, left_out
 
 
-def make_lab() -> Lab:
-    """The default experiment on few prompts."""
-    overrides = [
-        "task.n_train=100", "task.n_validation=10", "task.n_test=10", "tracking=none",
-        "sweep_name=bench", "algorithm.validate_every=0",
-    ]  # fmt: skip
-    register()
-    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-        config = compose("config", overrides=overrides)
-    exp = experiment(config)
-    return Lab(exp, validate(exp), RunDirectory(config))
+def machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    threads = torch.get_num_threads()
+    return f"{device or platform.machine()}, {threads} threads, torch {torch.__version__}"
 
 
-def measure(lab: Lab) -> list[Ratio]:
-    """All figures. Times include tokenising nothing: prompts are token ids already."""
-    items = list(range(PROMPTS))
-    train = lab.splits.train[:PROMPTS]
-    ids = [lab.lm.prompt_ids(item.user, lab.exp.task.chat_template) for item in train]
-    store = lab.engine.read(ids)
-    layer = next(iter(lab.saes))
-    fixed = lab.fixed([Steer(layer, 0, 1.0)])
-
-    def answer(prompts, controller, n_tokens: int, choices):
-        return lab.engine.generate(prompts, [Job(controller, items)], n_tokens, choices)
-
-    padded = lab.lm.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
-    padded = padded.to(lab.lm.device)
-
-    def plain() -> None:
-        lab.lm.model.generate(  # type: ignore[operator]
-            **padded, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
-        )
-
-    def steered() -> None:
-        answer(lab.engine.read(ids), fixed, NEW_TOKENS, None)
-
-    method = lab.exp.method
-    assert isinstance(method, CRL), "bench composes the default method"
-    agents = method.free_agents(lab)
-    generator = torch.Generator(lab.lm.device).manual_seed(0)
-    explorer = PolicyController(agents, lab.exp.decay, generator)
-    learner = LayerLearner(agents[layer], lab.exp.algorithm)
-    shuffle = torch.Generator().manual_seed(0)
-    played, reward_B = lab.play(explorer, items)
-    rollout = collect(layer, played, reward_B, lab.exp.algorithm)
-    return [
-        ratio(
-            f"rollout of {PROMPTS} choice prompts, kept",
-            lambda: answer(store, fixed, 1, lab.choices),
-            "prompts read again",
-            lambda: answer(lab.engine.read(ids), fixed, 1, lab.choices),
-        ),
-        ratio(
-            f"steered, {PROMPTS} x {NEW_TOKENS} tokens, prompts read too",
-            steered,
-            "model.generate, prompts read too",
-            plain,
-        ),
-        ratio(
-            f"steered, {PROMPTS} x {NEW_TOKENS} tokens",
-            lambda: answer(store, fixed, NEW_TOKENS, None),
-            "unsteered, same engine",
-            lambda: answer(store, Unsteered(), NEW_TOKENS, None),
-        ),
-        ratio(
-            f"PPO update, {PROMPTS} choice prompts",
-            lambda: learner.update(rollout, 1, shuffle),
-            "its rollout, prompts kept",
-            lambda: lab.play(explorer, items),
-        ),
-    ]
-
-
-def main() -> None:
-    """Measure, print a table, and write `outputs/bench.json`."""
-    found = measure(make_lab())
-    table = Table("time of", "against", "ratio", "range", "seconds", title=_machine())
-    for r in found:
-        table.add_row(
-            r.what, r.against, f"{r.median:.3f}", f"{r.low:.3f}-{r.high:.3f}",
-            f"{r.seconds_what:.3f} / {r.seconds_against:.3f}",
+def table(found: list[Measured], title: str) -> Table:
+    made = Table("ratio of times", "goal", "median", "range", "seconds", title=title)
+    for m in found:
+        median = f"{m.median:.3g}" if m.met else f"{m.median:.3g} (missed)"
+        made.add_row(
+            m.name, m.goal, median, f"{m.low:.3g}-{m.high:.3g}, n={m.rounds}",
+            f"{m.seconds_top:.3g} / {m.seconds_bottom:.3g}",
         )  # fmt: skip
-    console.print(table)
-    path = Path("outputs/bench.json")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps([asdict(r) for r in found], indent=2) + "\n")
-    console.print(f"written to {path}")
+    return made
 
 
-def _machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, n={REPEATS}"
+def _list() -> None:
+    for group in GROUPS:
+        for figure in group.figures:
+            sign = "at least" if figure.at_least else "at most"
+            console.print(f"{figure.name:<20} {figure.what}: {sign} {figure.goal:.3g}")
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m crl_exp.bench", description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these rows alone")
+    parser.add_argument("--list", action="store_true", help="list the rows and their goals")
+    parser.add_argument(
+        "--subject", choices=SUBJECTS,
+        help="model: smollm2 (without a GPU), gemma (random, of Gemma-2-2B's shape, with one), "
+        "or tiny, to try the bench itself",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
+    parser.add_argument("--memory-child", type=int, help=argparse.SUPPRESS)
+    asked = parser.parse_args(argv)
+    known = {name for g in GROUPS for name in (g.name, *(f.name for f in g.figures))}
+    if unknown := set(asked.only) - known:
+        raise UserError(f"no such row: {', '.join(sorted(unknown))}; --list names them")
+    return asked
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print a table, and write the JSON file. Returns the exit code."""
+    try:
+        asked = _arguments(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    logging.basicConfig(level=logging.WARNING)
+    if asked.list:
+        _list()
+        return 0
+    name = asked.subject or ("gemma" if torch.cuda.is_available() else "smollm2")
+    if asked.memory_child is not None:
+        print(memory_child(Subject(name), asked.memory_child))
+        return 0
+    started = time.time()
+    found, left_out = run(Subject(name), asked.only)
+    console.print(table(found, f"{name} on {machine()}"))
+    console.print("--list says what each ratio is of")
+    for row, why in left_out.items():
+        console.print(f"left out: {row}: {why}")
+    told = {
+        "subject": name, "machine": machine(), "started": started,
+        "seconds": time.time() - started, "peak_memory_bytes": peak_memory_bytes(),
+        "command": "python -m crl_exp.bench " + " ".join(argv or sys.argv[1:]), **git_state(),
+        "figures": [asdict(m) for m in found], "left_out": left_out,
+    }  # fmt: skip
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    console.print(f"written to {asked.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

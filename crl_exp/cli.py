@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import make_dataclass
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
@@ -21,11 +22,16 @@ SWEEPER = "hydra_plugins.crl_exp_sweeper.grids.GridSweeper"
 def register() -> None:
     """Make the config schema known to Hydra."""
     from crl_exp.config import Schema
+    from crl_exp.launcher.settings import KINDS
 
     store = ConfigStore.instance()
     store.store(name="schema", node=Schema)
     sweeper = {"_target_": SWEEPER, "grids": [], "params": None}
     store.store(group="hydra/sweeper", name="grids", node=sweeper)
+    for kind, settings in KINDS.items():
+        # Hydra wants the class that it makes named in the same node as the values.
+        schema = make_dataclass("Schema", [("_target_", str)], bases=(settings,))
+        store.store(group="hydra/launcher", name=f"{kind}_schema", node=schema)
     # We print errors ourselves (`people_errors`), so let Hydra raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 

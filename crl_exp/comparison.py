@@ -5,39 +5,45 @@ What may be compared and how it is put together is decided here; `report` and `f
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from crl_exp.errors import UserError
-from crl_exp.labels import NAMES, labels
-from crl_exp.records import Record, flatten
-from crl_exp.statistics import mean_interval
+from crl_exp.comparable import refuse_unfinished, refuse_unlike
+from crl_exp.labels import NAMES, Label, best_on_validation, labels
+from crl_exp.records import Record
+from crl_exp.statistics import mean_interval, share_interval
 
 CONTROLS = ("none", "random")
-# Keys of the task that don't change what is asked and scored on the test items.
-NOT_THE_TEST = ("task.shuffle_labels", "task.n_train", "task.n_train_benign")
-# Keys of models that change how they are run, not which they are.
-NOT_THE_MODEL = (
-    "model.device", "model.attn_implementation", "task.classifier.device",
-    "task.classifier.batch_size", "task.cross_encoder.device", "task.cross_encoder.batch_size",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
     """Runs that differ in nothing but their seed."""
 
-    family: str
-    """What the method is called, with the options that set it apart."""
+    label: Label
     method: str
     shuffled: bool
     layers: tuple[int, ...]
+    """Steered together; where each seed chose its own one, all that were chosen."""
     runs: tuple[Record, ...]
+
+    @property
+    def family(self) -> str:
+        """What the method is called, with the options that set it apart."""
+        return self.label.text
+
+    @property
+    def alternatives(self) -> bool:
+        """Whether `layers` are those of different seeds."""
+        return len({tuple(run.layers or ()) for run in self.runs}) > 1
+
+    @property
+    def single(self) -> bool:
+        """Whether one layer is steered, the same in all runs."""
+        return len(self.layers) == 1
 
     def values(self, key: str, test_set: str | None = None) -> np.ndarray:
         """A figure of the test set, or of a further one, of each seed [S]."""
@@ -54,6 +60,14 @@ class Row:
             return mean_interval(values)
         low, high = split(self.runs[0], test_set)["delta_ci95"]
         return low, high
+
+    def accuracy_interval(self, test_set: str | None = None) -> tuple[float, float]:
+        """95 % interval of the steered accuracy: Student's t over seeds; where there is one seed,
+        or all give the same, Wilson's over items."""
+        values = self.values("accuracy_steered", test_set)
+        if np.ptp(values) > 0:
+            return mean_interval(values)
+        return share_interval(float(values[0]), int(self.values("n", test_set)[0]))
 
     @property
     def over_seeds(self) -> bool:
@@ -105,6 +119,11 @@ class SweepComparison:
         return self.rows[0].runs[0]
 
     @property
+    def varied(self) -> list[str]:
+        """Keys of the options in which runs of a method differ, besides seed and layers."""
+        return list(dict.fromkeys(key for row in self.rows for key, _ in row.label.settings))
+
+    @property
     def test_sets(self) -> list[str]:
         assert self.first.result is not None
         return list(self.first.result["test_sets"])
@@ -144,26 +163,18 @@ def compare_runs(records: list[Record]) -> SweepComparison:
     """
     finished = [record for record in records if record.result is not None]
     unfinished = tuple(record for record in records if record.result is None)
-    if not finished:
-        counts = Counter(record.state for record in unfinished)
-        states = ", ".join(f"{count} {state}" for state, count in counts.items())
-        raise UserError(
-            f"no run of {records[0].sweep} is finished ({states}); launch it again to run what is "
-            "missing"
-        )
+    refuse_unfinished(records)
     refuse_unlike(finished)
     named = labels(finished)
-    groups: dict[tuple[str, str, bool, tuple[int, ...]], list[Record]] = {}
+    groups: dict[tuple[Label, str, bool, tuple[int, ...]], list[Record]] = {}
     for record in finished:
         assert record.result is not None
         shuffled = bool(record.config["task"].get("shuffle_labels"))
-        method = record.result["method"]
-        key = (named[record.key], method, shuffled, tuple(record.layers or ()))
+        # Seeds that chose a layer each are one row, whatever they chose.
+        layers = () if best_on_validation(record) else tuple(record.layers or ())
+        key = (named[record.key], record.result["method"], shuffled, layers)
         groups.setdefault(key, []).append(record)
-    rows = [
-        Row(*key, tuple(sorted(runs, key=lambda run: run.config["seed"])))
-        for key, runs in groups.items()
-    ]
+    rows = [_row(key, runs) for key, runs in groups.items()]
     order = {name: i for i, name in enumerate(NAMES)}
     rows.sort(
         key=lambda r: (order.get(r.method, 99), r.shuffled, r.family, len(r.layers), r.layers)
@@ -171,39 +182,12 @@ def compare_runs(records: list[Record]) -> SweepComparison:
     return SweepComparison(tuple(rows), unfinished)
 
 
-def refuse_unlike(records: list[Record]) -> None:
-    """Raise `UserError` where model, task, test items, n or scorer differ, naming them all."""
-    faults = []
-    asked = {record.key: _asked(record) for record in records}
-    for name in dict.fromkeys(key for values in asked.values() for key in values):
-        runs: dict[str, list[str]] = {}
-        for key, values in asked.items():
-            runs.setdefault(json.dumps(values.get(name)), []).append(key)
-        if len(runs) > 1:
-            told = [
-                f"{value} in {len(keys)} ({', '.join(keys[:3])})" for value, keys in runs.items()
-            ]
-            faults.append(f"  {name}: {'; '.join(told)}")
-    if faults:
-        raise UserError(
-            f"the runs of {records[0].sweep} can't be compared, they differ in\n"
-            + "\n".join(faults)
-            + "\nRun each kind under its own sweep_name=…, or move the odd ones out of the folder"
-        )
-
-
-def _asked(record: Record) -> dict[str, Any]:
-    assert record.result is not None
-    sections = {"model": record.config["model"], "task": record.config["task"]}
-    skipped = (*NOT_THE_TEST, *NOT_THE_MODEL)
-    kept = {key: value for key, value in flatten(sections).items() if key not in skipped}
-    sizes = {name: figures["n"] for name, figures in record.result["test_sets"].items()}
-    return {
-        **kept,
-        "n": record.result["n"],
-        "scorer": record.result["scorer"],
-        "test_sets.n": sizes,
-    }
+def _row(key: tuple[Label, str, bool, tuple[int, ...]], runs: list[Record]) -> Row:
+    label, method, shuffled, layers = key
+    layers = layers or tuple(sorted({layer for run in runs for layer in run.layers or ()}))
+    return Row(
+        label, method, shuffled, layers, tuple(sorted(runs, key=lambda run: run.config["seed"]))
+    )
 
 
 def holm(p_values: list[float]) -> list[float]:

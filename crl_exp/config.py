@@ -6,15 +6,14 @@ name a class of this package in `_target_`; its dataclass fields are the section
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.algorithms import Algorithm
 from crl_exp.architecture import check_architecture
+from crl_exp.checkpoints import CheckpointConfig
 from crl_exp.coefficients import Coefficient, Decay
 from crl_exp.engine import EngineConfig
 from crl_exp.errors import UserError, did_you_mean
@@ -24,13 +23,12 @@ from crl_exp.model_config import ModelConfig
 from crl_exp.networks import PolicyConfig
 from crl_exp.runs import RESUME
 from crl_exp.sae_config import SAEConfig
+from crl_exp.sections import Known, build, fill, once
 from crl_exp.stages.base import STAGES, Stage
 from crl_exp.tasks.base import Task
 from crl_exp.tracking import TrackingConfig
-from crl_exp.trainer import CheckpointConfig
 from crl_exp.warmup import WarmupConfig
 
-PACKAGE = "crl_exp."
 # Groups that set keys of other sections and leave none of their own.
 PRESETS = ("experiment", "sweep", "debug")
 
@@ -118,54 +116,11 @@ class Experiment:
         return {name: getattr(self, name) for name in STAGES}
 
 
-def build(node: DictConfig, where: str, base: type) -> Any:
-    """Make the object that a section's `_target_` names, its values checked against its fields.
+def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
+    """Build every section. Raises `UserError` with all faults of the config at once.
 
-    Raises `UserError` for a class outside this package or of the wrong kind, an unknown or missing
-    key (with the nearest right names), and a value of the wrong type.
+    known: of points that are only checked, not run: equal sections are then one object.
     """
-    target = str(node.get("_target_", ""))
-    module, _, name = target.rpartition(".")
-    if not target.startswith(PACKAGE):
-        raise UserError(
-            f"{where}._target_={target or 'missing'}: must name a class of crl_exp; "
-            f"choose an option of the group instead ({where}=NAME)"
-        )
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{where}._target_={target}: no such class ({error})") from error
-    if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise UserError(f"{where}._target_={target}: is not a {base.__name__}")
-    return fill(node, where, cls)
-
-
-def fill(node: DictConfig, where: str, cls: type) -> Any:
-    """Make a dataclass from a section, checked. Raises `UserError` as `build` does."""
-    known = [f.name for f in fields(cls)]
-    given = [str(key) for key in node if key != "_target_"]
-    faults = [
-        f"{where}.{key}: {cls.__name__} has no such key{did_you_mean(key, known)}"
-        for key in given
-        if key not in known
-    ]
-    faults += [
-        f"{where}.{key} is missing; set {where}.{key}=…"
-        for key in known
-        if key not in given or OmegaConf.is_missing(node, key)
-    ]
-    if faults:
-        raise UserError("\n".join(faults))
-    values = {key: node[key] for key in known}
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
-    except OmegaConfBaseException as error:
-        key = f"{where}.{error.full_key}" if error.full_key else where
-        raise UserError(f"{key}: {error.msg or error}".splitlines()[0]) from error
-
-
-def experiment(config: DictConfig) -> Experiment:
-    """Build every section. Raises `UserError` with all faults of the config at once."""
     faults = _unknown_sections(config)
     made: dict[str, Any] = {}
     for name, cls in {**PARTS, **TYPED}.items():
@@ -173,8 +128,12 @@ def experiment(config: DictConfig) -> Experiment:
             faults.append(f"{name}: no option is chosen; set {name}=NAME")
             continue
         make = build if name in PARTS else fill
+        section = config[name]
+        plain = None if known is None else OmegaConf.to_container(section, resolve=True)
         try:
-            made[name] = make(config[name], name, cls)
+            made[name] = once(
+                known, [name, plain], lambda s=section, n=name, c=cls, m=make: m(s, n, c)
+            )
         except UserError as error:
             faults.append(str(error))
     for section in made.values():
@@ -213,20 +172,27 @@ def _order_faults(order: list[str]) -> list[str]:
     return found
 
 
-def validate(exp: Experiment) -> list[int]:
+def validate(exp: Experiment, known: Known | None = None) -> list[int]:
     """Check what can be checked before anything heavy is loaded; returns the steered layers.
 
     Reads the model's config.json and the SAEs' cfg.json only. Raises `UserError` with every fault.
+    known: of a sweep; what points share is then read once.
     """
-    config = check_architecture(exp.model)
+    model, sae = asdict(exp.model), asdict(exp.sae)
+    config = once(known, ["architecture", model], lambda: check_architecture(exp.model))
     layers: list[int] = []
     faults: list[str] = []
     try:
-        layers = exp.layers.resolve(exp.sae.available, config.num_hidden_layers)
+        available = once(known, ["available", sae], lambda: exp.sae.available)
+        layers = exp.layers.resolve(available, config.num_hidden_layers)
     except UserError as error:
         faults.append(str(error))
     for layer in layers:
-        faults += exp.sae.metadata_faults(layer, config.hidden_size, exp.model.name)
+        faults += once(
+            known,
+            ["metadata", model, sae, layer],
+            lambda at=layer: exp.sae.metadata_faults(at, config.hidden_size, exp.model.name),
+        )
     faults += [fault for fault in exp.method.conflicts(exp) if fault]
     if faults:
         raise UserError("\n".join(faults))

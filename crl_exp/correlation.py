@@ -1,7 +1,8 @@
 """Streaming statistics of features against reward, in O(F) memory and float64.
 
 Pure: no model, no files. Moments are merged by Chan's formulas (Chan, Golub, LeVeque 1979), so the
-order and the cutting into batches don't matter. Shapes: B samples, F features.
+order and the cutting into batches don't matter.
+Shapes: B samples, F features, K features of a block.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from crl_exp.groups import Sums
 from crl_exp.scores import KeptValues, all_scores
+
+COLUMNS_TOGETHER = 2048
 
 
 @dataclass
@@ -34,16 +37,26 @@ class Moments:
 
     @classmethod
     def of(cls, z_BF: Tensor, y_B: Tensor) -> Moments:
-        """Moments of one batch, two passes over it."""
-        z_BF, y_B = z_BF.double(), y_B.double()
-        origin_F, origin_y = z_BF[0].clone(), float(y_B[0])
-        z_BF, y_B = z_BF - origin_F, y_B - origin_y
-        mean_F, mean_y = z_BF.mean(0), float(y_B.mean())
-        dz_BF, dy_B = z_BF - mean_F, y_B - mean_y
-        return cls(
-            len(y_B), origin_F, origin_y, mean_F, mean_y,
-            dz_BF.square().sum(0), float(dy_B.square().sum()), dy_B @ dz_BF,
-        )  # fmt: skip
+        """Moments of one batch, two passes over it, a block of columns at a time.
+
+        The batch stays float32; float64 copies are of one block, so that they fit into a cache.
+        """
+        y_B = y_B.double()
+        origin_y = float(y_B[0])
+        y_B = y_B - origin_y
+        mean_y = float(y_B.mean())
+        dy_B = y_B - mean_y
+        columns = []
+        for block in z_BF.split(COLUMNS_TOGETHER, dim=1):
+            z_BK = block.double()
+            origin_K = z_BK[0].clone()
+            z_BK = z_BK - origin_K
+            mean_K = z_BK.mean(0)
+            z_BK -= mean_K
+            columns.append((origin_K, mean_K, z_BK.square().sum(0), dy_B @ z_BK))
+        origin_F, mean_F, m2_F, cov_F = map(torch.cat, zip(*columns, strict=True))
+        m2_y = float(dy_B.square().sum())
+        return cls(len(y_B), origin_F, origin_y, mean_F, mean_y, m2_F, m2_y, cov_F)
 
     def merged(self, other: Moments) -> Moments:
         """Moments of both samples together."""

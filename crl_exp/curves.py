@@ -8,17 +8,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from crl_exp.comparison import Row, SweepComparison
-from crl_exp.figures import COLUMN_INCHES, legend_below, look, style
+from crl_exp.figure_style import (
+    COLUMN_INCHES,
+    PAGE_INCHES,
+    legend_below,
+    look,
+    save,
+    style,
+)
 from crl_exp.records import Record
-from crl_exp.tables import layers_text
+from crl_exp.table_cells import layers_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PAGE_INCHES = 7.0
 
-
-def training(sweep: SweepComparison, path: Path) -> bool:
+def training(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
     """Reward by update, a panel for each layer set. Returns whether there was any journal."""
     rows = [row for row in sweep.rows if any(run.journal for run in row.runs)]
     if not rows:
@@ -52,9 +57,7 @@ def training(sweep: SweepComparison, path: Path) -> bool:
         for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
             axis.set_xlabel("update of the policy")
         legend_below(figure, axes, columns=2)
-        figure.savefig(path)
-        plt.close(figure)
-    return True
+        return save(figure, paths)
 
 
 def _curves(axis: Axes, row: Row, colour: str) -> None:

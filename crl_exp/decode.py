@@ -1,121 +1,141 @@
 """One batch of rows, decoded together: from the last prompt token to the answers' ends.
 
-Here the controllers meet the model: their hooks are set for one forward pass at a time. Where rows
-come from and where answers go is `crl_exp.engine`'s part.
-Shapes: B rows, T tokens, D d_model, V vocabulary or choices, L layers.
+Here the controllers meet the model: their hooks are set for one forward pass at a time. Rows whose
+answers have ended leave the batch. Where rows come from and where answers go is `crl_exp.engine`'s
+part.
+Shapes: B rows of the batch, R rows still in it, T tokens, D d_model, V vocabulary or choices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from crl_exp.cache import keep_rows
 from crl_exp.controllers.base import Action, Controller, StepContext
 from crl_exp.errors import UserError
+from crl_exp.generation import Step, cut_at
 from crl_exp.models import LanguageModel
 from crl_exp.prompt_acts import PromptActs
 from crl_exp.prompts import PromptBatch
 
+COMPACT_BELOW = 0.75
+"""Ended rows leave once the living ones are at most this share: each time the cache is copied."""
+
 
 @dataclass
-class Job:
-    """Rows for one controller: these items of the store, in this order."""
+class Part:
+    """A job's rows in one batch: of these positions among its items, which are n_rows in all."""
 
     controller: Controller
-    items: Sequence[int]
+    items: list[int]
+    row_B: list[int]
+    n_rows: int
 
 
 @dataclass
-class Step:
-    """One controller's action at one layer and token of one batch of rows."""
+class Running:
+    """What the next forward pass starts from."""
 
-    layer: int
-    token_index: int
-    rows: list[int]
-    alive_B: Tensor
-    action: Action
-    token_B: Tensor | None = None
+    token_R: Tensor
+    position_R: Tensor
+    key_RT: Tensor
+    valid_RT: Tensor
+    cache: DynamicCache
 
+    def step(self) -> None:
+        """Make room in the mask for the token that is fed next."""
+        self.key_RT = torch.cat([self.key_RT, self.position_R[:, None]], dim=1)
+        true_R1 = self.valid_RT.new_ones(len(self.valid_RT), 1)
+        self.valid_RT = torch.cat([self.valid_RT, true_R1], dim=1)
 
-@dataclass
-class Generation:
-    """A job's answers, in the order of its items, and its actions if they were recorded.
-
-    tokens: ids of each answer, the end token left out. steps: rows index into `tokens`.
-    """
-
-    tokens: list[list[int]]
-    texts: list[str]
-    steps: list[Step] = field(default_factory=list)
+    def keep(self, index_R: Tensor) -> None:
+        """Only these rows stay, and no column that is padding in all of them."""
+        self.token_R, self.position_R = self.token_R[index_R], self.position_R[index_R]
+        valid_RT = self.valid_RT[index_R]
+        first = int(valid_RT.any(dim=0).int().argmax())
+        self.key_RT, self.valid_RT = self.key_RT[index_R, first:], valid_RT[:, first:]
+        keep_rows(self.cache, index_R, first)
 
 
 class Decoding:
-    """Rows that go through the model together, each job's one after another.
+    """Rows that go through the model together, each part's one after another.
 
-    rows: each job's slice of the batch. stop: texts that end an answer.
+    tokens: of each row of the batch. steps: of each part. stop: texts that end an answer.
     """
 
     def __init__(
-        self, lm: LanguageModel, prompt: PromptBatch, jobs: list[Job], record: bool,
+        self, lm: LanguageModel, prompt: PromptBatch, parts: list[Part], record: bool,
         stop: Sequence[str] = (),
     ):  # fmt: skip
-        self.lm, self.prompt, self.jobs, self.record = lm, prompt, jobs, record
+        self.lm, self.prompt, self.parts, self.record = lm, prompt, parts, record
         self.stop = list(stop)
-        ends = torch.tensor([len(job.items) for job in jobs]).cumsum(0).tolist()
-        starts = [0, *ends[:-1]]
-        self.rows = [slice(a, b) for a, b in zip(starts, ends, strict=True)]
-        self.contexts = [
-            StepContext(
-                0,
-                list(job.items),
-                torch.empty(0),
-                prompt=PromptActs(prompt.store, prompt.items[rows]),
-            )
-            for job, rows in zip(jobs, self.rows, strict=True)
-        ]
-        self.alive_B = torch.ones(ends[-1], dtype=torch.bool, device=lm.device)
-        self.tokens: list[list[int]] = [[] for _ in range(ends[-1])]
-        self.steps: list[list[Step]] = [[] for _ in jobs]
+        n_rows = len(prompt.items)
+        self.rows: list[slice] = []  # of the rows still in the batch
+        self.contexts: list[StepContext] = []
+        at = 0
+        for part in parts:
+            rows = slice(at, at + len(part.items))
+            at = rows.stop
+            self.rows.append(rows)
+            self.contexts.append(
+                StepContext(
+                    0, list(part.items), torch.empty(0),
+                    prompt=PromptActs(prompt.store, prompt.items[rows]),
+                    row_B=torch.tensor(part.row_B, device=lm.device), n_rows=part.n_rows,
+                )
+            )  # fmt: skip
+        self.first_rows = list(self.rows)
+        self.place_R = list(range(n_rows))  # of the rows still there: their place in the batch
+        self.alive_R = torch.ones(n_rows, dtype=torch.bool, device=lm.device)
+        self.tokens: list[list[int]] = [[] for _ in range(n_rows)]
+        self.steps: list[list[Step]] = [[] for _ in parts]
 
     def run(self, max_new_tokens: int, choices: Sequence[int] | None) -> None:
         """Answer every row, greedily. Raises `UserError` where the model can't take that many."""
         self._check_room(max_new_tokens)
-        for job, context in zip(self.jobs, self.contexts, strict=True):
-            job.controller.begin(context)
+        for part, context in zip(self.parts, self.contexts, strict=True):
+            part.controller.begin(context)
         lm, prompt = self.lm, self.prompt
         steered = [
-            r for job in self.jobs if job.controller.steers for r in job.controller.sites.values()
+            site
+            for part in self.parts
+            if part.controller.steers
+            for site in part.controller.sites.values()
         ]
         # Up to the first steered residual the last prompt token is as the store has it.
         top = min(steered, default=lm.n_layers - 1)
-        one_token = max_new_tokens == 1
-        cache = prompt.cache(first_layer=top + 1 if one_token else 0, with_last=top + 1)
-        key_BT, valid_BT = prompt.key_BT, prompt.valid_BT
-        token_B, position_B = prompt.last_B, prompt.position_B
+        first_layer = top + 1 if max_new_tokens == 1 else 0
+        cache = prompt.cache(first_layer, with_last=top + 1, room=max_new_tokens)
+        now = Running(prompt.last_B, prompt.position_B, prompt.key_BT, prompt.valid_BT, cache)
         for index in range(max_new_tokens):
-            key_BT = torch.cat([key_BT, position_B[:, None]], dim=1)
-            valid_BT = torch.cat([valid_BT, valid_BT.new_ones(len(valid_BT), 1)], dim=1)
+            now.step()
             with ExitStack() as stack:
                 if index == 0:
                     stack.enter_context(lm.skipping(top, prompt.residual(top)))
                     self._show_prompt_residuals()
                 stack.enter_context(self._hooks(index))
-                hidden_BTD = lm.decoder(
-                    input_ids=token_B[:, None],
-                    attention_mask=lm.mask(position_B[:, None], key_BT, valid_BT),
-                    position_ids=position_B[:, None],
-                    past_key_values=cache,
+                hidden_RTD = lm.decoder(
+                    input_ids=now.token_R[:, None],
+                    attention_mask=lm.mask(now.position_R[:, None], now.key_RT, now.valid_RT),
+                    position_ids=now.position_R[:, None],
+                    past_key_values=now.cache,
                     use_cache=True,
                 ).last_hidden_state
-            token_B = self._next(hidden_BTD[:, -1], choices)
-            self._note_tokens(index, token_B)
-            if not self.alive_B.any():
+            now.token_R = self._next(hidden_RTD[:, -1], choices)
+            now.position_R = now.position_R + 1
+            self._note_tokens(index, now.token_R)
+            if not self.alive_R.any():
                 break
-            position_B = position_B + 1
+            if index + 1 < max_new_tokens:
+                self._drop_ended(now)
+        for part, context in zip(self.parts, self.contexts, strict=True):
+            part.controller.end(context)
 
     def _check_room(self, max_new_tokens: int) -> None:
         longest, limit = int(self.prompt.position_B.max()) + 1, self.lm.max_positions
@@ -126,23 +146,41 @@ class Decoding:
                 f"{limit} positions of {self.lm.name}; lower task.max_new_tokens"
             )
 
+    def _drop_ended(self, now: Running) -> None:
+        """Let the rows go whose answers have ended, if they are enough."""
+        index_R = self.alive_R.nonzero()[:, 0]
+        if len(index_R) > COMPACT_BELOW * len(self.alive_R):
+            return
+        now.keep(index_R)
+        at = 0
+        for part, context in enumerate(self.contexts):
+            alive = self.alive_R[self.rows[part]]
+            context.alive_B = alive
+            context.keep(alive.nonzero()[:, 0])
+            self.rows[part] = slice(at, at + len(context.items))
+            at = self.rows[part].stop
+        self.place_R = [self.place_R[i] for i in index_R.tolist()]
+        self.alive_R = self.alive_R[index_R]
+
     def _show_prompt_residuals(self) -> None:
-        """Controllers that only look get the stored residuals, which no other job can change."""
-        for job_index, job in enumerate(self.jobs):
-            if job.controller.steers:
+        """Controllers that only look get the stored residuals, which no other one can change."""
+        for index, part in enumerate(self.parts):
+            if part.controller.steers:
                 continue
-            for layer, site in job.controller.sites.items():
-                self._act(job_index, layer, self.prompt.residual(site)[self.rows[job_index]], 0)
+            for layer, site in part.controller.sites.items():
+                self._act(index, layer, self.prompt.residual(site)[self.rows[index]], 0)
 
     @contextmanager
     def _hooks(self, token_index: int) -> Iterator[None]:
         """Controllers at their layers for one forward pass; always removed."""
         sites: dict[int, list[tuple[int, int]]] = {}
-        for job_index, job in enumerate(self.jobs):
-            if token_index == 0 and not job.controller.steers:
+        for index, part in enumerate(self.parts):
+            if token_index == 0 and not part.controller.steers:
                 continue
-            for layer, site in job.controller.sites.items():
-                sites.setdefault(site, []).append((job_index, layer))
+            if self.rows[index].start == self.rows[index].stop:
+                continue
+            for layer, site in part.controller.sites.items():
+                sites.setdefault(site, []).append((index, layer))
         handles = []
         try:
             for site, who in sites.items():
@@ -153,72 +191,59 @@ class Decoding:
                 handle.remove()
 
     def _steer(self, who: list[tuple[int, int]], token_index: int) -> Callable[[Tensor], Tensor]:
-        def steer(hidden_BTD: Tensor) -> Tensor:
-            steered_BTD = hidden_BTD
-            for job_index, layer in who:
-                rows = self.rows[job_index]
-                action = self._act(job_index, layer, hidden_BTD[rows, -1], token_index)
-                if action is None or not self.jobs[job_index].controller.steers:
+        def steer(hidden_RTD: Tensor) -> Tensor:
+            steered_RTD = hidden_RTD
+            for index, layer in who:
+                rows = self.rows[index]
+                action = self._act(index, layer, hidden_RTD[rows, -1], token_index)
+                if action is None or not self.parts[index].controller.steers:
                     continue
-                if steered_BTD is hidden_BTD:
-                    steered_BTD = hidden_BTD.clone()
-                steered_BTD[rows, -1] += action.delta_BD.to(hidden_BTD.dtype)
-            return steered_BTD
+                if steered_RTD is hidden_RTD:
+                    steered_RTD = hidden_RTD.clone()
+                steered_RTD[rows, -1] += action.delta_BD.to(hidden_RTD.dtype)
+            return steered_RTD
 
         return steer
 
-    def _act(self, job_index: int, layer: int, x_BD: Tensor, token_index: int) -> Action | None:
-        context = self.contexts[job_index]
-        rows = self.rows[job_index]
-        context.token_index, context.alive_B = token_index, self.alive_B[rows]
-        action = self.jobs[job_index].controller.act(layer, x_BD, context)
+    def _act(self, index: int, layer: int, x_BD: Tensor, token_index: int) -> Action | None:
+        context = self.contexts[index]
+        context.token_index, context.alive_B = token_index, self.alive_R[self.rows[index]]
+        action = self.parts[index].controller.act(layer, x_BD, context)
         if self.record and action is not None:
-            own = list(range(rows.stop - rows.start))
-            step = Step(layer, token_index, own, context.alive_B.clone(), action)
-            self.steps[job_index].append(step)
+            rows = context.row_B.tolist()
+            self.steps[index].append(Step(layer, token_index, rows, context.alive_B, action))
         return action
 
     def _next(self, hidden_BD: Tensor, choices: Sequence[int] | None) -> Tensor:
         best_B = self.lm.logits(hidden_BD, choices).argmax(dim=-1)
         return best_B if choices is None else torch.as_tensor(choices, device=best_B.device)[best_B]
 
-    def _note_tokens(self, token_index: int, token_B: Tensor) -> None:
-        for job_index, rows in enumerate(self.rows):
-            for step in reversed(self.steps[job_index]):
+    def _note_tokens(self, token_index: int, token_R: Tensor) -> None:
+        for index, rows in enumerate(self.rows):
+            for step in reversed(self.steps[index]):
                 if step.token_index != token_index:
                     break
-                step.token_B = token_B[rows]
-        ended = self.lm.eos_ids
+                step.token_B = token_R[rows]
+        ended, eos_ids = torch.zeros_like(self.alive_R), self.lm.eos_ids
         for row, (token, alive) in enumerate(
-            zip(token_B.tolist(), self.alive_B.tolist(), strict=True)
+            zip(token_R.tolist(), self.alive_R.tolist(), strict=True)
         ):
-            if alive and token in ended:
-                self.alive_B[row] = False
+            if alive and token in eos_ids:
+                ended[row] = True
             elif alive:
-                self.tokens[row].append(token)
+                self.tokens[self.place_R[row]].append(token)
+        # A new tensor: the recorded steps hold the one of the tokens that they were at.
+        self.alive_R = self.alive_R & ~ended
         if self.stop:
             self._end_at_stops()
 
     def _end_at_stops(self) -> None:
         """End the answers that have just written a stop text. Only their last tokens are read."""
-        rows = self.alive_B.nonzero()[:, 0].tolist()
+        rows = self.alive_R.nonzero()[:, 0].tolist()
         # A token may be a single byte, and the one before tells how the first is to be spelt.
         n_tokens = 1 + max(len(text.encode()) for text in self.stop)
-        tails = [self.tokens[row][-n_tokens:] for row in rows]
+        tails = [self.tokens[self.place_R[row]][-n_tokens:] for row in rows]
         texts = self.lm.tokenizer.batch_decode(tails, skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
             if cut_at(text, self.stop) != text:
-                self.alive_B[row] = False
-
-    def hand_over(self, result: Generation, rows: slice, offset: int) -> None:
-        """Append these rows' answers and actions to their job's result."""
-        job_index = self.rows.index(rows)
-        result.tokens.extend(self.tokens[rows])
-        for step in self.steps[job_index]:
-            step.rows = [offset + row for row in step.rows]
-            result.steps.append(step)
-
-
-def cut_at(text: str, stop: Sequence[str]) -> str:
-    """`text` before the first of the stop texts in it."""
-    return text[: min((at for one in stop if (at := text.find(one)) >= 0), default=len(text))]
+                self.alive_R[row] = False

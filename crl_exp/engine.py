@@ -8,42 +8,55 @@ its own rows; the model runs once for all of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from crl_exp.decode import Decoding, Generation, Job, cut_at
+from crl_exp.batching import BatchSize, batches, bytes_to_decode
+from crl_exp.decode import Decoding, Part
 from crl_exp.errors import UserError
+from crl_exp.generation import Generation, Job, cut_at, joined
 from crl_exp.models import LanguageModel
 from crl_exp.prompts import Progress, PromptBatch, PromptStore, common_prefix
 
 log = logging.getLogger(__name__)
+AUTO_ITEMS = 128
 
 
 @dataclass
 class EngineConfig:
     """How prompts are read and answers generated.
 
-    batch_size: rows that go through the model together.
+    batch_size: rows that go through the model together; auto: as many as fit into memory.
     keep_gib: memory for kept prompts, GiB; a split that needs more is read again for each batch.
     """
 
-    batch_size: int
+    batch_size: Any  # int or "auto": OmegaConf can't merge a union into a section still missing
     keep_gib: float
 
+    @property
+    def items_together(self) -> int:
+        """Items that a pass over a split takes at a time."""
+        return self.batch_size if isinstance(self.batch_size, int) else AUTO_ITEMS
+
     def faults(self) -> list[str]:
-        found = []
-        if self.batch_size < 1:
-            found.append(f"engine.batch_size={self.batch_size}: must be at least 1")
+        found, size = [], self.batch_size
+        number = isinstance(size, int) and not isinstance(size, bool)
+        if size != "auto" and not (number and size >= 1):
+            found.append(f"engine.batch_size={size}: must be at least 1, or auto")
         if not self.keep_gib >= 0:
             found.append(f"engine.keep_gib={self.keep_gib}: must be 0 or more")
         return found
 
 
 class Prompts(Protocol):
-    """A split's prompts, kept or read anew for each batch."""
+    """A split's prompts, kept or read anew for each batch. prompts: their token ids."""
+
+    @property
+    def prompts(self) -> Sequence[Sequence[int]]: ...
 
     def __len__(self) -> int: ...
 
@@ -53,14 +66,14 @@ class Prompts(Protocol):
 class StreamedPrompts:
     """Prompts too many to keep: each batch is read when it is asked for."""
 
-    def __init__(self, lm: LanguageModel, prompts: Sequence[Sequence[int]], batch_size: int):
-        self.lm, self.prompts, self.batch_size = lm, prompts, batch_size
+    def __init__(self, lm: LanguageModel, prompts: Sequence[Sequence[int]], size: BatchSize):
+        self.lm, self.prompts, self.size = lm, prompts, size
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def batch(self, items: Sequence[int]) -> PromptBatch:
-        store = PromptStore(self.lm, [self.prompts[i] for i in items], self.batch_size)
+        store = PromptStore(self.lm, [self.prompts[i] for i in items], self.size)
         return store.batch(range(len(items)))
 
 
@@ -70,6 +83,7 @@ class Engine:
     def __init__(self, lm: LanguageModel, config: EngineConfig):
         self.lm = lm
         self.config = config
+        self.batch_size = BatchSize(config.batch_size)
 
     def read(
         self, prompts: Sequence[Sequence[int]], progress: Progress | None = None
@@ -91,8 +105,8 @@ class Engine:
                 "every batch, which is slow; raise engine.keep_gib if there is memory for it",
                 len(prompts), needed, self.config.keep_gib,
             )  # fmt: skip
-            return StreamedPrompts(self.lm, prompts, self.config.batch_size)
-        return PromptStore(self.lm, prompts, self.config.batch_size, progress)
+            return StreamedPrompts(self.lm, prompts, self.batch_size)
+        return PromptStore(self.lm, prompts, self.batch_size, progress)
 
     def _kept_bytes(self, prompts: Sequence[Sequence[int]]) -> int:
         """Memory of the kept prompts: keys and values of each token, one residual a site."""
@@ -101,6 +115,11 @@ class Engine:
         per_token = 2 * self.lm.n_layers * self.lm.d_kv
         per_prompt = (self.lm.n_layers + 1) * self.lm.d_model
         return (n_tokens * per_token + len(prompts) * per_prompt) * self.lm.dtype.itemsize
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While something that runs share is made. Nothing to do here; see `crl_exp.packing`."""
+        yield
 
     @torch.no_grad()
     def generate(
@@ -118,24 +137,56 @@ class Engine:
         choices: restrict the first token to these ids (then one token is generated).
         record: keep every action (`Generation.steps`).
         stop: texts that end an answer; its text is cut before the first of them.
-        Returns one `Generation` a job. Raises `UserError` where a job has no items.
+        Returns one `Generation` a job. What else is in a batch changes an answer's residuals by
+        rounding alone. Raises `UserError` where a job has no items, or a batch doesn't fit into
+        memory and `engine.batch_size` is a number.
         """
         assert max_new_tokens >= 1
         if any(len(job.items) == 0 for job in jobs):
             raise UserError("nothing to generate: a job has no items")
-        results = [Generation([], []) for _ in jobs]
-        share = max(1, self.config.batch_size // len(jobs))
-        for at in range(0, max(len(job.items) for job in jobs), share):
-            part = [Job(job.controller, list(job.items[at : at + share])) for job in jobs]
-            present = [i for i, job in enumerate(part) if job.items]
-            prompt = prompts.batch([item for i in present for item in part[i].items])
-            batch = Decoding(self.lm, prompt, [part[i] for i in present], record, stop)
-            batch.run(1 if choices else max_new_tokens, choices)
-            for index, rows in zip(present, batch.rows, strict=True):
-                batch.hand_over(results[index], rows, at)
+        new_tokens = 1 if choices else max_new_tokens
+        results = [Generation([[] for _ in job.items], []) for job in jobs]
+
+        def play(rows: list[tuple[int, int]]) -> None:
+            self._play(prompts, jobs, rows, results, new_tokens, choices, record, stop)
             if progress:
-                progress(sum(len(job.items) for job in part))
+                progress(len(rows))
+
+        lengths = [[len(prompts.prompts[item]) for item in job.items] for job in jobs]
+        longest = max(max(own) for own in lengths)
+        size = self.batch_size.rows(
+            bytes_to_decode(self.lm, longest + new_tokens), self.lm.device
+        )  # fmt: skip
+        self.batch_size.play(batches(lengths, size), play)
         for result in results:
             texts = self.lm.tokenizer.batch_decode(result.tokens, skip_special_tokens=True)
             result.texts = [cut_at(text, stop) for text in texts]
+            result.steps = joined(result.steps)
         return results
+
+    def _play(
+        self,
+        prompts: Prompts,
+        jobs: Sequence[Job],
+        rows: list[tuple[int, int]],
+        results: list[Generation],
+        new_tokens: int,
+        choices: Sequence[int] | None,
+        record: bool,
+        stop: Sequence[str],
+    ) -> None:
+        """Decode one batch of (job, position among its items) and take its answers into results."""
+        parts: dict[int, Part] = {}
+        for index, at in rows:
+            job = jobs[index]
+            part = parts.setdefault(index, Part(job.controller, [], [], len(job.items)))
+            part.items.append(job.items[at])
+            part.row_B.append(at)
+        prompt = prompts.batch([item for part in parts.values() for item in part.items])
+        batch = Decoding(self.lm, prompt, list(parts.values()), record, stop)
+        batch.run(new_tokens, choices)
+        for (index, at), tokens in zip(rows, batch.tokens, strict=True):
+            results[index].tokens[at] = tokens
+        for index, steps in zip(parts, batch.steps, strict=True):
+            living = (step.living() for step in steps)
+            results[index].steps += [step for step in living if step.rows]

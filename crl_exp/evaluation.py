@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from crl_exp.answers import Answers
 from crl_exp.controllers.base import Controller, Unsteered
-from crl_exp.lab import Answers, Lab
+from crl_exp.files import replacing
+from crl_exp.lab import Lab
 from crl_exp.statistics import compare
 from crl_exp.tasks.base import Item
 
@@ -46,8 +48,9 @@ def evaluate_split(lab: Lab, controller: Controller, split: str) -> tuple[dict[s
     if isinstance(controller, Unsteered):
         steered = baseline
     else:
-        with lab.bar(f"steered on {split}", len(lab.prompts(split))) as advance:
-            steered = lab.answer(controller, split, record=True, advance=advance)
+        steered = lab.kept_answers(
+            f"steered_{split}", f"steered on {split}", controller, split, record=True
+        )
     changed = changed_outputs(baseline, steered)
     was, now = (answers.reward_B.double().numpy() for answers in (baseline, steered))
     figures = asdict(compare(was, now, changed))
@@ -110,23 +113,18 @@ def _interventions(lab: Lab, split: str, answers: Answers) -> pa.Table:
     items = lab.splits.named()[split]
     changed = changed_outputs(lab.baseline(split), answers)
     columns: dict[str, list] = {name: [] for name in INTERVENTIONS.names}
-    for step in answers.generation.steps:
-        action = step.action
-        features, coefficients = action.feature_idx_BK.tolist(), action.coefficient_BK.tolist()
-        delta_norms = action.delta_BD.norm(dim=1).tolist()
-        assert step.token_B is not None
-        tokens = step.token_B.tolist()
+    for one in answers.steered:
+        features, coefficients = one.feature_idx_NK.tolist(), one.coefficient_NK.tolist()
+        delta_norms, tokens = one.delta_norm_N.tolist(), one.token_N.tolist()
         nothing = [None] * len(tokens)
-        log_probs = nothing if action.log_prob_B is None else action.log_prob_B.tolist()
-        values = nothing if action.value_B is None else action.value_B.tolist()
-        for i, row in enumerate(step.rows):
-            if not step.alive_B[i]:
-                continue
+        log_probs = nothing if one.log_prob_N is None else one.log_prob_N.tolist()
+        values = nothing if one.value_N is None else one.value_N.tolist()
+        for i, row in enumerate(one.rows):
             kept = [k for k, feature in enumerate(features[i]) if feature >= 0]
             columns["split"].append(split)
             columns["item"].append(items[row].item_id)
-            columns["token_index"].append(step.token_index)
-            columns["layer"].append(step.layer)
+            columns["token_index"].append(one.token_index)
+            columns["layer"].append(one.layer)
             columns["token"].append(tokens[i])
             columns["features"].append([features[i][k] for k in kept])
             columns["coefficients"].append([coefficients[i][k] for k in kept])
@@ -138,21 +136,20 @@ def _interventions(lab: Lab, split: str, answers: Answers) -> pa.Table:
 
 
 def _write_interventions(path: Path, tables: list[pa.Table]) -> None:
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.concat_tables(tables), partial, compression="zstd")
-    partial.replace(path)
+    with replacing(path, path.with_suffix(".partial")) as file:
+        pq.write_table(pa.concat_tables(tables), file, compression="zstd")
 
 
 def _unsteered(answers: Answers) -> float | None:
     """Share of the tokens, of all layers, at which the controller found nothing to add; null for
     the unsteered model."""
     empty, n = 0, 0
-    for step in answers.generation.steps:
-        chosen_BK = step.action.feature_idx_BK[step.alive_B]
-        if chosen_BK.shape[1] == 0:  # a direction that is no feature
+    for one in answers.steered:
+        chosen_NK = one.feature_idx_NK
+        if chosen_NK.shape[1] == 0:  # a direction that is no feature
             continue
-        empty += int((chosen_BK < 0).all(dim=1).sum())
-        n += len(chosen_BK)
+        empty += int((chosen_NK < 0).all(dim=1).sum())
+        n += len(chosen_NK)
     return empty / n if n else None
 
 
@@ -160,13 +157,13 @@ def _used(answers: Answers) -> Used:
     """By layer and feature: tokens at which it was added, and its mean coefficient."""
     count: Counter[tuple[int, int]] = Counter()
     total: Counter[tuple[int, int]] = Counter()
-    for step in answers.generation.steps:
-        features = step.action.feature_idx_BK[step.alive_B].flatten().tolist()
-        coefficients = step.action.coefficient_BK[step.alive_B].flatten().tolist()
+    for one in answers.steered:
+        features = one.feature_idx_NK.flatten().tolist()
+        coefficients = one.coefficient_NK.flatten().tolist()
         for feature, coefficient in zip(features, coefficients, strict=True):
             if feature >= 0:
-                count[step.layer, feature] += 1
-                total[step.layer, feature] += coefficient
+                count[one.layer, feature] += 1
+                total[one.layer, feature] += coefficient
     used: Used = {}
     for (layer, feature), n in count.most_common():
         mean = total[layer, feature] / n

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -14,12 +12,18 @@ import torch
 from omegaconf import DictConfig
 
 from crl_exp import config as configs
+from crl_exp import preemption
 from crl_exp.code_state import note_code
 from crl_exp.config import Experiment
+from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
 from crl_exp.evaluation import evaluate
+from crl_exp.heartbeat import PHASES, beating
 from crl_exp.lab import Lab
 from crl_exp.methods import NoSteering
+from crl_exp.models import LanguageModel
+from crl_exp.records import Record
+from crl_exp.run_status import RETRIED, HeldError
 from crl_exp.runs import RunDirectory, write_json
 from crl_exp.tracker import Tracker
 
@@ -27,47 +31,87 @@ log = logging.getLogger(__name__)
 VERSIONS = ("crl_exp", "torch", "transformers", "sae-lens", "mlflow", "hydra-core")
 
 
-def run_experiment(config: DictConfig, skip_finished: bool) -> dict[str, Any]:
+MakeEngine = Callable[[LanguageModel, EngineConfig], Engine]
+
+
+def run_experiment(
+    config: DictConfig, skip_finished: bool, make_engine: MakeEngine = Engine, packed: int = 1
+) -> dict[str, Any] | None:
     """Run one composed config in its run directory; returns its result.
 
     skip_finished: a finished run's result is returned (in a sweep) instead of being an error.
-    Raises `UserError` for whatever the user can mend.
+    make_engine, packed: of a pack of runs, and how many they are; see `crl_exp.packing`.
+    Returns None where the run is left alone: with resume=retry unless it failed, was lost or
+    cancelled, and in a sweep where another process has it.
+    Raises `UserError` for whatever the user can mend; asked to end early, `Preempted`.
     """
     exp = configs.experiment(config)
     layers = configs.validate(exp)
     run = RunDirectory(config)
-    done = run.result()
-    if done is not None and exp.resume != "force":
-        if skip_finished:
-            log.info("already finished, skipped: %s", run.path)
-            return done
+    if exp.resume == "retry" and (state := Record(run.path).state) not in RETRIED:
+        log.info("%s, left alone by resume=retry: %s", state, run.path)
+        return None
+    try:
+        with preemption.guard(), run.held():
+            # Only now: until here another process may have been at it.
+            done = run.result()
+            if done is not None and not run.anew:
+                _already(run, skip_finished)
+                return done
+            return _attempt(exp, layers, run, make_engine, packed)
+    except HeldError as error:
+        if not skip_finished:
+            raise
+        log.info("left alone: %s", error)
+        return None
+
+
+def _already(run: RunDirectory, skip_finished: bool) -> None:
+    if run.status().get("state") != "done":
+        run.set_status("done")  # killed between its result and its status
+    if not skip_finished:
         raise UserError(
             f"this run is already finished: {run.result_path}. "
             "Add resume=force to run it again from the start"
         )
+    log.info("already finished, skipped: %s", run.path)
+
+
+def _attempt(
+    exp: Experiment, layers: list[int], run: RunDirectory, make_engine: MakeEngine, packed: int
+) -> dict[str, Any]:
     # The tracker outlives the directory's status: a failed run belongs in MLflow too.
-    with Tracker(run, exp.tracking) as tracker, run.opened():
+    with (
+        Tracker(run, exp.tracking) as tracker,
+        run.recorded(),
+        beating(run.path / "heartbeat.json", run.progress),
+    ):
         code = note_code(run.path)
         tracker.start()
-        result = _run(exp, layers, run) | code
+        result = _run(exp, layers, run, make_engine) | code | {"packed": packed}
         write_json(run.result_path, result)
+        run.clear_answers()
     return result
 
 
-def _run(exp: Experiment, layers: list[int], run: RunDirectory) -> dict[str, Any]:
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "load"):
-        lab = Lab(exp, layers, run)
+def _run(
+    exp: Experiment, layers: list[int], run: RunDirectory, make_engine: MakeEngine
+) -> dict[str, Any]:
+    timed = run.progress.timed
+    with timed("load"):
+        lab = Lab(exp, layers, run, make_engine)
+        preemption.check()
     write_json(run.path / "data.json", lab.splits.facts())
-    with _timed(seconds, "warmup"):
+    with timed("warmup"):
         if not isinstance(exp.method, NoSteering):
             lab.statistics()
-    with _timed(seconds, "train"):
+    with timed("train"):
         controller, layers = exp.layers.prepare(lab)
-    with _timed(seconds, "evaluate"):
+    with timed("evaluate"):
         figures, used = evaluate(lab, controller)
     write_json(run.path / "features.json", _features(lab, used))
     result = _identity(exp, layers, run, lab) | figures
+    seconds = {phase: run.progress.seconds[phase] for phase in PHASES}
     result |= {"notes": lab.notes, "warnings": lab.warnings, "seconds": seconds}
     result["peak_memory_bytes"] = peak_memory_bytes()
     result["versions"] = {name: version(name) for name in VERSIONS}
@@ -130,10 +174,3 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[name] = round(time.perf_counter() - started, 3)

@@ -1,74 +1,44 @@
-"""A sweep's figure by layer: what steering there gains. Type is 9 pt in print."""
+"""A sweep's figures of what steering gains: by layer, and by option."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from crl_exp.comparison import Row, SweepComparison, split
-from crl_exp.tables import layers_text
+from crl_exp.figure_style import (
+    COLOURS,
+    COLUMN_INCHES,
+    DASHES,
+    legend_below,
+    look,
+    save,
+    style,
+    wrapped,
+)
+from crl_exp.table_cells import row_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLUMN_INCHES = 3.5  # a column of a two-column paper
-LEGEND_CHARACTERS = 42  # that fit it
-# Okabe and Ito's palette, which colour-blind readers tell apart; black is kept for axes.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ((0, (1, 1.5)), (0, (5, 2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
-FIXED_COLOURS = {"crl": 0, "corrsteer_s": 1, "corrsteer_a": 2, "corrsteer_p": 3, "random": 6}
-STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 9,
-    "ytick.labelsize": 9, "legend.fontsize": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "savefig.dpi": 300, "figure.dpi": 150, "legend.frameon": False,
-    "axes.linewidth": 0.8, "lines.linewidth": 1.4, "figure.constrained_layout.use": True,
-}  # fmt: skip
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    import matplotlib
+def by_layer(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
+    """Difference to the unsteered model by steered layer, a panel for each test set.
 
-    matplotlib.use("Agg")
-    with matplotlib.rc_context(STYLE):
-        yield
-
-
-def look(sweep: SweepComparison) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each family. A method's first family has the method's own, the others
-    what is free; shuffled labels look like the method's first (and are drawn hollow)."""
-    of_method: dict[str, int] = {}
-    for row in sweep.rows:
-        spare = [i for i in range(len(COLOURS)) if i not in FIXED_COLOURS.values()]
-        of_method.setdefault(row.method, FIXED_COLOURS.get(row.method, spare[0]))
-    free = [i for i in range(len(COLOURS)) if i not in of_method.values()]
-    looks, seen = {}, set()
-    for family, rows in sweep.families.items():
-        method = rows[0].method
-        number = of_method[method]
-        if method in seen and not rows[0].shuffled:
-            number = free.pop(0) if free else (number + len(looks)) % len(COLOURS)
-        seen.add(method)
-        looks[family] = (COLOURS[number], MARKERS[number])
-    return looks
-
-
-def by_layer(sweep: SweepComparison, path: Path) -> None:
-    """Difference to the unsteered model by steered layer, a panel for each test set."""
+    Not drawn where nothing is steered, nor for many options at one layer (`by_option` is).
+    """
     sets: list[str | None] = [None, *sweep.test_sets]
+    steered = [row for row in sweep.rows if row.method != "none"]
+    layers = {row.layers for row in steered if row.single}
+    if not steered or (len(layers) < 2 and len(sweep.families) > len(COLOURS)):
+        return False
     import matplotlib.pyplot as plt
 
     with style():
-        shown = [row for row in sweep.rows if row.method != "none"]
-        labels = [row.family for row in shown if len(row.layers) > 1]
-        labels += {row.family for row in shown if len(row.layers) == 1}
+        labels = [row.family for row in steered if not row.single]
+        labels += {row.family for row in steered if row.single}
         lines = sum(1 + wrapped(label).count("\n") for label in labels)
         height = (2.5 if len(sets) == 1 else 2.0) * len(sets) + 0.8 + 0.19 * lines
         figure, axes = plt.subplots(
@@ -80,8 +50,7 @@ def by_layer(sweep: SweepComparison, path: Path) -> None:
             axis.set_title(_panel_title(sweep, name))
         axes[-1, 0].set_xlabel("steered layer")
         legend_below(figure, axes, columns=1)
-        figure.savefig(path)
-        plt.close(figure)
+        return save(figure, paths)
 
 
 def _panel_title(sweep: SweepComparison, name: str | None) -> str:
@@ -96,15 +65,15 @@ def _layer_panel(axis: Axes, sweep: SweepComparison, name: str | None) -> None:
     from matplotlib.ticker import MaxNLocator
 
     shown = [row for row in sweep.rows if row.method != "none"]
-    layers = sorted({row.layers[0] for row in shown if len(row.layers) == 1})
-    together = [row for row in shown if len(row.layers) > 1]
+    layers = sorted({row.layers[0] for row in shown if row.single})
+    together = [row for row in shown if not row.single]
     gap = min(np.diff(layers), default=1)
-    families = list(dict.fromkeys(row.family for row in shown if len(row.layers) == 1))
+    families = list(dict.fromkeys(row.family for row in shown if row.single))
     looks = look(sweep)
     axis.axhline(0, color="black", linewidth=0.8)
     for i, family in enumerate(families):
         shift = gap * 0.13 * (i - (len(families) - 1) / 2)
-        rows = [row for row in shown if row.family == family and len(row.layers) == 1]
+        rows = [row for row in shown if row.family == family and row.single]
         _layer_points(axis, rows, name, shift, looks[family])
         for row in sweep.chosen.intersection(rows):
             axis.plot(
@@ -137,7 +106,9 @@ def _together(
     for i, row in enumerate(rows):
         x = end + step * (i - (len(rows) - 1) / 2)
         colour, marker = looks[row.family]
-        which = f"all {len(row.layers)} layers" if alike else f"layers {layers_text(row.layers)}"
+        plural = "" if row.alternatives else "s"
+        which = f"layer{plural} {row_layers(row)}"
+        which = f"all {len(row.layers)} layers" if alike and plural else which
         mean, (low, high) = _mean(row, name), _in_points(row.interval(name), name)
         axis.axhline(mean, color=colour, linestyle=DASHES[i % len(DASHES)], linewidth=0.8)
         axis.errorbar(
@@ -182,23 +153,3 @@ def _mean(row: Row, name: str | None) -> float:
 def _in_points(interval: tuple[float, float], name: str | None) -> tuple[float, float]:
     low, high = sorted(_sign(name) * 100 * end for end in interval)
     return low, high
-
-
-def wrapped(label: str) -> str:
-    """A label over as many lines as the legend needs."""
-    return textwrap.fill(label, LEGEND_CHARACTERS, subsequent_indent="  ")
-
-
-def legend_below(figure: Figure, axes: np.ndarray, columns: int) -> None:
-    """One legend for all panels; points before lines."""
-    from matplotlib.lines import Line2D
-
-    found: dict[str, Any] = {}
-    for axis in axes.flat:
-        handles, labels = axis.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
-    # Error bars are containers, all else is lines; sorting is stable.
-    ordered = sorted(found.items(), key=lambda item: isinstance(item[1], Line2D))
-    labels = [wrapped(label) for label, _ in ordered]
-    handles = [handle for _, handle in ordered]
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns)

@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from crl_exp import preemption
+from crl_exp.answers import AnswerBook, Answers, batches
 from crl_exp.config import Experiment
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.controllers.vector import FixedVectors
-from crl_exp.engine import Engine, Generation, Job, Prompts
-from crl_exp.models import load_model
+from crl_exp.engine import Engine, EngineConfig, Prompts
+from crl_exp.generation import Generation, Job
+from crl_exp.measuring import measure_of, warn_of_one_outcome
+from crl_exp.models import LanguageModel, load_model
+from crl_exp.preemption import Pace
 from crl_exp.probe import checked
 from crl_exp.runs import RunDirectory, content_key
 from crl_exp.saes import LayerSAE, load_saes
-from crl_exp.tasks.base import Score, Splits
+from crl_exp.tasks.base import Splits
 from crl_exp.terminal import progress_bar
-from crl_exp.warmup import STATISTICS_FORMAT, LayerStatistics, measure, shared_statistics
+from crl_exp.warmup import STATISTICS_FORMAT, LayerStatistics, shared_statistics
 
 log = logging.getLogger(__name__)
 
@@ -46,27 +52,16 @@ def _shared(kind: str, key: Any, make: Callable[[], Any], keep: int) -> Any:
     return kept[name]
 
 
-@dataclass
-class Answers:
-    """A controller's answers to items of a split, scored."""
-
-    generation: Generation
-    scores: list[Score]
-
-    @property
-    def reward_B(self) -> Tensor:
-        return torch.tensor([score.reward for score in self.scores])
-
-    @property
-    def invalid(self) -> float:
-        """Share of answers that could not be read as one."""
-        return sum(not score.valid for score in self.scores) / len(self.scores)
-
-
 class Lab:
     """Everything that a method and the evaluation need of one experiment."""
 
-    def __init__(self, exp: Experiment, layers: list[int], run: RunDirectory):
+    def __init__(
+        self,
+        exp: Experiment,
+        layers: list[int],
+        run: RunDirectory,
+        make_engine: Callable[[LanguageModel, EngineConfig], Engine] = Engine,
+    ):
         self.exp, self.run = exp, run
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
@@ -74,13 +69,8 @@ class Lab:
         self.model_key = asdict(exp.model)
         self.engine_key = [self.model_key, asdict(exp.engine)]
         self.lm = _shared("model", self.model_key, lambda: checked(load_model(exp.model)), keep=1)
-        self.engine = Engine(self.lm, exp.engine)
-        self.saes: dict[int, LayerSAE] = _shared(
-            "saes",
-            [self.model_key, asdict(exp.sae), layers],
-            lambda: load_saes(exp.sae, layers, self.lm.d_model, self.lm.name, self.lm.device),
-            keep=8,
-        )
+        self.engine = make_engine(self.lm, exp.engine)
+        self.saes: dict[int, LayerSAE] = {layer: self._sae(layer) for layer in layers}
         for sae in self.saes.values():
             for warning in sae.warnings:
                 self.warn(warning)
@@ -89,6 +79,15 @@ class Lab:
         choices = exp.task.constrained_to
         self.choices = None if choices is None else self.lm.choice_ids(choices)
         self._statistics: dict[int, LayerStatistics] | None = None
+        self._asked = 0  # times that a controller was tried on validation
+
+    def _sae(self, layer: int) -> LayerSAE:
+        exp, lm = self.exp, self.lm
+
+        def load() -> LayerSAE:
+            return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
+
+        return _shared("sae", [self.model_key, asdict(exp.sae), layer], load, keep=64)
 
     def warn(self, message: str) -> None:
         """Say it now and keep it in the result."""
@@ -109,10 +108,23 @@ class Lab:
         part.run = self.run.part(f"layer_{layer}")
         part.notes = {}
         part._statistics = None
+        part._asked = 0
         return part
 
-    def bar(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        return progress_bar(what, total)
+    @contextmanager
+    def bar(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """A progress bar, told by the heartbeat too. done: steps of an earlier attempt."""
+        told = self.run.progress
+        told.begin(what, total)
+        with progress_bar(what, total) as bar:
+
+            def advance(n: int) -> None:
+                told.advance(n)
+                bar(n)
+
+            advance(done)
+            told.known(done)
+            yield advance
 
     def fixed(self, steers: list[Steer]) -> Controller:
         return FixedFeatures(steers, self.saes, self.exp.decay)
@@ -131,7 +143,12 @@ class Lab:
         def read() -> Prompts:
             ids = [self.lm.prompt_ids(item.user, chat) for item in items]
             with self.bar(f"reading {split} prompts", len(ids)) as advance:
-                return self.engine.read(ids, advance)
+
+                def progress(n: int) -> None:
+                    advance(n)
+                    preemption.check()  # prompts are read anew by every attempt
+
+                return self.engine.read(ids, progress)
 
         users = [item.user for item in items]
         return _shared("prompts", [self.engine_key, chat, users], read, keep=6)
@@ -154,14 +171,36 @@ class Lab:
         asked = [self.splits.named()[split][i] for i in chosen]
         return Answers(generation, self.exp.task.score(asked, generation.texts))
 
+    def kept_answers(
+        self, name: str, what: str, controller: Controller, split: str, record: bool = False
+    ) -> Answers:
+        """Answers to a whole split, saved under a name as they come and read back from there.
+
+        record: what was added at each token too (`Answers.steered`).
+        """
+        book = AnswerBook(self.run.answers / name, self.run.key)
+        whole, pace = book.load(), Pace(self.exp.checkpoint)
+        n, first = len(self.splits.named()[split]), len(whole.scores)
+        if first < n:
+            self.prompts(split)
+            with self.bar(what, n, first) as advance:
+                for items in batches(first, n, self.exp.engine.items_together):
+                    batch = self.answer(controller, split, items, record).compact()
+                    book.add(batch)
+                    whole.append(batch)
+                    advance(len(items))
+                    pace.after_step(book.save)
+            book.save()
+        return whole
+
     def baseline(self, split: str) -> Answers:
         """The unsteered model's answers to a split, generated once a process."""
         key = [self.engine_key, asdict(self.exp.task), split]
+        name, what = f"unsteered_{split}", f"unsteered on {split}"
 
         def make() -> Answers:
-            n = len(self.prompts(split))
-            with self.bar(f"unsteered on {split}", n) as advance:
-                return self.answer(Unsteered(), split, advance=advance)
+            with self.engine.alone():
+                return self.kept_answers(name, what, Unsteered(), split)
 
         return _shared("baseline", key, make, keep=16)
 
@@ -171,10 +210,24 @@ class Lab:
         return answers.generation, answers.reward_B.to(self.lm.device)
 
     def validation_reward(self, controller: Controller) -> float:
-        """Mean reward on the validation split."""
+        """Mean reward on the validation split, for choosing between controllers.
+
+        Saved by its number: a method asks for the same ones in the same order in every attempt.
+        """
         if isinstance(controller, Unsteered):
             return float(self.baseline("validation").reward_B.mean())
-        return float(self.answer(controller, "validation").reward_B.mean())
+        self._asked += 1
+        name, what = f"choice_{self._asked:04d}", f"choice {self._asked} on validation"
+        return float(self.kept_answers(name, what, controller, "validation").reward_B.mean())
+
+    def training_reward(self, controller: Controller) -> float:
+        """Mean reward on the validation split, in the middle of training."""
+        rewards = []
+        n = len(self.prompts("validation"))
+        for items in batches(0, n, self.exp.engine.items_together):
+            preemption.check()
+            rewards.append(self.answer(controller, "validation", items).reward_B)
+        return float(torch.cat(rewards).mean())
 
     # --- stage 1 ---
 
@@ -184,16 +237,18 @@ class Lab:
             exp = self.exp
             # The digest is of the data itself: a file may change under the same task.path.
             asked = [asdict(exp.task), self.splits.digest(), exp.warmup.pooling, STATISTICS_FORMAT]
-            if self._keeps_values:
+            if self.keeps_values:
                 asked.append("values kept")
             key = content_key([self.engine_key, self.lm.fingerprint(), *asked])
             folder = Path(exp.output_dir).expanduser() / "shared" / "warmup"
-            found = shared_statistics(folder, key, self.saes, self._measure)
+            with self.engine.alone():
+                found = shared_statistics(folder, key, self.saes, partial(measure_of, self))
             self._statistics = {layer: one.scored(exp.warmup) for layer, one in found.items()}
+            warn_of_one_outcome(self, next(iter(found.values())))
         return self._statistics
 
     @property
-    def _keeps_values(self) -> bool:
+    def keeps_values(self) -> bool:
         """Whether stage 1 keeps activations: one of its scores can't be streamed without."""
         return self.exp.warmup.score == "composite"
 
@@ -205,26 +260,3 @@ class Lab:
             return value_F
         against_F = statistics.by_feature["sign"].to(value_F.device) < 0
         return torch.where(against_F, -value_F.abs(), value_F)
-
-    def _measure(self, saes: dict[int, LayerSAE]) -> dict[int, LayerStatistics]:
-        n = len(self.splits.train)
-        self.prompts("train")
-        with self.bar(f"warmup, layers {sorted(saes)}", n) as advance:
-
-            def answer(controller: Controller, items: Sequence[int]) -> Tensor:
-                reward_B = self.answer(controller, "train", items).reward_B
-                advance(len(items))
-                return reward_B
-
-            found = measure(
-                saes, self.exp.warmup.pooling, n, self.exp.engine.batch_size, answer,
-                self._keeps_values,
-            )  # fmt: skip
-        accuracy = next(iter(found.values())).accuracy
-        if accuracy in (0.0, 1.0):
-            self.warn(
-                f"the unsteered model gets {'all' if accuracy else 'none'} of the {n} training "
-                "items right: every correlation is 0 and features can't be told apart. Use a "
-                "task of medium difficulty or more items (task.n_train=…)"
-            )
-        return found

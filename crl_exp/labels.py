@@ -1,11 +1,13 @@
-"""What runs are called side by side: the method, and the options that set them apart."""
+"""What runs are called side by side: the method, and the options that set them apart, as typed."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from typing import Any
 
+from crl_exp.option_names import option_names, typed
 from crl_exp.records import Record, flatten
 from crl_exp.runs import NOT_IN_KEY
 
@@ -20,27 +22,64 @@ NAMES = {
     "corrsteer_p": "CorrSteer-P",
     "crl": "CRL",
 }
+# Said in the method's name.
+IN_THE_NAME = ("task.shuffle_labels", "method.stage2", "method.name")
+Settings = tuple[tuple[str, str], ...]
 
 
-def labels(records: list[Record]) -> dict[str, str]:
-    """By run key: the method's name, and the options in which runs of the method differ.
+@dataclass(frozen=True)
+class Label:
+    """name: the method's. said: the options that set it apart from the method's other runs.
+    settings: each option in which the method's runs differ, said or not. Both as (key, value)."""
 
-    An option's usual value (that of most runs of the method) goes without saying.
+    name: str
+    said: Settings
+    settings: Settings
+
+    @property
+    def options(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.said)
+
+    @property
+    def text(self) -> str:
+        return f"{self.name} {self.options}".rstrip()
+
+
+def labels(records: list[Record]) -> dict[str, Label]:
+    """By run key. An option goes without saying where more than half of the method's runs have it.
+
+    A part (`decay=exponential`) is said even then where one of its own keys (`decay.gamma`) has no
+    such usual value.
     """
-    options = {record.key: _options(record) for record in records}
+    options = _options(records)
     counts: dict[tuple, Counter[str]] = defaultdict(Counter)
     for mine in options.values():
         for name, value in mine.items():
             counts[_compared_among(name, mine)][json.dumps(value)] += 1
     found = {}
     for record in records:
-        mine, parts = options[record.key], []
-        for name, value in mine.items():
-            (usual, count), *others = counts[_compared_among(name, mine)].most_common(2)
-            if others and not (json.dumps(value) == usual and count > others[0][1]):
-                parts.append(f"{name}={value}")
-        found[record.key] = " ".join([_name(record), *parts])
+        mine = options[record.key]
+        seen = {name: counts[_compared_among(name, mine)] for name in mine}
+        differ = [name for name in mine if len(seen[name]) > 1]
+        settled = {part for part in differ if _usual(seen[part])}
+        unsettled = {n.partition(".")[0] for n in differ if "." in n and not _usual(seen[n])}
+        said = [
+            name
+            for name in differ
+            if json.dumps(mine[name]) != _usual(seen[name]) or name in settled & unsettled
+        ]
+        found[record.key] = Label(
+            _name(record),
+            tuple((name, typed(mine[name])) for name in said),
+            tuple((name, typed(mine[name])) for name in differ),
+        )
     return found
+
+
+def _usual(counts: Counter[str]) -> str | None:
+    """The value of more than half of the runs."""
+    (value, count) = counts.most_common(1)[0]
+    return value if 2 * count > counts.total() else None
 
 
 def _compared_among(name: str, mine: dict[str, Any]) -> tuple:
@@ -54,19 +93,30 @@ def _name(record: Record) -> str:
     name: str = NAMES.get(method["name"]) or method["name"]
     if method.get("stage2") is False:
         name += " without stage 2"
-    if str(record.config["layers"].get("_target_")).endswith(".BestOnValidation"):
+    if best_on_validation(record):
         name += " at its best layer"
     return f"{name} (shuffled labels)" if record.config["task"].get("shuffle_labels") else name
 
 
-def _options(record: Record) -> dict[str, Any]:
-    """What of a config may set runs of one method apart. A part goes by its class's name."""
+def best_on_validation(record: Record) -> bool:
+    """Whether the run chose its layer itself, so that its seeds may have different ones."""
+    return str(record.config["layers"].get("_target_")).endswith(".BestOnValidation")
+
+
+def _options(records: list[Record]) -> dict[str, dict[str, Any]]:
+    """By run key: what of a config may set runs of one method apart. A part goes by its name."""
     skipped = (*NOT_IN_KEY, "seed", "layers")
-    kept = {key: value for key, value in record.config.items() if key not in skipped}
-    found = {}
-    for key, value in flatten(kept).items():
-        if key.endswith("._target_"):
-            found[key.removesuffix("._target_")] = str(value).rpartition(".")[2]
-        elif key not in ("task.shuffle_labels", "method.stage2"):
-            found[key] = value
+    kept = {
+        record.key: {k: v for k, v in record.config.items() if k not in skipped}
+        for record in records
+    }
+    parts = option_names(list(kept.values()))
+    found: dict[str, dict[str, Any]] = {}
+    for (key, sections), names in zip(kept.items(), parts, strict=True):
+        values = {
+            name: value
+            for name, value in flatten(sections).items()
+            if not name.endswith("_target_") and name not in IN_THE_NAME
+        }
+        found[key] = {"method": sections["method"]["name"], **names, **values}
     return found

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from crl_exp import selection
 from crl_exp.algorithms import PPO, Algorithm
-from crl_exp.decode import Generation, Step
+from crl_exp.generation import Generation, Step
 from crl_exp.losses import ppo_policy_loss, token_weights, value_loss
 from crl_exp.policy import LayerAgent
 from crl_exp.stages.base import Observation
+
+LOGITS_TOGETHER = 2**24
+"""Numbers of one tensor [N, C] in an update: 64 MiB in float32, of which there are some ten."""
 
 
 @dataclass
@@ -44,7 +47,7 @@ class NonFiniteError(RuntimeError):
 
 def collect(layer: int, played: Generation, reward_B: Tensor, algorithm: Algorithm) -> Rollout:
     """Put one layer's recorded steps together and compute advantages."""
-    steps = sorted((s for s in played.steps if s.layer == layer), key=lambda s: s.rows[0])
+    steps = [s for s in played.steps if s.layer == layer]
     n_tokens = max(s.token_index for s in steps) + 1
     device = steps[0].action.delta_BD.device
     value_BT = torch.zeros(len(reward_B), n_tokens, device=device)
@@ -132,39 +135,61 @@ class LayerLearner:
         return rates
 
     def _minibatch(self, part: Rollout, step: int) -> dict[str, float]:
+        """One step of each optimiser. Losses are sums over tokens, so that the gradient comes
+        together from pieces whose logits fit into memory."""
+        weight_N = token_weights(part.episode_N, self.algorithm.flatten_tokens)
+        advantage_N = self.algorithm.scaled(part.advantage_N)
+        for optimizer, _ in self._optimizers():
+            optimizer.zero_grad(set_to_none=True)
+        together = max(1, LOGITS_TOGETHER // len(self.agent.allowed_C))
+        watched: dict[str, float] = {}
+        ratios = []
+        for rows in torch.arange(len(weight_N), device=weight_N.device).split(together):
+            piece = part if len(rows) == len(weight_N) else part.part(rows)
+            found, ratio_N = self._add_gradients(piece, advantage_N[rows], weight_N[rows], step)
+            watched |= {name: watched.get(name, 0.0) + value for name, value in found.items()}
+            ratios.append(ratio_N)
+        if self.first_ratio_N is None:
+            self.first_ratio_N = torch.cat(ratios)
+        watched["grad_norm_policy"] = self._step(self.policy_optimizer, "policy_loss", step)
+        if self.critic_optimizer is not None:
+            watched["grad_norm_critic"] = self._step(self.critic_optimizer, "critic_loss", step)
+        return watched
+
+    def _add_gradients(
+        self, part: Rollout, advantage_N: Tensor, weight_N: Tensor, step: int
+    ) -> tuple[dict[str, float], Tensor]:
+        """Add the gradients of these tokens; returns their share of what is watched, and ρ [N]."""
         algorithm = self.algorithm
         now = self.agent.distribution(part.observed)
         log_prob_N = selection.log_prob(now.logits_BC, part.choice_NK)
-        weight_N = token_weights(part.episode_N, algorithm.flatten_tokens)
-        advantage_N = algorithm.scaled(part.advantage_N)
         policy = ppo_policy_loss(
             log_prob_N, part.log_prob_N, advantage_N, weight_N, algorithm.clip_coef
         )
-        if self.first_ratio_N is None:
-            self.first_ratio_N = policy.ratio_N
         entropy = (weight_N * selection.entropy(now.logits_BC)).sum()
-        loss = policy.loss - algorithm.ent_coef * entropy
+        self._backward(
+            policy.loss - algorithm.ent_coef * entropy, self.policy_optimizer, "policy_loss", step
+        )
         watched = {
             "policy_loss": float(policy.loss.detach()),
             "entropy": float(entropy.detach()),
             "approx_kl": float(policy.approx_kl),
             "clip_fraction": float(policy.clip_fraction),
-            "grad_norm_policy": self._step(self.policy_optimizer, loss, "policy_loss", step),
         }
         if self.critic_optimizer is not None:
-            critic_loss = value_loss(now.estimate(part.choice_NK), part.return_N, weight_N)
-            watched["critic_loss"] = float(critic_loss.detach())
-            watched["grad_norm_critic"] = self._step(
-                self.critic_optimizer, critic_loss, "critic_loss", step
-            )
-        return watched
+            loss = value_loss(now.estimate(part.choice_NK), part.return_N, weight_N)
+            self._backward(loss, self.critic_optimizer, "critic_loss", step)
+            watched["critic_loss"] = float(loss.detach())
+        return watched, policy.ratio_N
 
-    def _step(self, optimizer: torch.optim.Optimizer, loss: Tensor, name: str, step: int) -> float:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def _backward(
+        self, loss: Tensor, optimizer: torch.optim.Optimizer, name: str, step: int
+    ) -> None:
         self._check_finite(loss, name, step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.algorithm.max_grad_norm)
+        loss.backward(inputs=_parameters(optimizer))
+
+    def _step(self, optimizer: torch.optim.Optimizer, name: str, step: int) -> float:
+        norm = nn.utils.clip_grad_norm_(_parameters(optimizer), self.algorithm.max_grad_norm)
         self._check_finite(norm, f"gradient of {name}", step)
         optimizer.step()
         return float(norm)
@@ -192,3 +217,7 @@ class LayerLearner:
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
         if self.critic_optimizer is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,7 +1,7 @@
 """What a layer's stages remember of an answer's earlier tokens.
 
 Held in the controller's notes for the batch of rows (`StepContext.state`), so that it is empty at
-the first token. Shapes: B rows, C allowed features, D d_model.
+the first token. Shapes: B rows, R rows that stay, C allowed features.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ class Memory:
 
     @staticmethod
     def of(layer: int, context: StepContext) -> Memory:
-        return context.state.setdefault(f"memory of layer {layer}", Memory())
+        found = context.state.setdefault(f"memory of layer {layer}", Memory())
+        assert isinstance(found, Memory)
+        return found
+
+    def keep(self, index_R: Tensor) -> None:
+        """Only these rows stay."""
+        for name in ("seen_BC", "total_BC", "count_B1", "past_B"):
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else held[index_R])
 
     def see(self, acts_BC: Tensor) -> Tensor:
         """Whether each feature was active at this or an earlier steered token."""

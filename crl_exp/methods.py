@@ -212,7 +212,7 @@ class CRL(CorrSteer):
                 exp.checkpoint,
             )  # fmt: skip
             with lab.bar("training", exp.algorithm.n_updates) as advance:
-                trainer.train(lab.play, lab.validation_reward, advance)
+                trainer.train(lab.play, lab.training_reward, advance)
             lab.note("best_update", trainer.best_step)
         return PolicyController(agents, exp.decay)
 

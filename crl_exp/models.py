@@ -29,6 +29,7 @@ class LanguageModel:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self._fingerprint: str | None = None
         self.in_tuple = False  # whether layers hand their output on in a tuple; `hook` sees it
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
         config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -63,8 +64,10 @@ class LanguageModel:
 
     def fingerprint(self) -> str:
         """Hash of the weights' sums: statistics made with other weights are not reused."""
-        sums = [float(p.sum(dtype=torch.float64)) for p in self.model.parameters()]
-        return hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
+        if self._fingerprint is None:  # the weights are frozen
+            sums = [float(p.sum(dtype=torch.float64)) for p in self.model.parameters()]
+            self._fingerprint = hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
+        return self._fingerprint
 
     @property
     def eos_ids(self) -> set[int]:

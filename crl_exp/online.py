@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from crl_exp.correlation import Moments
-from crl_exp.decode import Generation, Step
+from crl_exp.generation import Generation, Step
 from crl_exp.scores import handle_negative
 from crl_exp.warmup import WarmupConfig
 

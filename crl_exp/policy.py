@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from crl_exp import selection
 from crl_exp.coefficients import Decay
 from crl_exp.controllers.base import Action, Controller, StepContext, slots
-from crl_exp.decode import Generation
+from crl_exp.draws import Draws
+from crl_exp.generation import Generation
 from crl_exp.memory import OF_ACTS, Memory
 from crl_exp.networks import Distribution, PolicyConfig, mlp
 from crl_exp.online import OnlineCorrelation, pooled, steps_of
-from crl_exp.saes import LayerSAE
+from crl_exp.saes import Encoder, LayerSAE
 from crl_exp.stages.base import Observation, Pipeline, Shape, StageContext
 from crl_exp.warmup import LayerStatistics, WarmupConfig
 
@@ -66,6 +67,7 @@ class LayerAgent(nn.Module):
         self.sae = [sae]  # in a list: its weights are frozen and not part of the checkpoint
         self.k, self.critic_kind = config.k, config.critic
         self.norm_mean, self.norm_std = statistics.norm_mean, max(statistics.norm_std, 1e-6)
+        self.encode: Encoder | None = None
         self.pipeline = copy.deepcopy(pipeline)
         self.pipeline.bind(Shape(n_features, d_model, setting.n_tokens, config.k))
         self.policy = mlp(d_model, n_features, config.policy_depth, config)
@@ -101,7 +103,9 @@ class LayerAgent(nn.Module):
             torch.full((len(x_BD),), context.token_index, device=x_BD.device),
         )
         if needs & OF_ACTS or self.online is not None:
-            acts_BC = self.sae[0].encode(x_BD)[:, self.allowed_C]
+            if self.encode is None:
+                self.encode = self.sae[0].encoder(self.allowed_C)
+            acts_BC = self.encode(x_BD)
             if "feature_acts" in needs or self.online is not None:
                 seen.feature_acts_BC = acts_BC
             if "seen" in needs:
@@ -122,14 +126,14 @@ class LayerAgent(nn.Module):
         at: Observation,
         explore: bool = False,
         progress: float = 0.0,
-        generator: torch.Generator | None = None,
+        draws: Draws | None = None,
         noted: dict[str, Tensor] | None = None,
     ) -> Distribution:
         """The action distribution at these observations. noted: filled with what to remember."""
         value_BX = None if self.critic is None else self.critic(at.obs_BD)
         context = StageContext(
             at, self.correlation_C, value_BX, self._length(at.obs_BD), explore, progress,
-            generator, noted={} if noted is None else noted,
+            draws, noted={} if noted is None else noted,
         )  # fmt: skip
         logits_BC = self.pipeline(self.policy(at.obs_BD), context)
         return Distribution.of(logits_BC, value_BX, self.critic_kind)
@@ -149,7 +153,11 @@ class LayerAgent(nn.Module):
 
 
 class PolicyController(Controller):
-    """Steers every layer by its own agent: sampled while training, the top features otherwise."""
+    """Steers every layer by its own agent: sampled while training, the top features otherwise.
+
+    generator: of the training's exploration; one number is taken, the seed of this rollout. None:
+        the top features.
+    """
 
     def __init__(
         self,
@@ -160,7 +168,11 @@ class PolicyController(Controller):
     ):
         super().__init__({layer: agent.sae[0].site for layer, agent in agents.items()})
         self.agents, self.decay = agents, decay
-        self.generator, self.progress = generator, progress
+        self.progress = progress
+        self.seed: int | None = None
+        if generator is not None:
+            drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
+            self.seed = int(drawn)
 
     def begin(self, context: StepContext) -> None:
         for agent in self.agents.values():
@@ -172,22 +184,27 @@ class PolicyController(Controller):
         agent = self.agents[layer]
         at, noted = agent.observe(x_BD, context), {}
         now = agent.distribution(at, noted=noted)
-        if self.generator is None:
+        if self.seed is None:
             choice_BK = selection.greedy(now.logits_BC, agent.k)
         else:
-            explored = agent.distribution(at, True, self.progress, self.generator)
-            choice_BK = selection.sample(explored.logits_BC, agent.k, self.generator)
+            row_B = context.row_B.to(x_BD.device)
+            draws = Draws(self.seed, row_B, layer, context.token_index)
+            explored = agent.distribution(at, True, self.progress, draws)
+            choice_BK = selection.sample(explored.logits_BC, agent.k, draws)
         Memory.of(layer, context).note(noted)
         coefficient_BK = agent.coefficient_C[choice_BK.clamp(min=0)]
         coefficient_BK = coefficient_BK * self.decay.at(context.token_index)
         feature_idx_BK = agent.allowed_C[choice_BK.clamp(min=0)].masked_fill(choice_BK < 0, -1)
-        recorded = {f.name: getattr(at, f.name) for f in fields(at)}
-        notes = {name: tensor for name, tensor in recorded.items() if tensor is not None}
+        notes: dict[str, Tensor] = {}
+        if self.seed is not None:  # what the update computes the distribution from again
+            recorded = {f.name: getattr(at, f.name) for f in fields(at)}
+            notes = {name: tensor for name, tensor in recorded.items() if tensor is not None}
+            notes["choice_BK"] = choice_BK
         return Action(
             delta_BD=slots(feature_idx_BK, coefficient_BK, agent.sae[0].W_dec_FD),
             feature_idx_BK=feature_idx_BK,
             coefficient_BK=coefficient_BK,
             log_prob_B=selection.log_prob(now.logits_BC, choice_BK),
             value_B=now.value_B,
-            notes={**notes, "choice_BK": choice_BK},
+            notes=notes,
         )

@@ -21,14 +21,15 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 class _Watch(Controller):
-    """Acts at its sites but adds nothing. seen: by site, the residuals [B, D] of each token."""
+    """Acts at its sites but adds nothing. seen: by site, row and token, the residual [D]."""
 
     def __init__(self, sites: list[int]):
         super().__init__({site: site for site in sites})
-        self.seen: dict[int, list[Tensor]] = {site: [] for site in sites}
+        self.seen: dict[int, dict[tuple[int, int], Tensor]] = {site: {} for site in sites}
 
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
-        self.seen[layer].append(x_BD.float())
+        for row, x_D in zip(context.row_B.tolist(), x_BD.float(), strict=True):
+            self.seen[layer][row, context.token_index] = x_D
         return None
 
 
@@ -64,10 +65,10 @@ def largest_error(lm: LanguageModel) -> float:
     errors = []
     for row, prompt in enumerate(prompts):
         plain = _plain(lm, [*prompt, *answers.tokens[row]], sorted(watch.sites))
-        for site, steps in watch.seen.items():
-            for t, x_BD in enumerate(steps[: len(answers.tokens[row]) + 1]):
+        for site, seen in watch.seen.items():
+            for t in range(min(len(answers.tokens[row]) + 1, NEW_TOKENS)):
                 expected_D = plain[site][len(prompt) - 1 + t]
-                errors.append(float((x_BD[row] - expected_D).norm() / expected_D.norm()))
+                errors.append(float((seen[row, t] - expected_D).norm() / expected_D.norm()))
     return max(errors) if all(e == e for e in errors) else float("nan")
 
 

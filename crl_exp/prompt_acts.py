@@ -26,6 +26,10 @@ class PromptActs:
     store: PromptStore
     items: list[int]
 
+    def part(self, rows: list[int]) -> PromptActs:
+        """Of these rows alone."""
+        return PromptActs(self.store, [self.items[row] for row in rows])
+
     def means(self, sae: LayerSAE, allowed_C: Tensor) -> tuple[Tensor, Tensor]:
         """Mean activation [B, C] over each prompt, and how many tokens it is the mean of [B].
 
@@ -42,6 +46,7 @@ class PromptActs:
 def _read(store: PromptStore, sae: LayerSAE, allowed_C: Tensor) -> tuple[Tensor, Tensor]:
     lengths = [len(prompt) for prompt in store.prompts]
     total_NC = torch.zeros(len(lengths), len(allowed_C), device=store.lm.device)
+    encode = sae.encoder(allowed_C)
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     for at in range(0, len(order), store.batch_size):
         chunk = order[at : at + store.batch_size]
@@ -49,7 +54,7 @@ def _read(store: PromptStore, sae: LayerSAE, allowed_C: Tensor) -> tuple[Tensor,
         for row, item in enumerate(chunk):
             x_MD = x_BTD[row, 1 : lengths[item] - 1]
             for part_MD in x_MD.split(ENCODED_TOGETHER):
-                total_NC[item] += sae.encode(part_MD)[:, allowed_C].sum(dim=0)
+                total_NC[item] += encode(part_MD).sum(dim=0)
     tokens_N = torch.tensor([max(n - 2, 0) for n in lengths], device=store.lm.device)
     return total_NC / tokens_N.clamp(min=1)[:, None], tokens_N
 

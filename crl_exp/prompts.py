@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from crl_exp.batching import BatchSize, bytes_to_read
+from crl_exp.cache import assembled, keys_values
 from crl_exp.models import LanguageModel
 
 Progress = Callable[[int], None]
@@ -47,12 +48,13 @@ class PromptBatch:
         """The last token's residual [B, D] at the output of layer `site`; -1: layer 0's input."""
         return self.residual_SBD[site + 1]
 
-    def cache(self, first_layer: int, with_last: int) -> DynamicCache:
+    def cache(self, first_layer: int, with_last: int, room: int) -> DynamicCache:
         """A fresh cache of the layers from `first_layer` up; lower ones stay empty.
 
-        Layers below `with_last` also hold the last token (they are not run for it again).
+        Layers below `with_last` also hold the last token (they are not run for it again). room:
+        tokens that will be added.
         """
-        return self.store.assemble(self, first_layer, with_last)
+        return assembled(self.store.kv_L, first_layer, with_last, self.rows, room)
 
 
 class PromptStore:
@@ -62,10 +64,10 @@ class PromptStore:
         self,
         lm: LanguageModel,
         prompts: Sequence[Sequence[int]],
-        batch_size: int,
+        size: BatchSize,
         progress: Progress | None = None,
     ):
-        self.lm, self.batch_size = lm, batch_size
+        self.lm = lm
         self.prompts = [list(p) for p in prompts]
         self.means: dict[Any, tuple[Tensor, Tensor]] = {}  # `crl_exp.prompt_acts`'s
         self.prefix = common_prefix(self.prompts)
@@ -77,7 +79,9 @@ class PromptStore:
         self.residual_SND = torch.empty(
             lm.n_layers + 1, len(self.prompts), lm.d_model, dtype=lm.dtype, device=lm.device
         )
-        self._read(batch_size, progress)
+        longest = max(suffix_lengths, default=0) + self.prefix
+        self.batch_size = size.rows(bytes_to_read(lm, longest), lm.device)
+        self._read(size, progress)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -108,24 +112,8 @@ class PromptStore:
             store=self,
         )
 
-    def assemble(self, batch: PromptBatch, first_layer: int, with_last: int) -> DynamicCache:
-        """Gather the rows' keys and values into a transformers cache."""
-        cache = DynamicCache()
-        n_rows = len(batch.rows)
-        for index in range(self.lm.n_layers):
-            layer = DynamicLayer()
-            cache.layers.append(layer)
-            if index < first_layer:
-                continue
-            tokens = batch.rows if index < with_last else batch.rows[:, :-1]
-            kv = self.kv_L[index][tokens.reshape(-1)]
-            kv = kv.view(n_rows, tokens.shape[1], *kv.shape[1:]).permute(2, 0, 3, 1, 4)
-            layer.lazy_initialization(kv[0], kv[1])
-            layer.keys, layer.values = kv[0], kv[1]
-        return cache
-
     @torch.no_grad()
-    def _read(self, batch_size: int, progress: Progress | None) -> None:
+    def _read(self, size: BatchSize, progress: Progress | None) -> None:
         prefix_cache = DynamicCache()
         if self.prefix:
             ids = torch.tensor([self.prompts[0][: self.prefix]], device=self.lm.device)
@@ -133,11 +121,14 @@ class PromptStore:
         # Same-length prompts side by side: little padding, and an order that depends on the
         # prompts alone, so that every run reads them in the same batches.
         order = sorted(range(len(self.prompts)), key=lambda i: (len(self.prompts[i]), i))
-        for at in range(0, len(order), batch_size):
-            chunk = order[at : at + batch_size]
+
+        def read(chunk: list[int]) -> None:
             self._read_chunk(chunk, prefix_cache)
             if progress:
                 progress(len(chunk))
+
+        starts = range(0, len(order), self.batch_size)
+        size.play([order[at : at + self.batch_size] for at in starts], read)
 
     def _read_chunk(self, chunk: list[int], prefix_cache: DynamicCache) -> None:
         own = [self.prompts[i][self.prefix :] for i in chunk]
@@ -146,7 +137,7 @@ class PromptStore:
         for row, tokens in enumerate(own):
             ids_BT[row, : len(tokens)] = torch.tensor(tokens)
         cache = DynamicCache()
-        for index, (keys, values) in enumerate(_keys_values(prefix_cache)):
+        for index, (keys, values) in enumerate(keys_values(prefix_cache)):
             shape = (len(chunk), -1, -1, -1)
             cache.update(keys.expand(shape), values.expand(shape), index)
         last_SBD = self._forward(ids_BT.to(self.lm.device), cache, lengths_B, start=self.prefix)
@@ -185,28 +176,18 @@ class PromptStore:
     def _keep(
         self, chunk: list[int], cache: DynamicCache, lengths_B: Tensor, last_SBD: Tensor
     ) -> None:
-        read = _keys_values(cache)
+        read = keys_values(cache)
         if not self.kv_L:
             keys = read[0][0]
             shape = (self.n_tokens, 2, keys.shape[1], keys.shape[3])
             self.kv_L = [keys.new_empty(shape) for _ in read]
-        for index, keys_values in enumerate(read):
-            kv = torch.stack(keys_values).permute(1, 3, 0, 2, 4)
+        for index, pair in enumerate(read):
+            kv = torch.stack(pair).permute(1, 3, 0, 2, 4)
             self.kv_L[index][: self.prefix] = kv[0, : self.prefix]
             for row, item in enumerate(chunk):
                 at, length = int(self.start[item]), int(lengths_B[row])
                 self.kv_L[index][at : at + length] = kv[row, self.prefix : self.prefix + length]
         self.residual_SND[:, chunk] = last_SBD
-
-
-def _keys_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values, each [B, H, T, E], of every layer that has been run."""
-    found = []
-    for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer)
-        assert layer.keys is not None and layer.values is not None
-        found.append((layer.keys, layer.values))
-    return found
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from crl_exp.errors import UserError
+from crl_exp.heartbeat import HEARTBEAT_SECONDS
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,15 @@ class Record:
     def features(self) -> dict[str, Any]:
         return self._json("features.json") or {}
 
+    @cached_property
+    def heartbeat(self) -> dict[str, Any]:
+        """How far the run was when it last told; {} where it never did."""
+        return self._json("heartbeat.json") or {}
+
     @property
     def state(self) -> str:
-        """As in status.json; `killed` where it says running but that process is gone."""
-        state = self.status.get("state", "unknown")
-        if state == "running" and self.status.get("host") == socket.gethostname():
-            return state if _alive(self.status["pid"]) else "killed"
-        return state
+        """One of `STATES`, or `unknown`; see `judged`."""
+        return judged(self, None)[0]
 
     @cached_property
     def journal(self) -> list[dict[str, Any]]:
@@ -109,6 +114,72 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
         for name, child in node.items()
         for key, value in flatten(child, f"{prefix}.{name}" if prefix else str(name)).items()
     }
+
+
+LOST_SECONDS = 6 * HEARTBEAT_SECONDS
+"""A run on another machine that hasn't told of itself for so long is lost."""
+OVER = {"COMPLETED", "COMPLETING", "CANCELLED", "DEADLINE", "FAILED", "TIMEOUT"}
+"""SLURM's states of a job that won't start again; those of a requeue aren't among them."""
+
+
+def judged(record: Record, jobs: dict[str, str] | None) -> tuple[str, str]:
+    """A run's state, and in words why it isn't the one that its status.json says ("" where it is).
+
+    A run that says running is `lost` where its process is gone: on this machine by its id and
+    lock, on another by its heartbeat. jobs: SLURM's states by job (`slurm.job_states`), a hint that
+    also finds queued and preempted runs whose job is gone; None: not known.
+    """
+    status = record.status
+    state = status.get("state", "unknown")
+    job = status.get("slurm_job_id")
+    if state == "running":
+        gone = _gone(record)
+        if not gone:
+            return state, ""
+        again = Record(record.path)
+        if again.status != status:  # it ended between the two looks
+            return judged(again, jobs)
+        if record.result is not None:
+            return "done", f"{gone} after writing its result"
+        if jobs and job and jobs.get(job) in ("PENDING", "CONFIGURING", "REQUEUED"):
+            return "queued", f"{gone}; SLURM has job {job} in its queue again"
+        return "lost", gone + _slurms_word(job, jobs)
+    if state in ("queued", "preempted") and job and jobs is not None:
+        now = jobs.get(job)
+        if now is None or now in OVER:
+            return "lost", f"its job {job} is gone" + _slurms_word(job, jobs)
+    return state, ""
+
+
+def _slurms_word(job: str | None, jobs: dict[str, str] | None) -> str:
+    word = jobs.get(job) if jobs and job else None
+    return f"; SLURM says {word}" if word else ""
+
+
+def _gone(record: Record) -> str:
+    """How one knows that the process of a run which says running is no more; "" where it lives."""
+    status = record.status
+    if status.get("host") == socket.gethostname():
+        if not _alive(status["pid"]):
+            return "its process is gone"
+        return "" if _held(record.path / ".lock") else "its process has gone on to something else"
+    last = max(record.heartbeat.get("time", 0.0), status.get("updated", 0.0))
+    silent = time.time() - last
+    if silent <= LOST_SECONDS:
+        return ""
+    return f"no heartbeat from {status.get('host')} for {silent:.0f} s"
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process holds the lock file. Has it for a moment where none does."""
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def _alive(pid: int) -> bool:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import csv
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from crl_exp import curves, figures, tables
-from crl_exp.comparison import SweepComparison, compare_runs
+from crl_exp import curves, figures, table_csv, table_latex, tables
+from crl_exp.comparison import SweepComparison
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.records import find_records
-from crl_exp.runs import write_atomic
+from crl_exp.report_files import Files
+from crl_exp.report_parts import Part, SweepParts, compare_parts
 from crl_exp.tracking import resolved_uri
 
 # Table columns don't fit a narrow terminal; where there is none, this many characters.
 WIDTH = 130
+# Each draws into a file, or returns False where the sweep has nothing of the kind.
+FIGURES = {"by_layer": figures.by_layer, "training": curves.training}
 
 
 def find_sweep(name: str, output_dir: Path) -> Path:
@@ -32,47 +35,33 @@ def find_sweep(name: str, output_dir: Path) -> Path:
     raise UserError(f"no sweep {name!r} in {output_dir}{did_you_mean(name, there)}{listed}")
 
 
-def write_report(sweep: SweepComparison, folder: Path) -> list[Path]:
-    """Write tables and figures into `folder`; returns what was written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = ("table.md", "table.csv", "by_layer.png", "training.png")
-    table, lines, by_layer, training = (folder / name for name in names)
-    write_atomic(table, tables.markdown(sweep))
-    write_csv(sweep, lines)
-    written = [table, lines]
-    if any(row.method != "none" for row in sweep.rows):
-        figures.by_layer(sweep, by_layer)
-        written.append(by_layer)
-    if curves.training(sweep, training):
-        written.append(training)
-    return written
+def write_report(parts: SweepParts, folder: Path) -> list[Path]:
+    """Write tables and figures into `folder`; returns what was written.
+
+    Where there are several parts, each has a folder of its own in it.
+    """
+    files = Files(folder)
+    files.text("table.csv", table_csv.rows_csv(parts))
+    if not parts.several:
+        write_part(parts.parts[0], files)
+    else:
+        files.text("table.md", tables.markdown_of_parts(parts))
+        files.text("table.tex", table_latex.latex_of_parts(parts))
+        files.text("overview.csv", table_csv.overview_csv(parts))
+        for part in parts.parts:
+            write_part(part, files.inside(part.folder))
+    files.remove_others()
+    return files.written
 
 
-def write_csv(sweep: SweepComparison, path: Path) -> None:
-    """One line a row and test set (`test`, then further ones), figures as fractions."""
-    columns = (
-        "method", "layers", "seeds", "test_set", "chosen_on_validation", "validation", "n",
-        "accuracy_baseline", "accuracy_steered", "delta", "delta_low", "delta_high", "p_value",
-        "p_holm", "fixed", "broken", "invalid_baseline", "invalid_steered", "unique_features",
-    )  # fmt: skip
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        for row in sweep.rows:
-            for name in (None, *sweep.test_sets):
-                means = {key: row.mean(key, name) for key in columns[6:10]}
-                low, high = row.interval(name)
-                p = float(row.values("p_value", name).max())
-                flips = [row.mean(k, name) for k in ("fixed", "broken", *columns[16:18])]
-                writer.writerow(
-                    [
-                        row.family, " ".join(map(str, row.layers)),
-                        " ".join(map(str, row.seeds)), name or "test", row in sweep.chosen,
-                        row.validation, *means.values(), low, high, p,
-                        sweep.p_holm[row] if name is None else "", *flips,
-                        row.mean("unique_features"),
-                    ]
-                )  # fmt: skip
+def write_part(part: Part, files: Files) -> None:
+    """The tables and figures of one part."""
+    sweep = part.sweep
+    label = f"{sweep.first.sweep}-{part.folder}".rstrip("-")
+    files.text("table.md", tables.markdown(sweep))
+    files.text("table.tex", table_latex.latex(sweep, label))
+    for name, draw in FIGURES.items():
+        files.figure(name, partial(draw, sweep))
 
 
 def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:
@@ -102,18 +91,23 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("sweep", help="name of a sweep in the output folder, or its folder")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
+    parser.add_argument(
+        "--by", metavar="KEY", action="append", default=[],
+        help="report runs that differ in this key of the config (model.dtype) apart; may be given "
+        "several times. Tasks, models and SAE releases always are",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     folder = find_sweep(arguments.sweep, arguments.output_dir)
-    sweep = compare_runs(find_records(folder))
+    parts = compare_parts(find_records(folder), tuple(arguments.by))
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    tables.print_report(sweep, console)
-    written = write_report(sweep, folder / "report")
+    tables.print_parts(parts, console)
+    written = write_report(parts, folder / "report")
     console.print("\nwritten:")
     for path in written:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
     console.print("to type next:")
-    for line in next_lines(sweep, folder):
+    for line in next_lines(parts.parts[0].sweep, folder):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     return 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.preemption import Pace
 
 if TYPE_CHECKING:
     from crl_exp.lab import Lab
@@ -61,12 +62,16 @@ class ResidualObserver(Controller):
         self.count_B: dict[int, Tensor] = {}
 
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
-        alive_B = context.alive_B.double()
+        x_BD = x_BD[context.alive_B].double()
+        if layer not in self.total_BD:
+            self.total_BD[layer] = x_BD.new_zeros(context.n_rows, x_BD.shape[1])
+            self.count_B[layer] = x_BD.new_zeros(context.n_rows)
+        rows = context.row_B.to(x_BD.device)[context.alive_B]
         if context.token_index == 0:
-            self.total_BD[layer], self.count_B[layer] = x_BD.double(), alive_B
+            self.total_BD[layer][rows], self.count_B[layer][rows] = x_BD, 1.0
         elif not self.last_prompt:
-            self.total_BD[layer] += x_BD.double() * alive_B[:, None]
-            self.count_B[layer] += alive_B
+            self.total_BD[layer][rows] += x_BD
+            self.count_B[layer][rows] += 1
         return None
 
     def mean(self, layer: int) -> Tensor:
@@ -78,13 +83,26 @@ def residual_means(lab: Lab) -> dict[int, ResidualMeans]:
     """One unsteered pass over the training prompts, all of the lab's layers at once."""
     sites = {layer: sae.site for layer, sae in lab.saes.items()}
     found = {layer: ResidualMeans.none(lab.lm.d_model) for layer in sites}
-    n, batch_size = len(lab.splits.train), lab.exp.engine.batch_size
-    with lab.bar(f"residuals of layers {sorted(sites)}", n) as advance:
-        for at in range(0, n, batch_size):
+    n, batch_size = len(lab.splits.train), lab.exp.engine.items_together
+    checkpoint, pace, at = lab.run.checkpoint("residuals"), Pace(lab.exp.checkpoint), 0
+    state = checkpoint.load()
+    if state is not None:
+        at = state["at"]
+        found = {layer: ResidualMeans(**means) for layer, means in state["layers"].items()}
+
+    def save() -> None:
+        checkpoint.save({"at": at, "layers": {la: vars(means) for la, means in found.items()}})
+
+    with lab.bar(f"residuals of layers {sorted(sites)}", n, at) as advance:
+        while at < n:
             items = range(at, min(at + batch_size, n))
             observer = ResidualObserver(sites, lab.exp.warmup.pooling == "last_prompt")
             reward_B = lab.answer(observer, "train", items).reward_B
             for layer, means in found.items():
                 means.update(observer.mean(layer), reward_B)
+            at += len(items)
             advance(len(items))
+            pace.after_step(save)
+    if pace.unsaved:
+        save()
     return found

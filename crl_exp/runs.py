@@ -7,10 +7,8 @@ result. Everything else (MLflow, tables, figures) is made from it.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
-import socket
+import shutil
 import time
 import traceback
 from collections.abc import Iterator
@@ -18,15 +16,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from crl_exp.errors import UserError
+from crl_exp import slurm
+from crl_exp.checkpoints import Checkpoint
+from crl_exp.files import write_atomic, write_json, writing
+from crl_exp.heartbeat import Progress, read_heartbeat
+from crl_exp.preemption import Preempted
+from crl_exp.run_keys import NOT_IN_KEY, RESUME, content_key, freeze, frozen_config, run_key
+from crl_exp.run_status import ANEW, RunStatus
 
-# Where a run is written and logged, and how it is asked for, don't change what it computes.
-NOT_IN_KEY = ("hydra", "output_dir", "sweep_name", "tracking", "resume", "checkpoint")
-RESUME = ("new", "force")
+__all__ = [
+    "MLFLOW_BEGUN", "NOT_IN_KEY", "RESUME", "RunDirectory", "content_key", "frozen_config",
+    "run_key", "write_atomic", "write_json",
+]  # fmt: skip
 MLFLOW_BEGUN = "mlflow_begun.json"
 """Marks what MLflow is told as one run; gone once the run is started from nothing."""
 FROM_THE_LAST_TIME = (
@@ -34,53 +37,37 @@ FROM_THE_LAST_TIME = (
     "features.json",
     "interventions.parquet",
     "journal.jsonl",
+    "heartbeat.json",
     "checkpoint.pt",
     "checkpoint.prev.pt",
+    "residuals.pt",
+    "residuals.prev.pt",
     "system.jsonl",
     MLFLOW_BEGUN,
 )
+ANSWERS = "answers"
+"""Folder of the answers given so far; removed when the run is done."""
 
 
-def content_key(value: Any) -> str:
-    """Short stable hash of a JSON-like value."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def run_key(config: DictConfig) -> str:
-    """Hash of the resolved config without paths, tracking and other things that don't matter."""
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    return content_key({k: v for k, v in plain.items() if k not in NOT_IN_KEY})
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or none of it, and have it on disk before going on."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-class RunDirectory:
-    """Paths, status, journal and checkpoint of one run."""
+class RunDirectory(RunStatus):
+    """Paths, attempts, journal and checkpoints of one run."""
 
     def __init__(self, config: DictConfig):
         self.key = run_key(config)
-        self.path = Path(config.output_dir).expanduser() / config.sweep_name / self.key
+        path = Path(config.output_dir).expanduser() / config.sweep_name / self.key
+        super().__init__(path, config.resume == "force")
+        own = slurm.job_id()
+        if own and slurm.restarts() and self.status().get("slurm_job_id") == own:
+            self.anew = False  # resume=force was done by this job's first start
         self.config = config
+        self.progress = Progress()
 
     def part(self, name: str) -> RunDirectory:
         """A folder inside this one with a journal and checkpoints of its own, of the same key."""
         made = copy.copy(self)
         made.path = self.path / name
         made.path.mkdir(parents=True, exist_ok=True)
-        if self.config.resume == "force":
+        if self.anew:
             made.clear()
         return made
 
@@ -88,6 +75,15 @@ class RunDirectory:
         """Forget the last attempt."""
         for name in FROM_THE_LAST_TIME:
             (self.path / name).unlink(missing_ok=True)
+        self.clear_answers()
+
+    @property
+    def answers(self) -> Path:
+        return self.path / ANSWERS
+
+    def clear_answers(self) -> None:
+        if self.answers.exists():
+            shutil.rmtree(self.answers)
 
     @property
     def result_path(self) -> Path:
@@ -97,59 +93,56 @@ class RunDirectory:
         """The finished run's result, or None."""
         return json.loads(self.result_path.read_text()) if self.result_path.exists() else None
 
+    def freeze(self) -> None:
+        """Write the config that a job will run from. With resume=force forgets the last attempt.
+
+        The frozen config says resume=new: however often the job is started, it goes on.
+        Raises `UserError` as `held` does.
+        """
+        with self.held("it to end, or cancel it"):
+            if self.anew:
+                self.clear()
+                (self.path / "status.json").unlink(missing_ok=True)
+                self.anew = False
+            freeze(self.config, self.path / "config.yaml")
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Create or resume the directory and hold it; the status says how it ended.
 
-        Raises `UserError` where the folder can't be written or another process has this run.
+        Raises `UserError` as `held` does.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(str(self.path / ".lock"), timeout=0)
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(f"{self.path} is being run by another process; wait for it") from error
-        except OSError as error:
-            raise UserError(
-                f"output_dir={self.config.output_dir}: can't write to {self.path} ({error}); "
-                "set output_dir=/a/folder/you/can/write"
-            ) from error
+        with self.held(), self.recorded():
+            yield
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """An attempt at this run, whose directory is held."""
         try:
             self._start()
             yield
             self.set_status("done")
+        except Preempted as preempted:
+            preempted.cancelled = self.cancel_path.exists() or slurm.cancelled(preempted.signal)
+            state = "cancelled" if preempted.cancelled else "preempted"
+            self._last_word(state, signal=preempted.signal)
+            raise
         except KeyboardInterrupt:
-            self.set_status("cancelled")
+            self._last_word("cancelled", signal="SIGINT")
             raise
         except Exception as error:
             trace = "".join(traceback.format_exception(error))
-            self.set_status("failed", error=str(error), traceback=trace)
+            self._last_word("failed", error=str(error), traceback=trace)
             raise
-        finally:
-            lock.release()
 
     def _start(self) -> None:
-        if self.config.resume == "force":
+        before = self.status()
+        if self.anew:
             self.clear()
-        plain = OmegaConf.to_container(self.config, resolve=True)
-        assert isinstance(plain, dict)
-        plain.pop("hydra", None)
-        write_atomic(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
-        attempts = self.status().get("attempts", 0) + 1
-        self.set_status("running", attempts=attempts, started=time.time())
-
-    def status(self) -> dict[str, Any]:
-        path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def set_status(self, state: str, **more: Any) -> None:
-        """Record the state: running, done, failed or cancelled."""
-        kept = {k: v for k, v in self.status().items() if k in ("attempts", "started")}
-        place = {"host": socket.gethostname(), "pid": os.getpid()}
-        write_json(
-            self.path / "status.json",
-            {**kept, "state": state, "updated": time.time(), **place, **more},
-        )
+        freeze(self.config, self.path / "config.yaml")
+        self.cancel_path.unlink(missing_ok=True)
+        self.progress.seconds = read_heartbeat(self.path / "heartbeat.json").get("seconds", {})
+        self.set_status("running", attempts=before.get("attempts", 0) + 1, started=time.time())
 
     # --- journal: one JSON object a line, {"step": …, "metrics": {…}} ---
 
@@ -160,13 +153,15 @@ class RunDirectory:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append metrics of one step (an update of the policy)."""
         line = json.dumps({"step": step, "time": time.time(), "metrics": metrics})
-        with self.journal_path.open("a") as file:
+        with writing(self.journal_path), self.journal_path.open("a") as file:
             file.write(line + "\n")
+        self.progress.metrics |= {k: v for k, v in metrics.items() if "/" not in k}
 
     def journal(self) -> list[dict[str, Any]]:
+        """Lines written to their end."""
         if not self.journal_path.exists():
             return []
-        return [json.loads(line) for line in self.journal_path.read_text().splitlines()]
+        return [json.loads(line) for line in self.journal_path.read_text().split("\n")[:-1]]
 
     def cut_journal(self, n_bytes: int) -> None:
         """Drop what was logged after the checkpoint that a resumed run goes on from."""
@@ -181,52 +176,20 @@ class RunDirectory:
 
     # --- checkpoint ---
 
+    def checkpoint(self, name: str = "checkpoint") -> Checkpoint:
+        """A state of this run, refused by a run with another config."""
+        return Checkpoint(self.path / f"{name}.pt", self.key, ANEW)
+
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint atomically; the one before it is kept as `checkpoint.prev.pt`."""
+        """Write the training's checkpoint, with the length of the journal that belongs to it."""
         size = self.journal_path.stat().st_size if self.journal_path.exists() else 0
-        path = self.path / "checkpoint.pt"
-        partial = self.path / f".checkpoint.{os.getpid()}.partial"
-        with partial.open("wb") as file:
-            torch.save({**state, "run_key": self.key, "journal_bytes": size}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, self.path / "checkpoint.prev.pt")
-        os.replace(partial, path)
+        self.checkpoint().save({**state, "journal_bytes": size})
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last good checkpoint, or None. The journal is cut back to it.
 
         Raises `UserError` where it belongs to another config.
         """
-        for leftover in self.path.glob(".checkpoint.*.partial"):
-            leftover.unlink()
-        for name in ("checkpoint.pt", "checkpoint.prev.pt"):
-            path = self.path / name
-            if not path.exists():
-                continue
-            state = self._read_checkpoint(path)
-            if state is None:
-                continue
-            self.cut_journal(state["journal_bytes"])
-            return state
-        self.cut_journal(0)
-        return None
-
-    def _read_checkpoint(self, path: Path) -> dict[str, Any] | None:
-        import pickle
-        import warnings
-
-        try:
-            state = torch.load(path, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-            # Not torch's own words: they advise to load the file unsafely.
-            why = type(error).__name__
-            warnings.warn(f"{path} is damaged and is passed over ({why})", stacklevel=2)
-            return None
-        if state.get("run_key") != self.key:
-            raise UserError(
-                f"{path} was written by a run with another config ({state.get('run_key')}, this "
-                f"one is {self.key}); set resume=force to start this run anew"
-            )
+        state = self.checkpoint().load()
+        self.cut_journal(0 if state is None else state["journal_bytes"])
         return state

@@ -1,14 +1,16 @@
 """Sparse autoencoders as the rest of the code sees them: one layer's, at its own site.
 
 SAELens loads them. `sae_config` says which; `sae_metadata` says what speaks against using them.
-Shapes: B rows, D d_in, F d_sae.
+Shapes: B rows, D d_in, F d_sae, C features asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from torch import Tensor
 from crl_exp.errors import UserError
 from crl_exp.sae_config import SAEConfig
 from crl_exp.sae_metadata import HOOK_NAME, SAEMetadata
+
+Encoder = Callable[[Tensor], Tensor]
+KEPT_ENCODERS = 4
 
 
 def site_of(hook_name: str) -> int:
@@ -39,6 +44,7 @@ class LayerSAE:
     neuronpedia_id: str | None = None
     warnings: list[str] = field(default_factory=list)
     centered: bool = False
+    _gathered: dict[bytes, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def site(self) -> int:
@@ -67,9 +73,57 @@ class LayerSAE:
     @torch.no_grad()
     def encode(self, x_BD: Tensor) -> Tensor:
         """feature_acts [B, F] of residuals taken at this SAE's site, as SAELens encodes them."""
+        return self.sae.encode(self._centred(x_BD))  # type: ignore[operator]
+
+    def _centred(self, x_BD: Tensor) -> Tensor:
         if self.centered:
             x_BD = x_BD - x_BD.mean(dim=1, keepdim=True)
-        return self.sae.encode(x_BD.to(self.W_dec_FD.dtype))  # type: ignore[operator]
+        return x_BD.to(self.W_dec_FD.dtype)
+
+    def encoder(self, feature_C: Tensor) -> Encoder:
+        """What gives the activations of these features alone, [B, D] to [B, C].
+
+        Only their columns of the encoder are multiplied where the activation takes each feature by
+        itself (ReLU, JumpReLU); elsewhere (top-k) all are computed and these picked.
+        """
+        weights = None if len(feature_C) == self.d_sae else self._columns(feature_C)
+
+        @torch.no_grad()
+        def encode(x_BD: Tensor) -> Tensor:
+            if weights is None:
+                return self.encode(x_BD)[:, feature_C]
+            W_enc_DC, b_enc_C, threshold_C = weights
+            sae_in_BD = self.sae.process_sae_in(self._centred(x_BD))  # type: ignore[operator]
+            pre_BC = sae_in_BD @ W_enc_DC + b_enc_C
+            return pre_BC.relu() * (pre_BC > threshold_C)
+
+        return encode
+
+    def _columns(self, feature_C: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`W_enc` [D, C], `b_enc` and the threshold [C] of these features; None for a top-k SAE.
+
+        Kept for those who ask again: packed runs often steer the same features.
+        """
+        from sae_lens import JumpReLUSAE, StandardSAE
+
+        sae: Any = self.sae
+        if type(sae) not in (JumpReLUSAE, StandardSAE):
+            return None
+        if not isinstance(sae.activation_fn, torch.nn.ReLU):
+            return None
+        key = feature_C.cpu().numpy().tobytes()
+        if key not in self._gathered:
+            threshold_F = getattr(sae, "threshold", torch.zeros_like(sae.b_enc))
+            self._gathered[key] = (
+                sae.W_enc[:, feature_C], sae.b_enc[feature_C], threshold_F[feature_C],
+            )  # fmt: skip
+        while len(self._gathered) > KEPT_ENCODERS:
+            del self._gathered[next(iter(self._gathered))]
+        return self._gathered[key]
+
+    def __deepcopy__(self, memo: dict) -> LayerSAE:
+        """Itself: the weights are frozen, and a policy's copies share them."""
+        return self
 
     def link(self, feature_idx: int) -> str | None:
         """Neuronpedia page of a feature, where the SAE has one."""

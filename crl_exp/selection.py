@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crl_exp.draws import Draws
+
 
 def greedy(logits_BC: Tensor, k: int) -> Tensor:
     """The k features with the highest logits [B, K], best first; -1 where none is left."""
@@ -18,12 +20,9 @@ def greedy(logits_BC: Tensor, k: int) -> Tensor:
     return torch.nn.functional.pad(choice_BK, (0, k - choice_BK.shape[1]), value=-1)
 
 
-def sample(logits_BC: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+def sample(logits_BC: Tensor, k: int, draws: Draws) -> Tensor:
     """Draw k features without replacement [B, K] (Gumbel top-k, Kool et al. 2019)."""
-    uniform_BC = torch.rand(logits_BC.shape, generator=generator, device=logits_BC.device)
-    tiny = torch.finfo(uniform_BC.dtype).tiny
-    gumbel_BC = -(-uniform_BC.clamp(min=tiny).log()).clamp(min=tiny).log()
-    return greedy(logits_BC + gumbel_BC, k)
+    return greedy(logits_BC + draws.gumbel(logits_BC.shape[1]), k)
 
 
 def log_prob(logits_BC: Tensor, choice_BK: Tensor) -> Tensor:

@@ -75,3 +75,15 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
         return float(values[0]), float(values[0])
     half = t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
     return float(values.mean() - half), float(values.mean() + half)
+
+
+def share_interval(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a mean reward in [0, 1] over n items: Wilson's score interval.
+
+    Exactly that for rewards of 0 and 1 (Wilson 1927); for rewards between, whose variance is
+    smaller, it is on the safe side.
+    """
+    z2 = 1.959963984540054**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2))) / (1 + z2 / n)
+    return float(max(centre - half, 0.0)), float(min(centre + half, 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,9 +19,27 @@ from rich.progress import (
 console = Console(stderr=True)
 
 
+_shown = threading.Lock()
+
+
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar while the block runs; the yielded function moves it on by n."""
+    """A bar while the block runs; the yielded function moves it on by n.
+
+    Nothing is shown while another bar is: of runs packed together the first is seen.
+    """
+    if not _shown.acquire(blocking=False):
+        yield lambda _: None
+        return
+    try:
+        with _bar(what, total) as advance:
+            yield advance
+    finally:
+        _shown.release()
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = (
         TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), TimeRemainingColumn(),

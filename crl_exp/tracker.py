@@ -73,7 +73,9 @@ class Tracker:
             self._monitor.stop()
         if self._thread is None:
             return
-        patience = SHORT_PATIENCE_SECONDS if self._faults else PATIENCE_SECONDS
+        # A run that was told to end (a SystemExit) has no more than its warning's seconds.
+        hurried = self._faults or (kind is not None and issubclass(kind, SystemExit))
+        patience = SHORT_PATIENCE_SECONDS if hurried else PATIENCE_SECONDS
         self._deadline = time.monotonic() + patience
         if self._uploader is not None:
             self._uploader.client.deadline = self._deadline

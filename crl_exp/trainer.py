@@ -10,31 +10,19 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from crl_exp.algorithms import Algorithm
+from crl_exp.checkpoints import CheckpointConfig
 from crl_exp.coefficients import Decay
 from crl_exp.engine import Generation
 from crl_exp.learner import LayerLearner, collect
 from crl_exp.policy import LayerAgent, PolicyController
+from crl_exp.preemption import Pace, Preempted
 from crl_exp.runs import RunDirectory
 from crl_exp.watch import watch_choices
-
-
-@dataclass
-class CheckpointConfig:
-    """When a run in training is saved: every `updates` updates, or after `seconds` seconds."""
-
-    updates: int
-    seconds: float
-
-    def faults(self) -> list[str]:
-        ok = self.updates >= 1 and self.seconds > 0
-        return [] if ok else ["checkpoint.updates and checkpoint.seconds must be positive"]
-
 
 Play = Callable[[PolicyController, list[int]], tuple[Generation, Tensor]]
 """Answers these training prompts under the controller: the recorded generation and rewards [B]."""
@@ -63,6 +51,7 @@ class Trainer:
         self.shuffle = torch.Generator().manual_seed(seed + 1)
         self.queue: list[int] = []
         self.step = 0
+        self.unvalidated = False
         self.best_score = float("-inf")
         self.best_step = 0
         self.best_agents = self._averaged_states()
@@ -72,21 +61,35 @@ class Trainer:
         state = self.run.load_checkpoint()
         if state is not None:
             self._restore(state)
-            on_step(self.step)
-        saved_at = time.monotonic()
-        while self.step < self.algorithm.n_updates:
-            self.step += 1
-            self.run.log(self.step, self._update(play))
-            self._validate(validate)
+            done = self.step - self.unvalidated
+            on_step(done)
+            self.run.progress.known(done)
+        pace = Pace(self.checkpoint)
+        while self.step < self.algorithm.n_updates or self.unvalidated:
+            if not self.unvalidated:
+                self.step += 1
+                self.run.log(self.step, self._update(play))
+            self._validate_or_save(validate)
             on_step(1)
-            due = self.step % self.checkpoint.updates == 0
-            if due or time.monotonic() - saved_at > self.checkpoint.seconds:
-                self.run.save_checkpoint(self._state())
-                saved_at = time.monotonic()
-        self.run.save_checkpoint(self._state())
+            pace.after_step(self._save)
+        if pace.unsaved:
+            self._save()
         last = self.best_agents if self.algorithm.validate_every else self._averaged_states()
         for layer, agent in self.agents.items():
             agent.load_state_dict(last[layer])
+
+    def _save(self) -> None:
+        self.run.save_checkpoint(self._state())
+
+    def _validate_or_save(self, validate: Validate) -> None:
+        """Validate after an update; asked to end in the middle of it, save the update without."""
+        self.unvalidated = True
+        try:
+            self._validate(validate)
+        except Preempted:
+            self._save()
+            raise
+        self.unvalidated = False
 
     def _update(self, play: Play) -> dict[str, float]:
         started = time.perf_counter()
@@ -133,6 +136,7 @@ class Trainer:
     def _state(self) -> dict:
         return {
             "step": self.step,
+            "unvalidated": self.unvalidated,
             "learners": {layer: learner.state() for layer, learner in self.learners.items()},
             "best": {
                 "score": self.best_score, "step": self.best_step, "agents": self.best_agents,
@@ -144,6 +148,7 @@ class Trainer:
 
     def _restore(self, state: dict) -> None:
         self.step, self.queue = state["step"], state["queue"]
+        self.unvalidated = state["unvalidated"]
         for layer, learner in self.learners.items():
             learner.load(state["learners"][layer])
         best = state["best"]

@@ -1,33 +1,32 @@
-"""Stage 1: how every feature goes with success, measured once and shared by all runs.
+"""Stage 1: how every feature goes with success, stored and shared by all runs.
 
-The unsteered model answers the training prompts; at each steered position the SAE's activations
-are pooled over the answer and correlated with its reward (CorrSteer, arXiv 2508.12535).
-Shapes: B rows, D d_model, F d_sae.
+`crl_exp.measuring` makes the statistics. Shapes: D d_model, F d_sae.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from crl_exp.controllers.base import Controller
-from crl_exp.controllers.observer import Observer
-from crl_exp.correlation import Moments, StreamingCorrelation
+from crl_exp import preemption
+from crl_exp.checkpoints import Checkpoint, read_state
+from crl_exp.correlation import Moments
 from crl_exp.errors import UserError, did_you_mean
+from crl_exp.files import replacing, writing
+from crl_exp.run_keys import content_key
 from crl_exp.saes import LayerSAE
 from crl_exp.scores import NEGATIVE, SCORES, handle_negative, scaled
 
 POOLINGS = ("max", "mean", "last_prompt")
-KEPT_NORMS = 20_000
 STATISTICS_FORMAT = 2
 """Of the stored files: those of another format lie under other keys."""
 
@@ -117,11 +116,11 @@ class LayerStatistics:
         meta: dict[str, Any] = {name: getattr(self, name) for name in _SCALARS}
         meta["moments"] = {name: getattr(self.moments, name) for name in _MOMENT_SCALARS}
         tensors = {f"feature.{k}": v.contiguous() for k, v in self.by_feature.items()}
-        tensors |= {f"moments.{name}": getattr(self.moments, name) for name in _MOMENT_TENSORS}
+        tensors |= {f"moments.{name}": getattr(self.moments, name) for name in MOMENT_TENSORS}
         tensors |= {"mean_D": self.mean_D, "std_D": self.std_D}
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(tensors, partial, metadata={"statistics": json.dumps(meta)})
-        os.replace(partial, path)
+        written = save(tensors, metadata={"statistics": json.dumps(meta)})
+        with replacing(path, path.with_suffix(f".{os.getpid()}.partial")) as file:
+            file.write(written)
 
     @classmethod
     def load(cls, path: Path) -> LayerStatistics:
@@ -132,7 +131,7 @@ class LayerStatistics:
                 meta = json.loads(file.metadata()["statistics"])
             tensors = load_file(path)
             mean_D, std_D = tensors.pop("mean_D"), tensors.pop("std_D")
-            parts: dict[str, Any] = {k: tensors.pop(f"moments.{k}") for k in _MOMENT_TENSORS}
+            parts: dict[str, Any] = {k: tensors.pop(f"moments.{k}") for k in MOMENT_TENSORS}
             moments = Moments(**meta.pop("moments"), **parts)
             features = {k.removeprefix("feature."): v for k, v in tensors.items()}
             return cls(**meta, mean_D=mean_D, std_D=std_D, moments=moments, by_feature=features)
@@ -144,86 +143,80 @@ class LayerStatistics:
 
 _SCALARS = ("layer", "n", "accuracy", "median_norm", "norm_mean", "norm_std")
 _MOMENT_SCALARS = ("n", "origin_y", "mean_y", "m2_y")
-_MOMENT_TENSORS = ("origin_F", "mean_F", "m2_F", "cov_F")
+MOMENT_TENSORS = ("origin_F", "mean_F", "m2_F", "cov_F")
 
 
-Answer = Callable[[Controller, Sequence[int]], Tensor]
-"""Lets a controller see the generation for these items; returns their rewards [B]."""
+class PartialPass:
+    """A pass over the training prompts that isn't at its end, beside the statistics it is to make.
 
-
-def measure(
-    saes: dict[int, LayerSAE],
-    pooling: str,
-    n_items: int,
-    batch_size: int,
-    answer: Answer,
-    keep_values: bool = False,
-) -> dict[int, LayerStatistics]:
-    """One pass over the training prompts, all layers at once.
-
-    keep_values: as in `StreamingCorrelation`.
+    Only for who holds the store's lock. names: files of the layers that it measures.
     """
-    streams = {layer: StreamingCorrelation(keep_values) for layer in saes}
-    observed: dict[int, Moments] = {}
-    norms: dict[int, list[Tensor]] = {layer: [] for layer in saes}
-    right = 0.0
-    for at in range(0, n_items, batch_size):
-        observer = Observer(saes, pooling)
-        reward_B = answer(observer, range(at, min(at + batch_size, n_items)))
-        right += float(reward_B.sum())
-        for layer, stream in streams.items():
-            stream.update(observer.pooled_BF[layer], reward_B.to(saes[layer].W_dec_FD.device))
-            x_ND = torch.cat(observer.seen_ND[layer])
-            part = Moments.of(x_ND, torch.zeros(len(x_ND), device=x_ND.device))
-            observed[layer] = observed[layer].merged(part) if layer in observed else part
-            if sum(map(len, norms[layer])) < KEPT_NORMS:
-                norms[layer].append(x_ND.norm(dim=1))
-    return {
-        layer: _statistics(layer, streams[layer], observed[layer], norms[layer], right / n_items)
-        for layer in saes
-    }
+
+    def __init__(self, home: Path, names: list[str]):
+        self.home, self.names = home, names
+        self.own = self._checkpoint(home / f"partial_{content_key(names)}.pt")
+
+    def _checkpoint(self, path: Path) -> Checkpoint:
+        return Checkpoint(path, self.home.name, f"delete {path}")
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.own.save({**state, "names": self.names})
+
+    def load(self) -> dict[str, Any] | None:
+        """What a run that ended left of these layers, perhaps among others; None: nothing."""
+        # Of one that died between two renames there is only the one before it.
+        there = {p.with_name(p.name.replace(".prev", "")) for p in self.home.glob("partial_*.pt")}
+        for path in sorted(there, key=lambda p: (p != self.own.path, p.name)):
+            state = self._checkpoint(path).load()
+            if state is not None and set(self.names) <= set(state["names"]):
+                return state
+        return None
+
+    def clear(self) -> None:
+        """Remove every pass whose layers are all stored."""
+        for path in self.home.glob("partial_*.pt"):
+            state = read_state(path, self.own.key, self.own.advice)
+            if state is None or all((self.home / name).exists() for name in state["names"]):
+                path.unlink()
 
 
-def _statistics(
-    layer: int, stream: StreamingCorrelation, seen: Moments, norms: list[Tensor], accuracy: float
-) -> LayerStatistics:
-    assert stream.moments is not None
-    norm_N, found = torch.cat(norms).double(), stream.statistics()
-    plain: dict[str, Any] = {
-        name: value.cpu() for name, value in vars(stream.moments).items() if name in _MOMENT_TENSORS
-    }
-    return LayerStatistics(
-        layer=layer,
-        n=stream.n,
-        accuracy=accuracy,
-        median_norm=float(norm_N.median()),
-        norm_mean=float(norm_N.mean()),
-        norm_std=float(norm_N.std(correction=0)),
-        moments=replace(stream.moments, **plain),
-        mean_D=(seen.origin_F + seen.mean_F).cpu(),
-        std_D=(seen.m2_F / max(seen.n - 1, 1)).sqrt().cpu(),
-        by_feature={name: t.cpu() for name, t in found.items()},
-    )
+Compute = Callable[[dict[int, LayerSAE], PartialPass], dict[int, LayerStatistics]]
+"""Measures these layers, going on from and saving the pass."""
 
 
 def shared_statistics(
-    folder: Path,
-    key: str,
-    saes: dict[int, LayerSAE],
-    compute: Callable[[dict[int, LayerSAE]], dict[int, LayerStatistics]],
+    folder: Path, key: str, saes: dict[int, LayerSAE], compute: Compute
 ) -> dict[int, LayerStatistics]:
     """Load the layers that are stored under this content key; compute and store the others.
 
-    Locked, so that runs starting together compute a layer once.
+    Locked, so that runs starting together compute a layer once. What a run leaves half done when
+    it ends is gone on with by the next one that wants these layers.
     """
     home = folder / key
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(home / ".lock")):
+    with writing(home):
+        home.mkdir(parents=True, exist_ok=True)
+    with _locked(home / ".lock"):
         missing = {la: sae for la, sae in saes.items() if not _file(home, sae).exists()}
         if missing:
-            for layer, statistics in compute(missing).items():
+            partial = PartialPass(home, sorted(_file(home, s).name for s in missing.values()))
+            for layer, statistics in compute(missing, partial).items():
                 statistics.save(_file(home, saes[layer]))
+            partial.clear()
     return {layer: LayerStatistics.load(_file(home, sae)) for layer, sae in saes.items()}
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock. Who waits for it can be asked to end."""
+    lock = FileLock(str(path))
+    while not lock.is_locked:
+        preemption.check()
+        with suppress(Timeout):
+            lock.acquire(timeout=1.0)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _file(home: Path, sae: LayerSAE) -> Path:

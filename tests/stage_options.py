@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from crl_exp import config as configs
+from crl_exp.draws import Draws
 from crl_exp.stages.base import STAGES, Observation, Pipeline, Shape, Stage, StageContext
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -80,6 +81,6 @@ def context(explore: bool = False, seed: int = 0, n: int = 2, **changes: Any) ->
         "correlation_C": torch.tensor([0.5, -1.0, 0.25, 0.1]),
         "value_BX": rows([[0.75], [-1.0]]),
         "length_B": rows([0.0, 1.0]),
-        "generator": torch.Generator().manual_seed(seed),
+        "draws": Draws(seed, torch.arange(n)),
     }
     return StageContext(at, explore=explore, **{**values, **changes})

@@ -9,6 +9,7 @@ import torch
 
 from crl_exp import selection
 from crl_exp.correlation import Moments
+from crl_exp.draws import Draws
 from crl_exp.learner import LayerLearner, collect
 from crl_exp.networks import Distribution
 from crl_exp.online import OnlineCorrelation
@@ -220,7 +221,7 @@ def test_an_empty_mask_steers_nothing() -> None:
     acts = torch.zeros(2, len(made.allowed_C))
     acts[1, 4] = 1.0
     now = made.distribution(Observation(obs, torch.zeros(2, dtype=torch.long), acts))
-    choice = selection.sample(now.logits_BC, 2, torch.Generator().manual_seed(0))
+    choice = selection.sample(now.logits_BC, 2, Draws(0, torch.arange(2)))
     assert choice.tolist() == [[-1, -1], [4, -1]]
     assert selection.log_prob(now.logits_BC, choice).tolist() == [0.0, 0.0]
     assert selection.entropy(now.logits_BC).tolist() == [0.0, 0.0]

@@ -141,7 +141,7 @@ def test_options_that_differ_are_named(tmp_path):
     finished_run(config(tmp_path, more={"method.stage2": False}), 0.1)
     finished_run(config(tmp_path, "corrsteer_a", more=multiply), 0.1)
     assert sorted(r.family for r in compared(tmp_path).rows) == [
-        "CRL", "CRL fusion.weight=3.0", "CRL fusion=Multiply", "CRL without stage 2", "CorrSteer-A",
+        "CRL", "CRL fusion.weight=3.0", "CRL fusion=multiply", "CRL without stage 2", "CorrSteer-A",
     ]  # fmt: skip
 
 

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crl_exp.controllers.base import StepContext
+from crl_exp.controllers.observer import Observer
 from crl_exp.correlation import StreamingCorrelation
-from crl_exp.warmup import POOLINGS, Observer, WarmupConfig, measure
+from crl_exp.measuring import measure
+from crl_exp.warmup import POOLINGS, WarmupConfig
 from tests.tiny_steering import random_sae
 
 
@@ -141,6 +143,7 @@ def test_pooling_of_answers_that_end_early(pooling: str) -> None:
                 observer.act(layer, x_TBD[t] * layer, StepContext(t, [0, 1, 2], alive_B, state))
                 is None
             )
+    observer.end(StepContext(4, [0, 1, 2], alive_B, state))
     for layer, sae in saes.items():
         for row, length in enumerate(lengths):
             acts_TF = torch.stack([sae.encode(x_TBD[t, row] * layer) for t in range(length)])
@@ -156,7 +159,9 @@ def test_measured_statistics_equal_plain_numpy() -> None:
 
     def answer(observer, items) -> torch.Tensor:
         rows = torch.ones(len(items), dtype=torch.bool)
-        observer.act(4, x_ND[list(items)], StepContext(0, list(items), rows))
+        context = StepContext(0, list(items), rows)
+        observer.act(4, x_ND[list(items)], context)
+        observer.end(context)
         return y_N[list(items)]
 
     config = WarmupConfig("max", min_frequency=0.01, keep=5, score="pearson", negative="keep")

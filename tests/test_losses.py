@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from crl_exp import selection
+from crl_exp.draws import Draws
 from crl_exp.learner import LayerLearner, NonFiniteError, Rollout, collect
 from crl_exp.losses import gae, group_advantage, ppo_policy_loss, token_weights, value_loss
 from crl_exp.policy import LayerAgent
@@ -95,7 +96,7 @@ def small_rollout(made: LayerAgent, n: int = 12, seed: int = 0) -> Rollout:
     with torch.no_grad():
         observed = Observation(obs_ND, token_N, acts_NC)
         logits_NC = made.distribution(observed).logits_BC
-        choice_NK = selection.sample(logits_NC, made.k, draw)
+        choice_NK = selection.sample(logits_NC, made.k, Draws(seed, torch.arange(n)))
         log_prob_N = selection.log_prob(logits_NC, choice_NK)
     off_policy_N = 0.25 * torch.randn(n, generator=draw, dtype=torch.float64)
     advantage_N, return_N = torch.randn(2, n, generator=draw, dtype=torch.float64)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from crl_exp import tables
+from crl_exp import table_cells, tables
 from crl_exp.comparison import SweepComparison, compare_runs
 from crl_exp.errors import UserError
 from crl_exp.records import find_records
@@ -37,7 +37,7 @@ def test_headline_compares_the_chosen_ones(tmp_path):
         finished_run(config(tmp_path, seed=seed), delta)
     finished_run(config(tmp_path, "corrsteer_s"), 0.09, validation=0.01)
     finished_run(config(tmp_path, "corrsteer_a", (8, 18)), 0.05, validation=0.06)
-    told = tables.headline(compared(tmp_path))
+    told = table_cells.headline(compared(tmp_path))
     # 12 points over A; t(1) = 12.7062, half width 12.7062 * 1.41421 / sqrt(2) = 12.7 points
     assert told is not None
     assert "CorrSteer-A, layers 8, 18: 73.0 %" in told and "CRL, layer 18: 85.0 %" in told

@@ -32,7 +32,9 @@ OF_THE_MOMENT = ("seconds", "peak_memory_bytes", "git_commit", "git_dirty")
 def outcome(folder: Path) -> dict[str, Any]:
     """All that must be the same: result, features, journal, interventions."""
     result = json.loads((folder / "result.json").read_text())
-    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    journal = folder / "journal.jsonl"
+    written = journal.read_text().splitlines() if journal.exists() else []
+    lines = [json.loads(line) for line in written]
     for line in lines:
         del line["time"]
         line["metrics"] = {k: v for k, v in line["metrics"].items() if not k.startswith("seconds_")}

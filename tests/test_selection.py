@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from crl_exp import selection
+from crl_exp.draws import Draws
 
 INF = float("inf")
 
@@ -51,7 +52,7 @@ def test_log_prob_by_hand() -> None:
 def test_choices_are_distinct_and_allowed(row: list[float], k: int, seed: int) -> None:
     allowed = {i for i, x in enumerate(row) if x > -INF}
     logits = rows(row, 5)
-    sampled = selection.sample(logits, k, torch.Generator().manual_seed(seed))
+    sampled = selection.sample(logits, k, Draws(seed, torch.arange(len(logits))))
     for choice in [*sampled.tolist(), *selection.greedy(logits, k).tolist()]:
         assert len(choice) == k
         real = [c for c in choice if c >= 0]
@@ -71,7 +72,7 @@ def test_sampling_follows_the_exact_probabilities(k: int) -> None:
     row, n = [0.0, 1.5, -INF, -1.0, 0.7], 20_000
     choices = list(permutations([0, 1, 3, 4], k))
     exact = selection.log_prob(rows(row, len(choices)), torch.tensor(choices)).exp()
-    drawn = selection.sample(rows(row, n).float(), k, torch.Generator().manual_seed(0)).tolist()
+    drawn = selection.sample(rows(row, n).float(), k, Draws(0, torch.arange(n))).tolist()
     counts = [sum(tuple(d) == c for d in drawn) for c in choices]
     assert sum(counts) == n
     assert chisquare(counts, (exact / exact.sum() * n).numpy()).pvalue > 1e-3

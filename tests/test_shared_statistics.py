@@ -26,7 +26,7 @@ home, me = Path(sys.argv[1]), sys.argv[2]
 (home / f"ready_{me}").touch()
 while len(list(home.glob("ready_*"))) < 2:
     time.sleep(0.01)
-def compute(missing):
+def compute(missing, partial):
     with open(home / "computed", "a") as log:
         log.write(" ".join(map(str, missing)) + "\\n")
     time.sleep(0.5)
@@ -36,6 +36,7 @@ assert set(found) == {2, 3} and found[3].layer == 3
 """
 
 
+@pytest.mark.slow
 def test_processes_started_together_compute_a_layer_once(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RACE, str(tmp_path)]
@@ -47,7 +48,7 @@ def test_processes_started_together_compute_a_layer_once(tmp_path: Path) -> None
 def test_stored_statistics_are_reused_by_layer_and_weights(tmp_path: Path) -> None:
     asked: list[list[int]] = []
 
-    def compute(missing) -> dict[int, LayerStatistics]:
+    def compute(missing, partial) -> dict[int, LayerStatistics]:
         asked.append(sorted(missing))
         return {layer: statistics(layer, 8) for layer in missing}
 
@@ -71,7 +72,7 @@ def test_a_corrupt_file_is_told(tmp_path: Path, damage: str) -> None:
     saes = {2: random_sae(2, 8)}
 
     def get() -> dict[int, LayerStatistics]:
-        return shared_statistics(tmp_path, "key", saes, lambda _: {2: statistics(2, 8)})
+        return shared_statistics(tmp_path, "key", saes, lambda *_: {2: statistics(2, 8)})
 
     get()
     file = next((tmp_path / "key").glob("*.safetensors"))

@@ -12,10 +12,10 @@ import shutil
 import pytest
 
 from crl_exp.controllers.base import Unsteered
-from crl_exp.decode import Generation, Job, cut_at
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
 from crl_exp.evaluation import over_refusal
+from crl_exp.generation import Generation, Job, cut_at
 from crl_exp.lab import Answers
 from crl_exp.tasks.base import Item, Score
 from tests import tiny

@@ -137,6 +137,7 @@ def test_switched_off_leaves_nothing(tmp_path):
     assert not {"mlflow.json", "system.jsonl"} & {path.name for path in run.path.iterdir()}
 
 
+@pytest.mark.slow
 def test_sync_command_on_a_sweep_to_another_file(folder, capsys):
     for layer in (8, 12, 15):
         finished_run(config(folder, layers=(layer,)), 0.1, steps=2)

@@ -2,19 +2,28 @@
 
 Unsteered, fixed, random and learned steering are all controllers. The engine and the evaluation
 can't tell them apart, so a difference between two methods is a difference in what they add.
-Shapes: B rows, D d_model, K features picked at once.
+Shapes: B rows, R rows that stay, D d_model, K features picked at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from crl_exp.prompt_acts import PromptActs
+
+
+class RowState(Protocol):
+    """Notes with something for each row. Finished rows leave the batch, and the notes follow."""
+
+    def keep(self, index_R: Tensor) -> None:
+        """Only these rows stay, in this order."""
+        ...
 
 
 @dataclass
@@ -26,13 +35,30 @@ class StepContext:
     alive_B: false where the row has finished; nothing it does counts any more.
     state: the controller's own notes for this batch of rows, empty at token 0.
     prompt: mean activations over the rows' prompts; None outside of an engine.
+    row_B: position of each row among the n_rows items of its job. A job may go through the model
+        in several batches, and rows that have finished leave theirs.
     """
 
     token_index: int
     items: list[int]
     alive_B: Tensor
-    state: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, RowState] = field(default_factory=dict)
     prompt: PromptActs | None = None
+    row_B: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    n_rows: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_rows == 0:  # the job's rows are these
+            self.row_B, self.n_rows = torch.arange(len(self.items)), len(self.items)
+
+    def keep(self, index_R: Tensor) -> None:
+        """Only these rows stay in the batch."""
+        self.items = [self.items[i] for i in index_R.tolist()]
+        self.alive_B, self.row_B = self.alive_B[index_R], self.row_B[index_R]
+        if self.prompt is not None:
+            self.prompt = self.prompt.part(index_R.tolist())
+        for notes in self.state.values():
+            notes.keep(index_R)
 
 
 @dataclass
@@ -49,6 +75,35 @@ class Action:
     log_prob_B: Tensor | None = None
     value_B: Tensor | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
+
+    def part(self, index_R: Tensor) -> Action:
+        """These rows, in this order."""
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index_R]
+
+        return Action(
+            self.delta_BD[index_R], self.feature_idx_BK[index_R], self.coefficient_BK[index_R],
+            rows(self.log_prob_B), rows(self.value_B),
+            {name: tensor[index_R] for name, tensor in self.notes.items()},
+        )  # fmt: skip
+
+    @staticmethod
+    def cat(parts: Sequence[Action]) -> Action:
+        """All rows of several actions that hold the same things."""
+
+        def rows(tensors: list[Tensor | None]) -> Tensor | None:
+            given = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(given) if given else None
+
+        return Action(
+            torch.cat([part.delta_BD for part in parts]),
+            torch.cat([part.feature_idx_BK for part in parts]),
+            torch.cat([part.coefficient_BK for part in parts]),
+            rows([part.log_prob_B for part in parts]),
+            rows([part.value_B for part in parts]),
+            {name: torch.cat([part.notes[name] for part in parts]) for name in parts[0].notes},
+        )
 
 
 class Controller:
@@ -70,6 +125,10 @@ class Controller:
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
         """Decide for every row at `layer`; None adds nothing."""
         return None
+
+    def end(self, context: StepContext) -> None:
+        """Called when all answers of a batch are there. A batch that didn't fit into memory is
+        played again without it: what is counted over batches has to be counted here."""
 
 
 class Unsteered(Controller):

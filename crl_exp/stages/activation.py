@@ -73,12 +73,8 @@ class GumbelTopK(Stage):
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         if not context.explore:
             return logits_BC / self.temperature
-        uniform_BC = torch.rand(
-            logits_BC.shape, generator=context.generator, device=logits_BC.device
-        )
-        tiny = torch.finfo(uniform_BC.dtype).tiny
-        gumbel_BC = -(-uniform_BC.clamp(min=tiny).log()).clamp(min=tiny).log()
-        noisy_BC = (logits_BC + gumbel_BC) / self.temperature
+        assert context.draws is not None
+        noisy_BC = (logits_BC + context.draws.gumbel(logits_BC.shape[1])) / self.temperature
         return noisy_BC.masked_fill(~top_mask(noisy_BC, context.barred_BC, self.top), -torch.inf)
 
 

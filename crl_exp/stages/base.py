@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from crl_exp.draws import Draws
 from crl_exp.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class StageContext:
     length_B: ‖residual‖, standardised by stage 1's mean and deviation.
     explore: true while a rollout chooses; false when probabilities are recorded or recomputed.
     progress: share of the training done, for schedules.
+    draws: random numbers of these rows, while exploring.
     barred_BC: features that an earlier stage has ruled out; set for each stage.
     noted: what a stage wants remembered for the answer's next token.
     """
@@ -78,7 +80,7 @@ class StageContext:
     length_B: Tensor | None = None
     explore: bool = False
     progress: float = 0.0
-    generator: torch.Generator | None = None
+    draws: Draws | None = None
     barred_BC: Tensor | None = None
     noted: dict[str, Tensor] = field(default_factory=dict)
 

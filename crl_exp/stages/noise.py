@@ -59,9 +59,8 @@ class Gaussian(Stage):
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         if not context.explore:
             return logits_BC
-        noise_BC = torch.randn(
-            logits_BC.shape, generator=context.generator, device=logits_BC.device
-        )
+        assert context.draws is not None
+        noise_BC = context.draws.normal(logits_BC.shape[1])
         return logits_BC + self.std * scheduled(self.schedule, context.progress) * noise_BC
 
 
@@ -84,8 +83,7 @@ class EpsilonGreedy(Stage):
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         if not context.explore:
             return logits_BC
-        draw_B1 = torch.rand(
-            logits_BC.shape[:1], generator=context.generator, device=logits_BC.device
-        )[:, None]
+        assert context.draws is not None
+        draw_B1 = context.draws.uniform(1)
         epsilon = self.epsilon * scheduled(self.schedule, context.progress)
         return torch.where(draw_B1 < epsilon, 0.0, logits_BC)

@@ -21,6 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from crl_exp.errors import UserError
+from crl_exp.runs import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ class GridSweeper(Sweeper):
         """Compose all points first, so that a typo shows before anything runs; then launch."""
         assert self.launcher is not None
         jobs = self.jobs(arguments)
-        self.validate_batch_is_legal(jobs)
+        if not getattr(self.launcher, "composes", False):
+            self.validate_batch_is_legal(jobs)
         self._save_config()
         returns = self.launcher.launch(jobs, initial_job_idx=0)
         _raise_failures(jobs, returns)
@@ -77,7 +79,7 @@ class GridSweeper(Sweeper):
         folder = Path(self.config.output_dir).expanduser() / self.config.sweep_name
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(self.config, folder / "multirun.yaml")
+            write_atomic(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
         except OSError as error:
             raise UserError(
                 f"output_dir={self.config.output_dir}: can't write to {folder} ({error}); "
@@ -92,7 +94,7 @@ def _choices(value: Any) -> str:
 
 def _raise_failures(jobs: list[list[str]], returns: Sequence[JobReturn]) -> None:
     """Name every failed job; raise the first one's error."""
-    failed = [(j, r) for j, r in zip(jobs, returns, strict=True) if r.status != JobStatus.COMPLETED]
+    failed = [(j, r) for j, r in zip(jobs, returns, strict=True) if r.status == JobStatus.FAILED]
     for job, job_return in failed:
         log.error("failed: %s\n    %s", " ".join(job), job_return._return_value)
     if failed:

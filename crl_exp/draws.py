@@ -1,0 +1,59 @@
+"""Random numbers that belong to a row, not to the batch that the row happens to lie in.
+
+Counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): each number is a
+hash of the rollout's seed and of its own place. So an answer's exploration is the same whatever is
+generated beside it: alone or packed, in large or small batches, with finished rows left out.
+Shapes: B rows, N numbers a row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 divided by the golden ratio: splitmix64's step from one number to the next."""
+
+
+class Draws:
+    """Numbers for one layer and token of a rollout; each call gives new ones.
+
+    seed: of the rollout. row_B: each row's position among its job's items.
+    """
+
+    def __init__(self, seed: int, row_B: Tensor, layer: int = 0, token_index: int = 0):
+        self.key_B = _mix(row_B.long() + _signed(seed * GOLDEN))
+        self.key_B = _mix(self.key_B + _signed((layer + 1) * GOLDEN))
+        self.key_B = _mix(self.key_B + _signed((token_index + 1) * GOLDEN))
+
+    def uniform(self, n: int) -> Tensor:
+        """[B, N], evenly between 0 and 1 and never either of them."""
+        self.key_B = _mix(self.key_B + _signed(GOLDEN))
+        step_N = torch.arange(1, n + 1, device=self.key_B.device) * _signed(GOLDEN)
+        hashed_BN = _mix(self.key_B[:, None] + step_N)
+        # The 23 highest bits and a half: exact in float32, where 24 bits and a half would give 1.
+        return (((hashed_BN >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23
+
+    def gumbel(self, n: int) -> Tensor:
+        """[B, N] of the standard Gumbel distribution, −log(−log u)."""
+        return -(-self.uniform(n).log()).log()
+
+    def normal(self, n: int) -> Tensor:
+        """[B, N] of mean 0 and deviation 1 (Box and Muller 1958)."""
+        radius_BN = (-2 * self.uniform(n).log()).sqrt()
+        return radius_BN * (2 * math.pi * self.uniform(n)).cos()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele et al. 2014), in int64 arithmetic that wraps around."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def _signed(x: int) -> int:
+    """A whole number, modulo 2^64, as int64 holds it."""
+    x &= 2**64 - 1
+    return x - 2**64 if x >= 2**63 else x

@@ -1,0 +1,92 @@
+"""How all figures of a report look: type of 9 pt in print, colours that everyone tells apart."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from crl_exp.comparison import SweepComparison
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMN_INCHES = 3.5  # a column of a two-column paper
+PAGE_INCHES = 7.0
+LEGEND_CHARACTERS = 42  # that fit it
+# Okabe and Ito's palette, which colour-blind readers tell apart; black is kept for axes.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ((0, (1, 1.5)), (0, (5, 2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
+FIXED_COLOURS = {"crl": 0, "corrsteer_s": 1, "corrsteer_a": 2, "corrsteer_p": 3, "random": 6}
+STYLE: Any = {
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 9,
+    "ytick.labelsize": 9, "legend.fontsize": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "savefig.dpi": 300, "figure.dpi": 150, "legend.frameon": False,
+    "axes.linewidth": 0.8, "lines.linewidth": 1.4, "figure.constrained_layout.use": True,
+    "pdf.fonttype": 42,
+}  # fmt: skip
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def look(sweep: SweepComparison) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each family. A method's first family has the method's own, the others
+    what is free; shuffled labels look like the method's first (and are drawn hollow)."""
+    of_method: dict[str, int] = {}
+    for row in sweep.rows:
+        spare = [i for i in range(len(COLOURS)) if i not in FIXED_COLOURS.values()]
+        of_method.setdefault(row.method, FIXED_COLOURS.get(row.method, spare[0]))
+    free = [i for i in range(len(COLOURS)) if i not in of_method.values()]
+    looks, seen = {}, set()
+    for family, rows in sweep.families.items():
+        method = rows[0].method
+        number = of_method[method]
+        if method in seen and not rows[0].shuffled:
+            number = free.pop(0) if free else number + len(looks)
+        seen.add(method)
+        # Once the colours are used up, the markers shift, so that no two families look alike.
+        marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+        looks[family] = (COLOURS[number % len(COLOURS)], marker)
+    return looks
+
+
+def wrapped(label: str) -> str:
+    """A label over as many lines as the legend needs."""
+    return textwrap.fill(label, LEGEND_CHARACTERS, subsequent_indent="  ")
+
+
+def legend_below(figure: Figure, axes: np.ndarray, columns: int) -> None:
+    """One legend for all panels; points before lines."""
+    from matplotlib.lines import Line2D
+
+    found: dict[str, Any] = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    # Error bars are containers, all else is lines; sorting is stable.
+    ordered = sorted(found.items(), key=lambda item: isinstance(item[1], Line2D))
+    labels = [wrapped(label) for label, _ in ordered]
+    handles = [handle for _, handle in ordered]
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+
+
+def save(figure: Figure, paths: tuple[Path, ...]) -> bool:
+    """Save under each name and close. The same figure gives the same file."""
+    import matplotlib.pyplot as plt
+
+    for path in paths:
+        figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+    plt.close(figure)
+    return True

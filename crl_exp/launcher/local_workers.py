@@ -1,0 +1,127 @@
+"""Runs as processes of this machine: a few workers, each taking the next directory of a list.
+
+A worker is a submitit job that outlives the launching process. It starts one Python process after
+another for its runs; such a process keeps the model for the next run, and where it dies (killed,
+out of memory) only the run that it was at is lost: the worker starts another for the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from submitit import LocalExecutor
+
+from crl_exp.errors import UserError
+from crl_exp.launcher.settings import LocalSettings
+from crl_exp.launcher.sweep_file import this_process
+
+# submitit ends a local job after a time; a sweep may take weeks.
+FOREVER_MINUTES = 60 * 24 * 365
+
+
+def check_gpus(settings: LocalSettings) -> None:
+    """Raise `UserError` where the runs at a time need more GPUs than there are here."""
+    if not settings.gpus:
+        return
+    import torch
+
+    wanted, there = settings.parallel * settings.gpus, torch.cuda.device_count()
+    if wanted > there:
+        raise UserError(
+            f"hydra.launcher.parallel={settings.parallel} runs at a time need {wanted} GPUs, but "
+            f"there are {there} here; set hydra.launcher.parallel=…, or model.device=cpu"
+        )
+
+
+def start_workers(settings: LocalSettings, runs: list[Path], folder: Path) -> list[dict[str, Any]]:
+    """Start at most `parallel` workers for these run directories; returns their processes.
+
+    folder: the sweep's.
+    """
+    lists = folder / ".submitted"
+    lists.mkdir(exist_ok=True)
+    list_path = lists / f"{uuid.uuid4().hex}.txt"
+    list_path.write_text("".join(f"{run.absolute()}\n" for run in runs))
+    python = settings.python or shlex.quote(sys.executable)
+    command = f"{python} -u -m crl_exp.launcher.local_workers {shlex.quote(str(list_path))}"
+    workers = []
+    for i in range(min(settings.parallel, len(runs))):
+        executor = LocalExecutor(folder / "logs", python=python)
+        gpus = settings.gpus or 0
+        executor.update_parameters(
+            timeout_min=FOREVER_MINUTES, gpus_per_node=gpus, setup=settings.setup,
+            visible_gpus=tuple(range(i * gpus, (i + 1) * gpus)),
+        )  # fmt: skip
+        with _detached(folder / "logs" / "workers.log"):
+            job = executor._submit_command(command)
+        workers.append(this_process(int(job.job_id)))
+    return workers
+
+
+@contextmanager
+def _detached(log_path: Path) -> Iterator[None]:
+    """What is started in the block keeps nothing of this process's terminal or pipes.
+
+    Without it `launch.py | tee log` would last until the last worker ends.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [os.dup(fd) for fd in (0, 1, 2)]
+    try:
+        with open(os.devnull) as nothing, log_path.open("a") as log:
+            os.dup2(nothing.fileno(), 0)
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        yield
+    finally:
+        for fd, copy in enumerate(kept):
+            os.dup2(copy, fd)
+            os.close(copy)
+
+
+def next_run(list_path: Path) -> Path | None:
+    """The next directory of a list that no worker has taken; None at its end."""
+    with FileLock(f"{list_path}.lock"):
+        runs, n = list_path.read_text().splitlines(), n_taken(list_path)
+        if n == len(runs):
+            return None
+        _taken(list_path).write_text(str(n + 1))
+    return Path(runs[n])
+
+
+def n_taken(list_path: Path) -> int:
+    """How many directories of a list have been taken."""
+    path = _taken(list_path)
+    return int(path.read_text()) if path.exists() else 0
+
+
+def _taken(list_path: Path) -> Path:
+    return list_path.with_suffix(".taken")
+
+
+def main(name: str) -> int:
+    """A worker: processes one after another until the list is done. Returns the exit code."""
+    list_path = Path(name)
+    n = len(list_path.read_text().splitlines())
+    while (before := n_taken(list_path)) < n:
+        ended = subprocess.call([sys.executable, "-u", "-m", "crl_exp", "run", "--list", name])
+        if n_taken(list_path) == before:
+            print(f"the process ended ({ended}) before it took a run: no use trying again")
+            return 1
+        if ended < 0:
+            print(f"the process was ended by signal {-ended}; the next takes over", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

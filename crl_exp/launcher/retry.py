@@ -1,0 +1,82 @@
+"""`python -m crl_exp retry SWEEP`: failed, lost and cancelled runs, from their frozen configs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from crl_exp.errors import UserError
+from crl_exp.launcher import slurm_jobs
+from crl_exp.launcher.launch import submitted_text
+from crl_exp.launcher.settings import SlurmSettings, changed, make_settings
+from crl_exp.launcher.states import is_started, states_of
+from crl_exp.launcher.submit import Start, abandon_unreleased, submit
+from crl_exp.launcher.sweep_file import SweepFile, locked
+from crl_exp.records import Record, find_records
+from crl_exp.report import find_sweep
+from crl_exp.run_keys import frozen_config
+from crl_exp.runs import RunDirectory
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m crl_exp retry",
+        description="Start a sweep's failed, lost and cancelled runs again, on the launcher that "
+        "they were submitted to. They go on from their checkpoints. Nothing is composed: a YAML "
+        "file edited since changes nothing.",
+    )
+    parser.add_argument("sweep", help="name of a sweep in the output folder, or its folder")
+    parser.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE",
+        help="other settings of the launcher this time: mem=64GB time=24:00:00 partition=long",
+    )  # fmt: skip
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
+    arguments = parser.parse_args(argv)
+    folder = find_sweep(arguments.sweep, arguments.output_dir).absolute()
+    retry(folder, arguments.settings)
+    return 0
+
+
+def retry(folder: Path, overrides: list[str]) -> list[str]:
+    """Start the runs again; returns their keys. Raises `UserError` where nothing was submitted."""
+    with locked(folder):
+        sweep = SweepFile.read(folder)
+        if not sweep.submissions:
+            raise UserError(
+                f"{folder} was not submitted by hydra/launcher=slurm or local_processes: type the "
+                "line that launched it again"
+            )
+        abandon_unreleased(sweep)
+        records = find_records(folder)
+        states = states_of(records, sweep)
+        again = [r for r in records if is_started(states[r.key][0], r, "retry")]
+        for record in again:
+            print(f"{states[record.key][0]}: {record.key} {sweep.overrides(record.key)}")
+        if not again:
+            print(f"{folder.name}: no run failed, was lost or was cancelled")
+            return []
+        starts = [_start(record, sweep, overrides) for record in again]
+        if any(isinstance(start.settings, SlurmSettings) for start in starts):
+            slurm_jobs.check_slurm()
+        _go_back(sweep.submissions[-1]["cwd"])
+        print(submitted_text(submit(starts, sweep), folder))
+    return [record.key for record in again]
+
+
+def _start(record: Record, sweep: SweepFile, overrides: list[str]) -> Start:
+    found = sweep.part_of(record.key)
+    # A run that was begun by hand in this folder is started as the others were.
+    submission = found[0] if found else sweep.submissions[-1]
+    part = found[1] if found else submission["parts"][-1]
+    settings = changed(make_settings(submission["launcher"], part["settings"]), overrides)
+    return Start(RunDirectory(frozen_config(record.path)), settings)
+
+
+def _go_back(folder: str) -> None:
+    """Paths in the configs are relative to where the sweep was launched."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(f"the sweep was launched in {folder}, which is gone: {error}") from error

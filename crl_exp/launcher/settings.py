@@ -1,0 +1,186 @@
+"""What a launcher is told: `conf/hydra/launcher/`. Values are there; types and checks are here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from crl_exp.errors import UserError, did_you_mean
+
+# Written into the batch script by the launcher itself.
+OURS = ("array", "output", "error", "hold", "requeue", "signal", "open-mode", "chdir", "job-name")
+TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
+MEMORY = re.compile(r"\d+(\.\d+)?[KMGT]?B?", re.IGNORECASE)
+
+
+@dataclass
+class LaunchSettings:
+    """What both launchers are told.
+
+    gpus: of each run; null: one where model.device is a CUDA device, else none.
+    setup: shell lines that are run before Python, such as `module load cuda`.
+    python: the interpreter of the jobs, as a shell command; null: the one that launches.
+    wait: stay until all runs have ended, with a live table, and hand their results to the sweeper.
+    extend: allow a sweep into a folder that holds runs of which this sweep has none.
+    """
+
+    gpus: int | None
+    setup: list[str]
+    python: str | None
+    wait: bool
+    extend: bool
+
+    def faults(self) -> list[str]:
+        if self.gpus is not None and self.gpus < 0:
+            return [f"hydra.launcher.gpus={self.gpus}: must be 0 or more, or null"]
+        return []
+
+    def for_device(self, device: str) -> Any:
+        """These settings with the number of GPUs made plain."""
+        return self if self.gpus is not None else replace(self, gpus=int(device[:4] == "cuda"))
+
+
+@dataclass
+class SlurmSettings(LaunchSettings):
+    """`hydra/launcher=slurm`: each run is a task of a job array. null: the cluster's own default.
+
+    partition, account, qos, constraint: as sbatch has them.
+    gres: instead of `gpus`, e.g. gpu:a100:1.
+    cpus: of each run. mem: of each run, e.g. 16GB. time: limit of each start, in minutes or as
+        [DAYS-]HH:MM:SS; a run that reaches it is queued again and goes on from its checkpoint.
+    signal_seconds: the run is told to save so long before the limit.
+    requeue: after the loss of a node or a preemption SLURM starts the run again.
+    array_parallelism: runs of one array at a time.
+    max_array_size: longest array; null: what `scontrol show config` says.
+    sbatch: more of sbatch's options by their long names, {reservation: mine, exclusive: true}.
+    """
+
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    gres: str | None
+    cpus: int
+    mem: str | None
+    time: str
+    signal_seconds: int
+    requeue: bool
+    array_parallelism: int
+    max_array_size: int | None
+    sbatch: dict[str, Any]
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        at_least_1 = ("cpus", "signal_seconds", "array_parallelism", "max_array_size")
+        found += [
+            f"hydra.launcher.{name}={getattr(self, name)}: must be at least 1"
+            for name in at_least_1
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
+        if not TIME.fullmatch(self.time):
+            found.append(
+                f"hydra.launcher.time={self.time}: must be minutes or [DAYS-]HH:MM:SS, "
+                "such as hydra.launcher.time=08:00:00"
+            )
+        if self.mem is not None and not MEMORY.fullmatch(self.mem):
+            found.append(f"hydra.launcher.mem={self.mem}: must look like 16GB or 500MB")
+        if self.gres is not None and self.gpus:
+            found.append("hydra.launcher: give gpus=… or gres=…, not both")
+        for name in self.sbatch:
+            if name.replace("_", "-") in OURS:
+                found.append(f"hydra.launcher.sbatch.{name}: the launcher sets it itself")
+        return found
+
+    def for_device(self, device: str) -> SlurmSettings:
+        return self if self.gres is not None else super().for_device(device)
+
+    @property
+    def gpus_asked(self) -> int:
+        """GPUs of one run, those of `gres` counted."""
+        counted = re.findall(r"gpu(?::[^:,]+)??(?::(\d+))?(?=,|$)", self.gres or "")
+        return (self.gpus or 0) + sum(int(n or 1) for n in counted)
+
+
+@dataclass
+class LocalSettings(LaunchSettings):
+    """`hydra/launcher=local_processes`: this machine, some runs at a time.
+
+    parallel: runs at a time.
+    """
+
+    parallel: int
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if self.parallel < 1:
+            found.append(f"hydra.launcher.parallel={self.parallel}: must be at least 1")
+        return found
+
+    @property
+    def gpus_asked(self) -> int:
+        return self.gpus or 0
+
+
+KINDS: dict[str, type[SlurmSettings] | type[LocalSettings]] = {
+    "slurm": SlurmSettings,
+    "local_processes": LocalSettings,
+}
+
+
+def kind_of(settings: LaunchSettings) -> str:
+    return next(name for name, cls in KINDS.items() if type(settings) is cls)
+
+
+def make_settings(kind: str, values: dict[str, Any]) -> SlurmSettings | LocalSettings:
+    """Settings from plain values or parts of a config. Raises `UserError` with every fault."""
+    cls = KINDS[kind]
+    known = [f.name for f in fields(cls)]
+    faults = [
+        f"hydra.launcher.{key}: {kind} has no such key{did_you_mean(key, known)}"
+        for key in values
+        if key not in known
+    ]
+    if faults:
+        raise UserError("\n".join(faults))
+    plain = {
+        key: OmegaConf.to_container(value, resolve=True)
+        if isinstance(value, (DictConfig, ListConfig)) else value
+        for key, value in values.items()
+    }  # fmt: skip
+    try:
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"hydra.launcher.{error.full_key}: {str(error.msg).splitlines()[0]}"
+        ) from error
+    assert isinstance(made, cls)
+    if faults := made.faults():
+        raise UserError("\n".join(faults))
+    return made
+
+
+def changed(
+    settings: SlurmSettings | LocalSettings, overrides: Sequence[str]
+) -> SlurmSettings | LocalSettings:
+    """The settings with `KEY=VALUE` overrides, `hydra.launcher.` before the key or not.
+
+    Raises `UserError` for what isn't one.
+    """
+    values = asdict(settings)
+    texts = [f.name for f in fields(settings) if str(f.type).startswith("str")]
+    for override in overrides:
+        key, equals, text = override.removeprefix("hydra.launcher.").partition("=")
+        if not equals:
+            raise UserError(f"{override}: must be KEY=VALUE, such as mem=32GB")
+        # As text where text is meant: YAML reads 12:00:00 as a number.
+        value = text if key in texts and text != "null" else OmegaConf.create(f"_: {text}")["_"]
+        if key.startswith("sbatch."):
+            values["sbatch"] = {**values["sbatch"], key.removeprefix("sbatch."): value}
+        else:
+            values[key] = value
+    return make_settings(kind_of(settings), values)

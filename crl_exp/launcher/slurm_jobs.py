@@ -1,0 +1,138 @@
+"""Job arrays by submitit and sbatch: each task runs one directory of a list.
+
+An array is submitted held and released once everything about it is written, so that no task starts
+before its directory is ready, and a refusal leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from crl_exp.errors import UserError
+from crl_exp.launcher.settings import SlurmSettings
+
+log = logging.getLogger(__name__)
+ASKING_SECONDS = 60.0
+# SLURM's own default, for where it can't be asked.
+MAX_ARRAY_SIZE = 1001
+# Run by the batch script, in bash. Where a node doesn't see the folder its log can't be written
+# either; the run is then lost, and `status` says that its job is gone.
+TAKE_DIRECTORY = """RUN_DIRECTORY=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {list_path})
+if [ ! -r "$RUN_DIRECTORY/config.yaml" ]; then
+    echo "$(hostname) can't read $RUN_DIRECTORY/config.yaml:" \\
+        "output_dir must be on a file system that all nodes share" >&2
+    exit 66
+fi"""
+
+
+def check_slurm() -> None:
+    """Raise `UserError` where nothing can be submitted from here."""
+    missing = [name for name in ("sbatch", "srun", "scontrol") if shutil.which(name) is None]
+    if missing:
+        raise UserError(
+            f"hydra/launcher=slurm: there is no {missing[0]} here. Launch on a node of the cluster "
+            "from which jobs are submitted, or take hydra/launcher=local_processes"
+        )
+
+
+def max_array_size(settings: SlurmSettings) -> int:
+    """Tasks that one array may have. Raises `UserError` where the cluster allows no arrays."""
+    said = _ask(["scontrol", "show", "config"])
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", said or "", re.MULTILINE)
+    limit = int(found[1]) if found else MAX_ARRAY_SIZE
+    if limit == 0:
+        raise UserError("this cluster has MaxArraySize=0, so it takes no job arrays")
+    return min(limit, settings.max_array_size or limit)
+
+
+def submit_held(settings: SlurmSettings, runs: list[Path], folder: Path) -> str:
+    """Submit an array for these run directories, held; returns its job id.
+
+    folder: the sweep's. Raises `UserError` with sbatch's own words where it refuses.
+    """
+    lists = folder / ".submitted"
+    lists.mkdir(exist_ok=True)
+    list_path = lists / f"{uuid.uuid4().hex}.txt"
+    list_path.write_text("".join(f"{run.absolute()}\n" for run in runs))
+    python = settings.python or shlex.quote(sys.executable)
+    executor = SlurmExecutor(folder / "logs", python=python)
+    executor.folder.mkdir(parents=True, exist_ok=True)
+    executor.update_parameters(**_sbatch_parameters(settings, list_path, folder.name))
+    executor.parameters["map_count"] = len(runs)
+    try:
+        # Not `submit`, which pickles a function: the job is a command that anyone can type.
+        job = executor._submit_command(f'{python} -u -m crl_exp run "$RUN_DIRECTORY"')
+    except (FailedJobError, FailedSubmissionError, OSError) as error:
+        list_path.unlink()
+        said = str(error).strip() or repr(error.__cause__ or error)
+        raise UserError(
+            f"SLURM refused the sweep:\n{said}\nNothing was submitted. The settings are those of "
+            "hydra.launcher (partition, account, qos, gpus, gres, mem, time, …)"
+        ) from error
+    return job.job_id
+
+
+def _sbatch_parameters(settings: SlurmSettings, list_path: Path, name: str) -> dict[str, Any]:
+    """What submitit's executor takes."""
+    requeue = "requeue" if settings.requeue else "no-requeue"
+    take = TAKE_DIRECTORY.format(list_path=shlex.quote(str(list_path)))
+    given = {
+        "job_name": name,
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "gpus_per_node": settings.gpus or None,
+        "gres": settings.gres,
+        "cpus_per_task": settings.cpus,
+        "mem": settings.mem,
+        "time": settings.time,
+        "signal_delay_s": settings.signal_seconds,
+        "array_parallelism": settings.array_parallelism,
+        # Since SLURM 22.05 srun doesn't take over the batch job's --cpus-per-task.
+        "srun_args": [f"--cpus-per-task={settings.cpus}"],
+        "setup": [*settings.setup, *take.splitlines(), "export RUN_DIRECTORY"],
+        "additional_parameters": {**settings.sbatch, "hold": True, requeue: True},
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def release(job_ids: list[str]) -> None:
+    """Let held arrays start. Raises `UserError` with scontrol's words where it can't."""
+    done = subprocess.run(["scontrol", "release", *job_ids], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"SLURM did not release the jobs: {(done.stderr or done.stdout).strip()}")
+
+
+def cancel(job_ids: list[str], by_signal: str | None = None) -> None:
+    """Cancel jobs, arrays or tasks of them; those that are over already are no fault.
+
+    by_signal: send their processes this signal instead, and leave it to them to end.
+    Raises `UserError` with scancel's words where it can't.
+    """
+    if not job_ids:
+        return
+    how = [f"--signal={by_signal}"] if by_signal else []
+    done = subprocess.run(["scancel", *how, *job_ids], capture_output=True, text=True)
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        raise UserError(f"scancel {' '.join(job_ids)}: {(done.stderr or done.stdout).strip()}")
+
+
+def _ask(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASKING_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning("%s: %s", " ".join(command), error)
+        return None
+    return done.stdout if done.returncode == 0 else None

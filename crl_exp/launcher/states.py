@@ -1,0 +1,55 @@
+"""Which runs have somebody who runs them, and which are to be started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from crl_exp import slurm
+from crl_exp.launcher.sweep_file import SweepFile, alive
+from crl_exp.records import Record, judged
+from crl_exp.run_status import RETRIED
+
+
+def states_of(records: Iterable[Record], sweep: SweepFile) -> dict[str, tuple[str, str]]:
+    """State of each run by its key, and in words what of it isn't in its status.json.
+
+    SLURM is asked once, as a hint. A queued run whose workers on this machine are gone is lost.
+    `missing` where nothing was ever recorded.
+    """
+    records = list(records)
+    ids = [r.status["slurm_job_id"] for r in records if r.status.get("slurm_job_id")]
+    jobs = slurm.job_states(ids) if ids else {}
+    found: dict[str, tuple[str, str]] = {}
+    for record in records:
+        if not record.status:
+            found[record.key] = ("missing", "")
+            continue
+        state, why = judged(record, jobs)
+        if state == "queued" and not _has_workers(record, sweep):
+            state, why = "lost", "the processes that would have run it are gone"
+        found[record.key] = (state, why)
+    return found
+
+
+def _has_workers(record: Record, sweep: SweepFile) -> bool:
+    """Whether a queued run may still start; of a SLURM job, its state says that already."""
+    if record.status.get("slurm_job_id"):
+        return True
+    part = sweep.part_of(record.key)
+    return part is not None and any(alive(worker) for worker in part[1].get("workers", []))
+
+
+def in_work(state: str, record: Record) -> bool:
+    """Whether a run will go on by itself: SLURM starts a preempted one again."""
+    return state in ("queued", "running") or (
+        state == "preempted" and bool(record.status.get("slurm_job_id"))
+    )
+
+
+def is_started(state: str, record: Record, resume: str) -> bool:
+    """Whether a launch starts this run."""
+    if in_work(state, record):
+        return False
+    if resume == "retry":
+        return state in RETRIED
+    return resume == "force" or state != "done"

@@ -1,0 +1,139 @@
+"""Freeze runs and hand them to SLURM or to workers of this machine: all of them or none."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from crl_exp.code_state import code_state
+from crl_exp.files import write_atomic
+from crl_exp.launcher import slurm_jobs
+from crl_exp.launcher.local_workers import check_gpus, start_workers
+from crl_exp.launcher.plan import Settings
+from crl_exp.launcher.settings import LocalSettings, SlurmSettings, kind_of
+from crl_exp.launcher.sweep_file import SweepFile
+from crl_exp.run_keys import content_key
+from crl_exp.runs import RunDirectory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """One run that is to be started, and how."""
+
+    run: RunDirectory
+    settings: Settings
+
+
+def submit(starts: Sequence[Start], sweep: SweepFile) -> dict[str, Any]:
+    """Start these runs; returns the submission, which is then the last of `sweep`.
+
+    The sweep is `locked`. Raises `UserError` where it is refused; nothing is then queued and no
+    run was touched.
+    """
+    submission: dict[str, Any] = {
+        "time": time.time(), "cwd": os.getcwd(), "command": sys.argv,
+        "version": version("crl_exp"), **code_state().facts,
+        "launcher": kind_of(starts[0].settings), "released": False, "parts": [],
+    }  # fmt: skip
+    sweep.submissions.append(submission)
+    before = {start.run.path: _status_text(start.run) for start in starts}
+    try:
+        if isinstance(starts[0].settings, SlurmSettings):
+            _to_slurm(starts, sweep, submission["parts"])
+        else:
+            _to_workers(starts, sweep, submission["parts"])
+    except BaseException:
+        slurm_jobs.cancel([part["job"] for part in submission["parts"] if part["job"]])
+        for start in starts:
+            _restore(start.run, before[start.run.path])
+        sweep.submissions.pop()
+        sweep.write()
+        raise
+    submission["released"] = True
+    sweep.write()
+    return submission
+
+
+def _to_slurm(starts: Sequence[Start], sweep: SweepFile, parts: list[dict[str, Any]]) -> None:
+    ids: dict[str, str | None] = {}
+    for chunk in _chunks(starts):
+        settings = chunk[0].settings
+        assert isinstance(settings, SlurmSettings)
+        job = slurm_jobs.submit_held(settings, [s.run.path for s in chunk], sweep.folder)
+        parts.append(_part(chunk, job=job))
+        sweep.write()  # now: jobs left held by a launcher that was killed must be known
+        ids |= {start.run.key: f"{job}_{i}" for i, start in enumerate(chunk)}
+    _queue(starts, ids)
+    slurm_jobs.release([part["job"] for part in parts])
+
+
+def _to_workers(starts: Sequence[Start], sweep: SweepFile, parts: list[dict[str, Any]]) -> None:
+    # One set of workers, whatever the runs' own settings: `parallel` is of the machine.
+    most = max((start.settings for start in starts), key=lambda settings: settings.gpus_asked)
+    assert isinstance(most, LocalSettings)
+    check_gpus(most)
+    _queue(starts, dict.fromkeys((start.run.key for start in starts), None))
+    part = _part(starts, workers=[]) | {"settings": asdict(most)}
+    part["workers"] = start_workers(most, [start.run.path for start in starts], sweep.folder)
+    parts.append(part)
+
+
+def _part(chunk: Sequence[Start], job: str | None = None, workers: Any = ()) -> dict[str, Any]:
+    return {
+        "job": job, "workers": list(workers), "settings": asdict(chunk[0].settings),
+        "runs": [start.run.key for start in chunk],
+    }  # fmt: skip
+
+
+def _chunks(starts: Sequence[Start]) -> list[list[Start]]:
+    """Runs of the same resources together, in arrays that the cluster takes."""
+    groups: dict[str, list[Start]] = {}
+    for start in starts:
+        groups.setdefault(content_key(asdict(start.settings)), []).append(start)
+    assert isinstance(starts[0].settings, SlurmSettings)
+    size = slurm_jobs.max_array_size(starts[0].settings)
+    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+
+
+def _queue(starts: Sequence[Start], ids: dict[str, str | None]) -> None:
+    """Freeze all configs, then say of all that they are queued."""
+    for start in starts:
+        start.run.freeze()
+    for start in starts:
+        start.run.set_status("queued", slurm_job_id=ids[start.run.key], node=None, pid=None)
+
+
+def _status_text(run: RunDirectory) -> str | None:
+    path = run.path / "status.json"
+    return path.read_text() if path.exists() else None
+
+
+def _restore(run: RunDirectory, status: str | None) -> None:
+    """Undo `_queue` for one run: it says again what it said before."""
+    if run.status().get("state") != "queued":
+        return
+    if status is None:
+        (run.path / "status.json").unlink()
+    else:
+        write_atomic(run.path / "status.json", status)
+
+
+def abandon_unreleased(sweep: SweepFile) -> None:
+    """Cancel arrays that a launcher submitted held and did not live to release."""
+    left = [one for one in sweep.submissions if not one["released"]]
+    for submission in left:
+        jobs = [part["job"] for part in submission["parts"] if part["job"]]
+        if jobs:
+            log.warning("cancelling job %s: its launch was cut off before its end", ", ".join(jobs))
+            slurm_jobs.cancel(jobs)
+        sweep.submissions.remove(submission)
+    if left:
+        sweep.write()

@@ -1,0 +1,165 @@
+"""Stage 1's one pass over the training prompts, which goes on where it was cut off.
+
+The unsteered model answers the training prompts; at each steered position the SAE's activations
+are pooled over the answer and correlated with its reward (CorrSteer, arXiv 2508.12535).
+Shapes: B rows, D d_model, F d_sae, N observed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from crl_exp.checkpoints import CheckpointConfig
+from crl_exp.controllers.base import Controller
+from crl_exp.controllers.observer import Observer
+from crl_exp.correlation import Moments, StreamingCorrelation
+from crl_exp.groups import Sums
+from crl_exp.preemption import Pace
+from crl_exp.saes import LayerSAE
+from crl_exp.scores import KeptValues
+from crl_exp.warmup import MOMENT_TENSORS, LayerStatistics, PartialPass
+
+if TYPE_CHECKING:
+    from crl_exp.lab import Lab
+
+KEPT_NORMS = 20_000
+
+Answer = Callable[[Controller, Sequence[int]], Tensor]
+"""Lets a controller see the generation for these items; returns their rewards [B]."""
+
+
+class LayerPass:
+    """What is streamed of one layer."""
+
+    def __init__(self, device: torch.device, keep_values: bool):
+        self.device = device
+        self.stream = StreamingCorrelation(keep_values)
+        self.observed: Moments | None = None
+        self.norms: list[Tensor] = []
+
+    def take(self, pooled_BF: Tensor, x_ND: Tensor, reward_B: Tensor) -> None:
+        """Take in a batch of answers: pooled activations, observed residuals, rewards."""
+        self.stream.update(pooled_BF, reward_B.to(self.device))
+        part = Moments.of(x_ND, torch.zeros(len(x_ND), device=x_ND.device))
+        self.observed = part if self.observed is None else self.observed.merged(part)
+        if sum(map(len, self.norms)) < KEPT_NORMS:
+            self.norms.append(x_ND.norm(dim=1))
+
+    def state(self) -> dict[str, Any]:
+        stream = self.stream
+        assert stream.moments and stream.rewarded and stream.unrewarded and self.observed
+        return {
+            "moments": vars(stream.moments), "rewarded": vars(stream.rewarded),
+            "unrewarded": vars(stream.unrewarded), "observed": vars(self.observed),
+            "kept": None if stream.kept is None else vars(stream.kept), "norms": self.norms,
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Any]) -> None:
+        def there(values: dict[str, Any]) -> dict[str, Any]:
+            return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+        self.stream.moments = Moments(**there(state["moments"]))
+        self.stream.rewarded = Sums(**there(state["rewarded"]))
+        self.stream.unrewarded = Sums(**there(state["unrewarded"]))
+        self.observed = Moments(**there(state["observed"]))
+        if state["kept"] is not None:
+            kept = {k: [t.to(self.device) for t in parts] for k, parts in state["kept"].items()}
+            self.stream.kept = KeptValues(**kept)
+        self.norms = [norm_N.to(self.device) for norm_N in state["norms"]]
+
+    def statistics(self, layer: int, accuracy: float) -> LayerStatistics:
+        moments, seen = self.stream.moments, self.observed
+        assert moments is not None and seen is not None
+        norm_N, found = torch.cat(self.norms).double(), self.stream.statistics()
+        plain: dict[str, Any] = {
+            name: value.cpu() for name, value in vars(moments).items() if name in MOMENT_TENSORS
+        }
+        return LayerStatistics(
+            layer=layer,
+            n=self.stream.n,
+            accuracy=accuracy,
+            median_norm=float(norm_N.median()),
+            norm_mean=float(norm_N.mean()),
+            norm_std=float(norm_N.std(correction=0)),
+            moments=replace(moments, **plain),
+            mean_D=(seen.origin_F + seen.mean_F).cpu(),
+            std_D=(seen.m2_F / max(seen.n - 1, 1)).sqrt().cpu(),
+            by_feature={name: t.cpu() for name, t in found.items()},
+        )
+
+
+def measure(
+    saes: dict[int, LayerSAE],
+    pooling: str,
+    n_items: int,
+    batch_size: int,
+    answer: Answer,
+    keep_values: bool = False,
+    saved: tuple[PartialPass, CheckpointConfig] | None = None,
+    skip: Callable[[int], None] = lambda n: None,
+) -> dict[int, LayerStatistics]:
+    """One pass over the training prompts, all layers at once.
+
+    keep_values: as in `StreamingCorrelation`. saved: where and how often to save the pass, and to
+    go on from. skip: told how many items an earlier attempt did.
+    """
+    passes = {layer: LayerPass(sae.W_dec_FD.device, keep_values) for layer, sae in saes.items()}
+    at, right = 0, 0.0
+    state = saved[0].load() if saved else None
+    if state is not None:
+        at, right = state["at"], state["right"]
+        for layer, one in passes.items():
+            one.load(state["layers"][layer])
+        skip(at)
+    pace = Pace(saved[1]) if saved else None
+    while at < n_items:
+        observer = Observer(saes, pooling)
+        items = range(at, min(at + batch_size, n_items))
+        reward_B = answer(observer, items)
+        right += float(reward_B.sum())
+        for layer, one in passes.items():
+            one.take(observer.pooled_BF[layer], torch.cat(observer.seen_ND[layer]), reward_B)
+        at += len(items)
+        if saved and pace:
+            layers = {layer: one.state() for layer, one in passes.items()}
+            now = {"at": at, "right": right, "layers": layers}
+            pace.after_step(lambda now=now: saved[0].save(now))
+    return {layer: one.statistics(layer, right / n_items) for layer, one in passes.items()}
+
+
+def measure_of(
+    lab: Lab, saes: dict[int, LayerSAE], partial: PartialPass
+) -> dict[int, LayerStatistics]:
+    """The lab's training split, with its progress shown."""
+    exp, n = lab.exp, len(lab.splits.train)
+    lab.prompts("train")
+    with lab.bar(f"warmup, layers {sorted(saes)}", n) as advance:
+
+        def answer(controller: Controller, items: Sequence[int]) -> Tensor:
+            reward_B = lab.answer(controller, "train", items).reward_B
+            advance(len(items))
+            return reward_B
+
+        def skip(n_done: int) -> None:
+            advance(n_done)
+            lab.run.progress.known(n_done)
+
+        return measure(
+            saes, exp.warmup.pooling, n, exp.engine.items_together, answer, lab.keeps_values,
+            (partial, exp.checkpoint), skip,
+        )  # fmt: skip
+
+
+def warn_of_one_outcome(lab: Lab, found: LayerStatistics) -> None:
+    """Whoever measured them: statistics in which nothing can be told apart are in the result."""
+    if found.accuracy in (0.0, 1.0):
+        lab.warn(
+            f"the unsteered model gets {'all' if found.accuracy else 'none'} of the {found.n} "
+            "training items right: every correlation is 0 and features can't be told apart. "
+            "Use a task of medium difficulty or more items (task.n_train=…)"
+        )

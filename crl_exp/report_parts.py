@@ -1,0 +1,130 @@
+"""A sweep over several tasks, models or SAE releases, taken apart into what can be compared.
+
+Within a part all runs were asked the same of the same model; parts stand side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from crl_exp.comparable import refuse_unfinished
+from crl_exp.comparison import Row, SweepComparison, compare_runs
+from crl_exp.errors import UserError, did_you_mean
+from crl_exp.labels import NAMES
+from crl_exp.option_names import typed
+from crl_exp.records import Record, flatten
+
+# What runs are never compared across.
+PARTED_BY = ("task.name", "model.name", "sae.name")
+
+
+@dataclass(frozen=True)
+class Part:
+    """names: what sets it apart, as ((`task`, `gsm8k`), …); empty where the sweep is one part."""
+
+    names: tuple[tuple[str, str], ...]
+    sweep: SweepComparison
+
+    @property
+    def title(self) -> str:
+        return ", ".join(value for _, value in self.names)
+
+    @property
+    def folder(self) -> str:
+        """A folder's name made from `names`."""
+        return re.sub(r"[^\w.-]+", "_", "-".join(value for _, value in self.names)).strip("._")
+
+
+@dataclass(frozen=True)
+class SweepParts:
+    """parts: those with a finished run. unfinished: runs of parts that have none."""
+
+    name: str
+    parts: tuple[Part, ...]
+    unfinished: tuple[Record, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        """What sets the parts apart: `task`, `model`, …"""
+        return [key for key, _ in self.parts[0].names]
+
+    @property
+    def several(self) -> bool:
+        """Whether runs differ in task, model or the like, even if one of them alone is finished."""
+        return bool(self.keys)
+
+    @cached_property
+    def families(self) -> list[str]:
+        """All methods with their options, in the order of the tables."""
+        order = {name: i for i, name in enumerate(NAMES)}
+        found: dict[str, tuple] = {}
+        for part in self.parts:
+            for row in part.sweep.rows:
+                found.setdefault(row.family, (order.get(row.method, 99), row.shuffled, row.family))
+        return sorted(found, key=lambda family: found[family])
+
+
+def best_rows(sweep: SweepComparison) -> dict[str, Row]:
+    """Of each family one row: where it was tried at several layers, the best on validation.
+
+    Controls are chosen in the same way here, so that they have the same choice as the methods.
+    """
+    return {
+        family: max(rows, key=lambda row: row.validation) for family, rows in sweep.families.items()
+    }
+
+
+def compare_parts(records: list[Record], by: tuple[str, ...] = ()) -> SweepParts:
+    """Take a sweep apart by task, model, SAE release and the config keys of `by`; compare each.
+
+    Raises `UserError` where no run is finished, where a key of `by` isn't in the configs, or where
+    runs of a part can't be compared: all of them are named.
+    """
+    refuse_unfinished(records)
+    configs = {record.key: flatten(record.config) for record in records}
+    _refuse_unknown(by, configs)
+    keys = _telling([*PARTED_BY, *by], list(configs.values()))
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        values = tuple(typed(configs[record.key].get(key)) for key in keys)
+        groups.setdefault(values, []).append(record)
+    short = [key.removesuffix(".name") for key in keys]
+    parts, unfinished, faults = [], [], []
+    for values, group in groups.items():
+        if all(record.result is None for record in group):
+            unfinished += group
+            continue
+        names = tuple(zip(short, values, strict=True))
+        try:
+            parts.append(Part(names, compare_runs(group)))
+        except UserError as error:
+            where = ", ".join(f"{key}={value}" for key, value in names)
+            faults.append(f"{where}: {error}" if where else str(error))
+    if faults:
+        raise UserError("\n".join(faults))
+    parts.sort(key=lambda part: [value for _, value in part.names])
+    return SweepParts(records[0].sweep, tuple(parts), tuple(unfinished))
+
+
+def _telling(keys: list[str], configs: list[dict[str, Any]]) -> list[str]:
+    """The keys that differ, without those that follow from the ones before them."""
+    kept: list[str] = []
+    for key in keys:
+        with_it = {json.dumps([config.get(k) for k in (*kept, key)]) for config in configs}
+        if len(with_it) > len({json.dumps([config.get(k) for k in kept]) for config in configs}):
+            kept.append(key)
+    return kept
+
+
+def _refuse_unknown(by: tuple[str, ...], configs: dict[str, dict[str, Any]]) -> None:
+    known = {key for config in configs.values() for key in config}
+    for key in by:
+        if key not in known:
+            raise UserError(
+                f"--by {key}: no run's config has this key{did_you_mean(key, known)}; "
+                "`config.yaml` in a run directory lists them, joined by dots (model.dtype)"
+            )

@@ -1,0 +1,211 @@
+"""Runs that take turns and are answered together; see `crl_exp.packing`.
+
+Each run is a thread. One of all works at a time, and gives its turn away only where it asks the
+engine for answers. When every run asks or has ended, the questions are answered in one call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from crl_exp.engine import Engine, EngineConfig, Prompts
+from crl_exp.generation import Generation, Job
+from crl_exp.models import LanguageModel
+from crl_exp.prompts import Progress
+
+log = logging.getLogger(__name__)
+
+Outcome = dict[str, Any] | BaseException
+"""A run's result, or what it ended with."""
+
+
+@dataclass
+class Question:
+    """What a run asks the engine: the arguments of `Engine.generate`, and later its answers."""
+
+    prompts: Prompts
+    jobs: Sequence[Job]
+    max_new_tokens: int
+    choices: Sequence[int] | None
+    record: bool
+    stop: Sequence[str]
+    answers: list[Generation] | None = None
+    fault: BaseException | None = None
+
+    @property
+    def kind(self) -> tuple:
+        """Questions of one kind can be answered in one call."""
+        choices = None if self.choices is None else tuple(self.choices)
+        return id(self.prompts), self.max_new_tokens, choices, self.record, tuple(self.stop)
+
+
+class Seat:
+    """One run's thread. It works between `go_on` and its next question or its end."""
+
+    def __init__(self, work: Callable[[], dict[str, Any]], number: int):
+        self.work = work
+        self.outcome: Outcome | None = None
+        self.question: Question | None = None
+        self.turn, self.back = threading.Event(), threading.Event()
+        self.rng = torch.get_rng_state()
+        self.thread = threading.Thread(target=self._run, name=f"run {number}", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        self._await(self.turn)
+        try:
+            self.outcome = self.work()
+        except BaseException as error:  # the pack's caller is told, whatever it is
+            self.outcome = error
+        finally:
+            self.back.set()
+
+    @staticmethod
+    def _await(event: threading.Event) -> None:
+        event.wait()
+        event.clear()
+
+    def ask(self, question: Question) -> list[Generation]:
+        """Called by the run: give the turn away until the answers are there."""
+        self.question = question
+        self.back.set()
+        self._await(self.turn)
+        self.question = None
+        if question.fault is not None:
+            raise question.fault
+        assert question.answers is not None
+        return question.answers
+
+    def go_on(self) -> None:
+        """Called by the pack: let the run work, with torch's global random numbers as it left
+        them."""
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.rng)
+        self.turn.set()
+        try:
+            self._await(self.back)
+        finally:
+            self.rng = torch.get_rng_state()
+            torch.set_rng_state(before)
+        if self.outcome is not None:
+            self.thread.join()
+
+    def end(self, error: BaseException) -> None:
+        """Have the run end by this error, where it asks next."""
+        if self.outcome is None and self.question is None:
+            self._await(self.back)  # it was at work when the interrupt came
+        if self.outcome is None:
+            assert self.question is not None
+            self.question.fault = error
+            self.go_on()
+
+
+class SeatEngine(Engine):
+    """What a packed run has for an engine: it asks the pack."""
+
+    def __init__(self, seat: Seat, shared: Engine):
+        self.lm, self.config, self.batch_size = shared.lm, shared.config, shared.batch_size
+        self.seat = seat
+        self.by_itself = 0
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Answers within come at once, and no other run works meanwhile: it waits for what this
+        one makes for all (and may hold a lock for)."""
+        self.by_itself += 1
+        try:
+            yield
+        finally:
+            self.by_itself -= 1
+
+    def generate(
+        self,
+        prompts: Prompts,
+        jobs: Sequence[Job],
+        max_new_tokens: int,
+        choices: Sequence[int] | None = None,
+        record: bool = False,
+        progress: Progress | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[Generation]:
+        """As `Engine.generate`."""
+        if self.by_itself:
+            return super().generate(prompts, jobs, max_new_tokens, choices, record, progress, stop)
+        question = Question(prompts, jobs, max_new_tokens, choices, record, stop)
+        answers = self.seat.ask(question)
+        if progress:
+            progress(sum(len(job.items) for job in jobs))
+        return answers
+
+
+class Pack:
+    """The runs and the engine that answers them."""
+
+    def __init__(self) -> None:
+        self.seats: list[Seat] = []
+        self.engine: Engine | None = None
+
+    def seat(self, work: Callable[[Callable], dict[str, Any]]) -> None:
+        """Add a run. work: called in its thread with what makes its engine."""
+
+        def make(lm: LanguageModel, config: EngineConfig) -> Engine:
+            if self.engine is None:
+                self.engine = Engine(lm, config)
+            return SeatEngine(seat, self.engine)
+
+        seat = Seat(lambda: work(make), len(self.seats))
+        self.seats.append(seat)
+
+    def play(self) -> list[Outcome]:
+        """Run all to their ends."""
+        working = list(self.seats)
+        try:
+            while working:
+                for seat in working:
+                    seat.go_on()
+                working = [seat for seat in working if seat.outcome is None]
+                self._answer([seat.question for seat in working if seat.question is not None])
+        except BaseException as error:
+            for seat in working:
+                seat.end(error)
+            raise
+        outcomes = [seat.outcome for seat in self.seats]
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def _answer(self, questions: list[Question]) -> None:
+        kinds: dict[tuple, list[Question]] = {}
+        for question in questions:
+            kinds.setdefault(question.kind, []).append(question)
+        for alike in kinds.values():
+            try:
+                self._together(alike)
+            except Exception as error:
+                # Perhaps one run's controller is at fault: then the others must not suffer.
+                if len(alike) > 1:
+                    log.warning("answering %d runs together failed (%s); now one by one: slower",
+                                len(alike), error)  # fmt: skip
+                for question in alike:
+                    self._one(question)
+
+    def _together(self, alike: list[Question]) -> None:
+        assert self.engine is not None
+        first, jobs = alike[0], [job for question in alike for job in question.jobs]
+        answers = self.engine.generate(
+            first.prompts, jobs, first.max_new_tokens, first.choices, first.record, stop=first.stop
+        )
+        for question in alike:
+            question.answers = answers[: len(question.jobs)]
+            answers = answers[len(question.jobs) :]
+
+    def _one(self, question: Question) -> None:
+        try:
+            self._together([question])
+        except Exception as error:
+            question.fault = error

@@ -1,0 +1,222 @@
+"""What a sweep's tables say, cell by cell; `tables`, `table_latex`, `report_page` lay them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from crl_exp.comparison import Row, SweepComparison, split
+from crl_exp.records import Record
+from crl_exp.report_parts import SweepParts, best_rows
+from crl_exp.statistics import mean_interval
+
+COLUMNS = (
+    "method", "layers", "seeds", "n", "unsteered → steered %", "Δ points [95 %]", "p Holm",
+    "fixed/ broken", "SER", "features",
+)  # fmt: skip
+RUN_COLUMNS = ("method", "layers", "seed", "steered %", "Δ points [95 %]", "p", "run")
+CHOSEN = "◀"
+LAYERS_SHOWN = 2
+
+
+def layers_text(layers: Sequence[int], between: str = ", ") -> str:
+    """`18`, `8, 12` or, for more, `8…22 (5)`."""
+    if len(layers) <= LAYERS_SHOWN:
+        return between.join(map(str, layers))
+    return f"{layers[0]}…{layers[-1]} ({len(layers)})"
+
+
+def row_layers(row: Row) -> str:
+    """A row's layers; `12 or 18` where each seed chose its own."""
+    if row.method == "none":
+        return "–"
+    return layers_text(row.layers, " or " if row.alternatives else ", ")
+
+
+def points(value: float, interval: Sequence[float]) -> str:
+    """A difference of shares in percentage points, `+9.1 [7.0, 11.2]`."""
+    middle, low, high = (round(100 * number, 1) + 0.0 for number in (value, *interval))
+    return f"{middle:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def share(value: float, interval: Sequence[float]) -> str:
+    """A share in percent, `84.6 [82.1, 87.0]`."""
+    middle, low, high = (100 * number for number in (value, *interval))
+    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def main_cells(sweep: SweepComparison, row: Row) -> list[str]:
+    ser = "–" if row.ser is None else f"{row.ser:.2f}"
+    mark = f" {CHOSEN}" if row in sweep.chosen else ""
+    return [
+        row.family,
+        row_layers(row) + mark,
+        str(len(row.runs)),
+        f"{row.mean('n'):.0f}",
+        f"{100 * row.mean('accuracy_baseline'):.1f} → {100 * row.mean('accuracy_steered'):.1f}",
+        points(row.mean("delta"), row.interval()),
+        p_text(sweep.p_holm[row]),
+        f"{row.mean('fixed'):.0f}/{row.mean('broken'):.0f}",
+        ser,
+        f"{row.mean('unique_features'):.0f}",
+    ]
+
+
+def set_columns(sweep: SweepComparison) -> list[str]:
+    sets = [
+        f"{_set_name(sweep, name)}, n = {split(sweep.first, name)['n']}" for name in _sets(sweep)
+    ]
+    return ["method", "layers", *sets]
+
+
+def set_cells(sweep: SweepComparison, row: Row) -> list[str]:
+    """The test sets side by side. Where one is benign, all are shares of refused prompts."""
+    cells = [row.family, row_layers(row)]
+    for name in _sets(sweep):
+        delta, (low, high) = row.mean("delta", name), row.interval(name)
+        was, now = row.mean("accuracy_baseline", name), row.mean("accuracy_steered", name)
+        if name == "benign":  # it is scored 1 where the prompt was answered
+            was, now, delta, low, high = 1 - was, 1 - now, -delta, -high, -low
+        cells.append(f"{100 * was:.1f} → {100 * now:.1f}\n{points(delta, (low, high))}")
+    return cells
+
+
+def _sets(sweep: SweepComparison) -> list[str | None]:
+    return [None, *sweep.test_sets]
+
+
+def _set_name(sweep: SweepComparison, name: str | None) -> str:
+    return name or sweep.first.config["task"]["name"]
+
+
+def run_cells(row: Row, run: Record) -> list[str]:
+    figures = split(run, None)
+    return [
+        row.family, layers_text(run.layers or ()), str(run.config["seed"]),
+        f"{100 * figures['accuracy_steered']:.1f}",
+        points(figures["delta"], figures["delta_ci95"]), p_text(figures["p_value"]), run.key,
+    ]  # fmt: skip
+
+
+def notes(sweep: SweepComparison) -> list[str]:
+    """What one must know to read the table."""
+    found = []
+    if any(row.over_seeds for row in sweep.rows):
+        found.append(
+            "Several seeds: means; the interval is Student's t over seeds (how much training "
+            "varies), the p-value the largest of the seeds. One seed, or all alike: the interval "
+            "is the paired bootstrap over items."
+        )
+    found.append(
+        "p: McNemar's exact test, Holm-corrected for the layers that a method was tried at. SER: "
+        "broken / (fixed + broken)."
+    )
+    if sweep.chosen:
+        found.append(f"{CHOSEN} the layers that did best on validation; test was not looked at.")
+    baselines = {row.mean("accuracy_baseline") for row in sweep.rows}
+    if np.ptp(list(baselines)) > 1e-9:
+        found.append(
+            f"The unsteered model is not the same in all runs ({min(baselines):.4f} to "
+            f"{max(baselines):.4f}): they ran on different hardware or library versions."
+        )
+    return found
+
+
+def headline(sweep: SweepComparison) -> str | None:
+    """CRL at its chosen layer against the CorrSteer that does best on validation."""
+    learned = [row for row in sweep.rows if row.method == "crl" and not row.control]
+    fixed = [r for r in sweep.rows if r.method.startswith("corrsteer") and not r.control]
+    if not learned or not fixed:
+        return None
+    best = max(learned, key=lambda row: row.validation)
+    rival = max(fixed, key=lambda row: row.validation)
+    gains = best.values("accuracy_steered") - rival.mean("accuracy_steered")
+    interval = points(float(gains.mean()), mean_interval(gains))
+    if len(gains) < 2:
+        interval = f"{100 * gains.mean():+.1f}"
+    return (
+        f"Best on validation, measured on test: {_named(best)}; {_named(rival)}; difference "
+        f"{interval} points (seeds: {len(gains)}, n = {best.mean('n'):.0f})."
+    )
+
+
+def _named(row: Row) -> str:
+    word = "layer" if row.single or row.alternatives else "layers"
+    share = 100 * row.mean("accuracy_steered")
+    return f"{row.family}, {word} {row_layers(row)}: {share:.1f} %"
+
+
+def set_title(sweep: SweepComparison) -> str:
+    what = "Refused" if "benign" in sweep.test_sets else "Right"
+    return f"{what} prompts by test set, unsteered → steered %, Δ points [95 %]"
+
+
+def title(sweep: SweepComparison) -> str:
+    result = sweep.first.result
+    assert result is not None
+    return f"{sweep.first.sweep}: {result['task']}, {result['model']}, n = {result['n']:,}"
+
+
+def unfinished(runs: Sequence[Record]) -> list[str]:
+    """Runs without a result, with their state and error."""
+    lines = []
+    for run in runs:
+        error = str(run.status.get("error", "")).strip().split("\n")[0]
+        lines.append(f"{run.key} {run.state}{': ' + error if error else ''}")
+    return lines
+
+
+# --- several tasks, models or SAE releases side by side ---
+
+OVERVIEW_COLUMNS = (
+    "method", "layers", "seeds", "n", "accuracy % [95 %]", "Δ points [95 %]", "p Holm",
+)  # fmt: skip
+OVERVIEW_NOTE = (
+    "Where a method was tried at several layers: the one that did best on validation, for "
+    "controls too. Interval of the accuracy: Student's t over seeds; where there is one seed, or "
+    "all give the same, Wilson's over items."
+)
+
+
+def overview_columns(parts: SweepParts) -> list[str]:
+    return [*parts.keys, *OVERVIEW_COLUMNS]
+
+
+def overview_cells(parts: SweepParts) -> list[list[str]]:
+    """A line for each part and method."""
+    lines = []
+    for part in parts.parts:
+        for row in best_rows(part.sweep).values():
+            accuracy = share(row.mean("accuracy_steered"), row.accuracy_interval())
+            delta = points(row.mean("delta"), row.interval()) if row.method != "none" else "–"
+            p = p_text(part.sweep.p_holm[row]) if row.method != "none" else "–"
+            which = [value for _, value in part.names]
+            lines.append(
+                [*which, row.family, row_layers(row), str(len(row.runs)), f"{row.mean('n'):.0f}",
+                 accuracy, delta, p]
+            )  # fmt: skip
+    return lines
+
+
+def matrix(parts: SweepParts) -> tuple[list[str], list[list[str]]]:
+    """Methods by parts: head and lines; a cell has accuracy and, below it, the difference."""
+    best = [best_rows(part.sweep) for part in parts.parts]
+    ns = [f"{part.title}, n = {part.sweep.rows[0].mean('n'):,.0f}" for part in parts.parts]
+    lines = []
+    for family in parts.families:
+        line = [family]
+        for rows in best:
+            row = rows.get(family)
+            if row is None:
+                line.append("–")
+                continue
+            accuracy = share(row.mean("accuracy_steered"), row.accuracy_interval())
+            delta = points(row.mean("delta"), row.interval()) if row.method != "none" else ""
+            line.append(f"{accuracy}\n{delta}".rstrip())
+        lines.append(line)
+    return ["method", *ns], lines

@@ -1,0 +1,1 @@
+"""`hydra/launcher=slurm` and `hydra/launcher=local_processes`."""

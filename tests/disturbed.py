@@ -1,0 +1,143 @@
+"""A process that runs experiments in children of its own and disturbs them: reads plans, a line
+each, and answers each with a line. Importing the stack takes many times longer than a tiny run, so
+every attempt is a fork of a process that has imported it.
+
+Plan: {"overrides", "output_dir", "signals": [{"name", "position", "delay"}, …]}.
+A position counts the calls of `Engine.generate` in all attempts so far.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crl_exp import probe
+from crl_exp.engine import Engine
+from crl_exp.experiment import run_experiment
+from crl_exp.records import Record
+from crl_exp.runs import RunDirectory
+from crl_exp.tasks.base import Item, Score, content_id
+from crl_exp.tasks.tiny import Sums
+from tests.tiny_run import small
+
+STEP_SECONDS = 0.01
+
+
+def watch_generation(events: Path) -> None:
+    """Write a line for each call of the engine: its prompts, items, controllers and tokens."""
+    plain = Engine.generate
+
+    def generate(self: Engine, prompts: Any, jobs: Any, *more: Any, **named: Any) -> Any:
+        time.sleep(STEP_SECONDS)
+        made = plain(self, prompts, jobs, *more, **named)
+        for job, one in zip(jobs, made, strict=True):
+            if isinstance(job.controller, probe._Watch):
+                continue  # the model is checked whenever it is loaded
+            who, n_tokens = type(job.controller).__name__, sum(len(t) + 1 for t in one.tokens)
+            line = json.dumps([who, len(prompts), list(job.items), n_tokens])
+            with events.open("a") as file:
+                file.write(line + "\n")
+        return made
+
+    Engine.generate = generate  # type: ignore[method-assign]
+
+
+def write_freely() -> None:
+    """Make task=tiny one of free text whose reward depends on every token, in tiny words."""
+
+    def item(a: int, b: int, c: int) -> Item:
+        user = f"w{a} w{b} w{c % 58}"
+        return Item(content_id(user), user, "yes")
+
+    def score(self: Sums, items: Any, outputs: Any) -> list[Score]:
+        return [Score(float(zlib.crc32(text.encode()) % 2)) for text in outputs]
+
+    Sums._item, Sums.score = staticmethod(item), score  # type: ignore[method-assign]
+
+
+def n_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def attempt(overrides: list[str], events: Path, out: Path) -> int:
+    """Start a run in a child; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with out.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        watch_generation(events)
+        code = 0 if run_experiment(small(overrides), skip_finished=False) else 3
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def disturb(plan: dict[str, Any]) -> dict[str, Any]:
+    """Run to the end through all the signals; tells what each attempt did."""
+    home = Path(plan["output_dir"])
+    home.mkdir(parents=True, exist_ok=True)
+    overrides = [*plan["overrides"], f"output_dir={home / 'out'}"]
+    folder = RunDirectory(small(overrides)).path
+    events, out = home / "events", home / "output"
+    attempts = []
+    for wanted in [*plan["signals"], None]:
+        first = n_lines(events)
+        child = attempt(overrides, events, out)
+        ended, code = 0, 0
+
+        def ready(number: int = len(attempts), wanted: Any = wanted) -> bool:
+            begun = Record(folder).status.get("attempts", 0) > number
+            return begun and n_lines(events) >= wanted["position"]
+
+        while wanted and not ended and not ready():
+            ended, code = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.0005)
+        if wanted and not ended:
+            time.sleep(wanted["delay"])
+            os.kill(child, signal.Signals[wanted["name"]])
+        if not ended:
+            _, code = os.waitpid(child, 0)
+        record = Record(folder)
+        attempts.append(
+            {
+                "code": os.waitstatus_to_exitcode(code), "first": first, "last": n_lines(events),
+                "state": record.state, "signal": record.status.get("signal"),
+                "phase": record.heartbeat.get("phase"),
+            }
+        )  # fmt: skip
+    lines = events.read_text().splitlines() if events.exists() else []
+    return {
+        "folder": str(folder), "attempts": attempts, "output": out.read_text(),
+        "events": [json.loads(line) for line in lines],
+    }  # fmt: skip
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    write_freely()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    for line in sys.stdin:
+        answers.write(json.dumps(disturb(json.loads(line))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""How rows are cut into batches, and what happens when they don't fit into memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crl_exp import batching
+from crl_exp.batching import BatchSize, batches, bytes_to_decode, free_bytes
+from crl_exp.controllers.base import Unsteered
+from crl_exp.controllers.observer import Observer
+from crl_exp.engine import Engine, EngineConfig
+from crl_exp.errors import UserError
+from crl_exp.generation import Job
+from crl_exp.models import LanguageModel
+from tests import tiny
+from tests.tiny_run import run_small
+from tests.tiny_steering import random_sae
+
+PROMPTS = tiny.prompts(12)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=4),
+    st.integers(1, 30),
+)
+def test_every_row_is_in_one_batch(lengths: list[list[int]], size: int) -> None:
+    found = batches(lengths, size)
+    rows = [row for batch in found for row in batch]
+    assert sorted(rows) == [(job, at) for job, own in enumerate(lengths) for at in range(len(own))]
+    assert all(batch == sorted(batch) and len(batch) <= size for batch in found)
+    assert all(len(batch) == size for batch in found[:-1])
+    longest = [max(lengths[job][at] for job, at in batch) for batch in found]
+    assert longest == sorted(longest, reverse=True) or len(found) == 1
+
+
+@pytest.fixture
+def small_memory() -> Iterator[tuple[LanguageModel, list[int]]]:
+    """A model whose forward pass fails above 3 rows, but not before the second token."""
+    lm = tiny.language_model("llama")
+    tried: list[int] = []
+
+    def check(_module, _args, kwargs) -> None:
+        n_rows = len(kwargs["input_ids"])
+        tried.append(n_rows)
+        if n_rows > 3 and kwargs["past_key_values"].get_seq_length(3) > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    handle = lm.decoder.register_forward_pre_hook(check, with_kwargs=True)
+    yield lm, tried
+    handle.remove()
+
+
+def test_what_does_not_fit_is_halved_and_the_work_is_kept(small_memory, caplog) -> None:
+    lm, tried = small_memory
+    expected = Engine(tiny.language_model("llama"), EngineConfig(64, 1.0))
+    jobs = [Job(Unsteered(), range(12))]
+    want = expected.generate(expected.read(PROMPTS), jobs, 8)[0]
+    made = Engine(lm, EngineConfig("auto", 1.0))
+    store = made.read(PROMPTS)
+    done: list[int] = []
+    with caplog.at_level(logging.WARNING):
+        got = made.generate(store, jobs, 8, progress=done.append)[0]
+    assert got.tokens == want.tokens and got.texts == want.texts
+    assert sum(done) == 12, "no row is answered twice"
+    assert done == [3, 3, 3, 3]
+    assert "12 rows don't fit into memory; going on with 6 at a time" in caplog.text
+    assert "6 rows don't fit into memory; going on with 3" in caplog.text
+    tried.clear()
+    made.generate(store, jobs, 8)
+    assert set(tried) <= {1, 2, 3}, "later batches start at the size that did fit"
+
+
+def test_an_observer_counts_nothing_twice_when_a_batch_is_halved(small_memory) -> None:
+    lm, _ = small_memory
+    saes = {1: random_sae(1, tiny.D_MODEL)}
+    found = []
+    for model, size in ((lm, "auto"), (tiny.language_model("llama"), 64)):
+        made, observer = Engine(model, EngineConfig(size, 1.0)), Observer(saes, "mean")
+        answered = made.generate(made.read(PROMPTS), [Job(observer, range(12))], 8)[0]
+        seen_ND = torch.cat(observer.seen_ND[1])
+        found.append((observer.pooled_BF[1], seen_ND.double().sum(0)))
+        assert len(seen_ND) == sum(min(len(tokens) + 1, 8) for tokens in answered.tokens)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
+def test_a_given_number_is_kept_to(small_memory) -> None:
+    lm, _ = small_memory
+    made = Engine(lm, EngineConfig(8, 1.0))
+    with pytest.raises(
+        UserError, match=r"8 rows .* set engine\.batch_size=4 or engine\.batch_size=auto"
+    ):
+        made.generate(made.read(PROMPTS), [Job(Unsteered(), range(12))], 8)
+
+
+def test_one_row_that_does_not_fit_is_told() -> None:
+    def play(rows: list[int]) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    with pytest.raises(UserError, match=r"1 rows don't fit into memory .*smaller model"):
+        BatchSize("auto").play([[1]], play)
+
+
+def test_other_errors_are_not_taken_for_a_full_memory() -> None:
+    def play(rows: list[int]) -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        BatchSize("auto").play([[1, 2]], play)
+
+
+def test_the_automatic_size_leaves_a_margin(monkeypatch) -> None:
+    monkeypatch.setattr(batching, "free_bytes", lambda _: 1_000_000)
+    cpu = torch.device("cpu")
+    assert BatchSize("auto").rows(10_000, cpu) == 70
+    assert BatchSize("auto").rows(10**9, cpu) == 1
+    assert BatchSize("auto").rows(1, cpu) == batching.MOST_ROWS
+    assert BatchSize(7).rows(10**9, cpu) == 7
+
+
+def test_free_memory_and_the_estimate_are_of_the_right_order(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(batching, "CGROUP", tmp_path)
+    machine = free_bytes(torch.device("cpu"))
+    assert 2**26 < machine < 2**46
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5\n")
+    assert free_bytes(torch.device("cpu")) > 2**26
+    (tmp_path / "memory.max").write_text("1005\n")
+    assert free_bytes(torch.device("cpu")) == 1000
+    lm = tiny.language_model("llama")
+    # 4 layers, 2 heads of 8, keys and values, float32, 100 tokens; held twice while gathered.
+    assert bytes_to_decode(lm, 100) >= 2 * 2 * 4 * 16 * 4 * 100
+
+
+@pytest.mark.parametrize("size", ["many", "0", "1.5", "true"])
+def test_a_size_that_is_none_is_told(size: str, tiny_files, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"engine\.batch_size=.*: must be at least 1, or auto"):
+        run_small([*tiny_files.overrides(), f"output_dir={tmp_path}", f"engine.batch_size={size}"])
+
+
+def test_a_run_with_the_automatic_size(tiny_files, tmp_path) -> None:
+    common = [*tiny_files.overrides(), f"output_dir={tmp_path}"]
+    auto, _ = run_small([*common, "engine.batch_size=auto"])
+    fixed, _ = run_small([*common, "engine.batch_size=16"])
+    assert auto["accuracy_steered"] == fixed["accuracy_steered"] and auto["fixed"] == fixed["fixed"]
