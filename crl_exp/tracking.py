@@ -146,13 +146,17 @@ def send(records: list[Record], place: Place) -> str | None:
     wrong in plain words."""
     damaged: list[str] = []
 
+    sweeps = sorted({record.path.parent for record in records})
+
     def work(uploader: Uploader) -> None:
+        for sweep in sweeps if len(records) > 1 else []:
+            uploader.runs.look(uploader.parent(sweep))
         for record in records:
             try:
                 uploader.send(record)
             except UserError as error:
                 damaged.append(str(error))
-        for sweep in sorted({record.path.parent for record in records}):
+        for sweep in sweeps:
             uploader.send_sweep(sweep)
 
     folder = records[0].path if len(records) == 1 else records[0].path.parent

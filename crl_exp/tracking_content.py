@@ -25,7 +25,6 @@ STATUS = {
     "done": "FINISHED",
     "failed": "FAILED",
     "cancelled": "KILLED",
-    "killed": "KILLED",
     "preempted": "KILLED",
     "lost": "KILLED",
 }
