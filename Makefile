@@ -20,8 +20,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # A process of the server that nothing here needs.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
-.PHONY: help setup assets demo demo-refusal report test test-fast check format format-check \
-	lint types bench mlflow sync clean retry cancel prefetch
+.PHONY: help setup assets demo demo-refusal report status logs retry cancel prefetch test test-fast \
+	check format format-check lint types bench mlflow sync clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -55,6 +55,14 @@ demo-refusal: assets ## the second task: refusals of harmful and harmless prompt
 report: setup ## tables and figures of a finished sweep (SWEEP=demo)
 	@test -n "$(SWEEP)" || { echo "which sweep? make report SWEEP=demo"; exit 1; }
 	$(BIN)/python -m crl_exp report $(SWEEP)
+
+status: setup ## state, progress and time left of a sweep's runs (SWEEP=demo WATCH=1)
+	@test -n "$(SWEEP)" || { echo "which sweep? make status SWEEP=demo"; exit 1; }
+	@$(BIN)/python -m crl_exp status $(SWEEP) $(if $(WATCH),--watch)
+
+logs: setup ## what a run's job printed, and why it ended (RUN=its key)
+	@test -n "$(RUN)" || { echo "which run? make logs RUN=KEY; make status lists them"; exit 1; }
+	@$(BIN)/python -m crl_exp logs $(RUN)
 
 retry: setup ## start a sweep's failed, lost and cancelled runs again (SWEEP=name SET='mem=64GB')
 	@test -n "$(SWEEP)" || { echo "which sweep? make retry SWEEP=layerwise"; exit 1; }

@@ -6,13 +6,17 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from crl_exp.errors import UserError
+from crl_exp.preemption import guard
 
 # Each module has `main(argv) -> int` and is imported only when its command is called.
 COMMANDS = {
     "assets": ("crl_exp.assets_command", "fetch the model and the data into the cache"),
     "run": ("crl_exp.launcher.job", "run directories from their frozen configs, as a job does"),
+    "status": ("crl_exp.status", "state, progress and time left of a sweep's runs"),
+    "logs": ("crl_exp.logs", "what a run's job printed, and why it ended"),
     "retry": ("crl_exp.launcher.retry", "start a sweep's failed, lost and cancelled runs again"),
     "cancel": ("crl_exp.launcher.cancel", "end a sweep's queued and running runs"),
     "prefetch": ("crl_exp.launcher.prefetch", "download what a sweep loads, for offline nodes"),
@@ -34,9 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the command takes")
     parsed = parser.parse_args(argv)
-    module = importlib.import_module(COMMANDS[parsed.command][0])
+    # A job may be asked to end while it still imports; the run then says so and goes on later.
+    guarded = guard() if parsed.command == "run" else nullcontext()
     try:
-        return module.main(parsed.arguments) or 0
+        with guarded:
+            module = importlib.import_module(COMMANDS[parsed.command][0])
+            return module.main(parsed.arguments) or 0
     except UserError as error:
         print(f"crl_exp {parsed.command}: {error}", file=sys.stderr)
         return 1

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from crl_exp.checkpoints import read_state, set_rng_state, write_state
-from crl_exp.decode import Generation, Step
 from crl_exp.files import writing
+from crl_exp.generation import Generation, Step
 from crl_exp.run_status import ANEW
 from crl_exp.tasks.base import Score
 

@@ -23,8 +23,9 @@ from rich.table import Table
 
 from crl_exp.bench_rows import GROUPS, Calls, Figure, Group, memory_child
 from crl_exp.bench_subject import SUBJECTS, Subject
+from crl_exp.code_state import code_state
 from crl_exp.errors import UserError
-from crl_exp.experiment import git_state, peak_memory_bytes
+from crl_exp.experiment import peak_memory_bytes
 from crl_exp.terminal import console
 
 
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     told = {
         "subject": name, "machine": machine(), "started": started,
         "seconds": time.time() - started, "peak_memory_bytes": peak_memory_bytes(),
-        "command": "python -m crl_exp.bench " + " ".join(argv or sys.argv[1:]), **git_state(),
+        "command": "python -m crl_exp.bench " + " ".join(argv or sys.argv[1:]), **code_state().facts,
         "figures": [asdict(m) for m in found], "left_out": left_out,
     }  # fmt: skip
     asked.out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from crl_exp.bench_subject import Subject
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.generation import Generation, Job
 from crl_exp.learner import LayerLearner, collect
-from crl_exp.warmup import measure as measure_warmup
+from crl_exp.measuring import measure as measure_warmup
 
 __all__ = ["GROUPS", "Calls", "Figure", "Group", "memory_child"]
 

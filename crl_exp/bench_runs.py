@@ -20,7 +20,7 @@ from crl_exp.controllers.base import Controller
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.generation import Job
 from crl_exp.packing import run_pack
-from crl_exp.warmup import measure
+from crl_exp.measuring import measure
 
 Calls = dict[str, Callable[[], float | None]]
 ROWS = 64

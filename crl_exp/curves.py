@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from crl_exp.comparison import Row, SweepComparison
 from crl_exp.figure_style import (
+    COLOURS,
     COLUMN_INCHES,
     PAGE_INCHES,
     legend_below,
@@ -17,24 +19,34 @@ from crl_exp.figure_style import (
     style,
 )
 from crl_exp.records import Record
-from crl_exp.table_cells import layers_text
+from crl_exp.table_cells import row_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+TITLE_CHARACTERS = {1: 42, 2: 40, 3: 28}
+
+# More families than this in one panel can't be told apart; then each has a panel.
+FAMILIES_A_PANEL = 4
+Curve = tuple[Row, str, str]
+"""A row, its colour and its name in the legend."""
+
 
 def training(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
-    """Reward by update, a panel for each layer set. Returns whether there was any journal."""
+    """Reward by update, a panel for each layer set, or for each family where there are many.
+
+    Returns whether there was any journal.
+    """
     rows = [row for row in sweep.rows if any(run.journal for run in row.runs)]
     if not rows:
         return False
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
-    panels = sorted({row.layers for row in rows}, key=lambda la: (len(la), la))
+    panels = _panels(sweep, rows)
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     width = PAGE_INCHES if columns == 3 else COLUMN_INCHES * columns
-    looks = look(sweep)
     with style():
         figure, axes = plt.subplots(
             lines, columns, figsize=(width, 1.9 * lines + 0.9), sharex=True, sharey=True,
@@ -42,36 +54,58 @@ def training(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
         )  # fmt: skip
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
-        for axis, layers in zip(axes.flat, panels, strict=False):
-            here = [row for row in rows if row.layers == layers]
-            for row in here:
-                _curves(axis, row, looks[row.family][0])
-            floor = 100 * float(here[0].values("accuracy_baseline", "validation").mean())
+        for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+            for curve in curves:
+                _curves(axis, *curve)
+            floor = 100 * float(curves[0][0].values("accuracy_baseline", "validation").mean())
             axis.axhline(
                 floor, color="black", linewidth=0.8, linestyle=":", label="unsteered, validation"
             )
-            axis.set_title(f"layer{'s' if len(layers) > 1 else ''} {layers_text(layers)}")
+            axis.set_title(textwrap.fill(title, TITLE_CHARACTERS[columns]))
             axis.tick_params(labelbottom=True, labelleft=True)
+            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         for axis in axes[:, 0]:
             axis.set_ylabel("mean reward × 100")
         for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
             axis.set_xlabel("update of the policy")
-        legend_below(figure, axes, columns=2)
+        legend_below(figure, axes, columns=min(2, columns))
         return save(figure, paths)
 
 
-def _curves(axis: Axes, row: Row, colour: str) -> None:
+def _panels(sweep: SweepComparison, rows: list[Row]) -> dict[str, list[Curve]]:
+    """By the panel's title, what is drawn in it."""
+    looks, panels = look(sweep), {}
+    by_layers = sorted(rows, key=lambda row: (len(row.layers), row.layers))
+    layer_sets = list(dict.fromkeys(map(_layers, by_layers)))
+    if len({row.family for row in rows}) <= FAMILIES_A_PANEL:
+        for layers in layer_sets:
+            here = [row for row in rows if _layers(row) == layers]
+            panels[layers] = [(row, looks[row.family][0], row.family) for row in here]
+        return panels
+    colours = {layers: COLOURS[i % len(COLOURS)] for i, layers in enumerate(layer_sets)}
+    for row in rows:
+        curve = (row, colours[_layers(row)], _layers(row))
+        panels.setdefault(row.family, []).append(curve)
+    return panels
+
+
+def _layers(row: Row) -> str:
+    plural = "" if row.single or row.alternatives else "s"
+    return f"layer{plural} {row_layers(row)}"
+
+
+def _curves(axis: Axes, row: Row, colour: str, name: str) -> None:
     """Validation, mean and range over seeds; the rollouts' reward, mean over seeds, pale."""
     hollow, dash = ("white", "--") if row.shuffled else (colour, "-")
     step, reward = _series(row.runs, "reward")
     axis.plot(step, reward.mean(0), color=colour, alpha=0.35, linewidth=0.8, linestyle=dash,
-              label=f"{row.family}, rollouts")  # fmt: skip
+              label=f"{name}, rollouts")  # fmt: skip
     step, reward = _series(row.runs, "validation_reward")
     if not len(step):
         return
     axis.fill_between(step, reward.min(0), reward.max(0), color=colour, alpha=0.2, linewidth=0)
     axis.plot(step, reward.mean(0), color=colour, marker="o", markersize=3, markerfacecolor=hollow,
-              linestyle=dash, label=f"{row.family}, validation")  # fmt: skip
+              linestyle=dash, label=f"{name}, validation")  # fmt: skip
 
 
 def _series(runs: tuple[Record, ...], name: str) -> tuple[np.ndarray, np.ndarray]:

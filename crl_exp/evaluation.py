@@ -35,11 +35,13 @@ INTERVENTIONS = pa.schema(
         ("log_prob", pa.float32()),
         ("value", pa.float32()),
         ("changed", pa.bool_()),
+        ("reward_baseline", pa.float32()),
+        ("reward_steered", pa.float32()),
     ]
 )
 """One row for each item, steered token and layer. `token` is the one produced; `delta_norm`:
 length of what was added to the residual. `changed`: whether the item's answer differs from the
-unsteered one."""
+unsteered one. The rewards are the item's, unsteered and steered."""
 
 
 def evaluate_split(lab: Lab, controller: Controller, split: str) -> tuple[dict[str, Any], Answers]:
@@ -112,6 +114,7 @@ def _interventions(lab: Lab, split: str, answers: Answers) -> pa.Table:
     """The steered tokens of a split as a table."""
     items = lab.splits.named()[split]
     changed = changed_outputs(lab.baseline(split), answers)
+    was, now = lab.baseline(split).reward_B.tolist(), answers.reward_B.tolist()
     columns: dict[str, list] = {name: [] for name in INTERVENTIONS.names}
     for one in answers.steered:
         features, coefficients = one.feature_idx_NK.tolist(), one.coefficient_NK.tolist()
@@ -132,6 +135,8 @@ def _interventions(lab: Lab, split: str, answers: Answers) -> pa.Table:
             columns["log_prob"].append(log_probs[i])
             columns["value"].append(values[i])
             columns["changed"].append(bool(changed[row]))
+            columns["reward_baseline"].append(was[row])
+            columns["reward_steered"].append(now[row])
     return pa.table(columns, schema=INTERVENTIONS)
 
 

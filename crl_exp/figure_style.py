@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crl_exp.comparison import SweepComparison
+from crl_exp.comparison import Row, SweepComparison
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,18 +42,24 @@ def style() -> Iterator[None]:
 
 
 def look(sweep: SweepComparison) -> dict[str, tuple[str, str]]:
+    return look_of(sweep.rows)
+
+
+def look_of(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each family. A method's first family has the method's own, the others
     what is free; shuffled labels look like the method's first (and are drawn hollow)."""
     of_method: dict[str, int] = {}
-    for row in sweep.rows:
+    families: dict[str, Row] = {}
+    for row in rows:
+        families.setdefault(row.family, row)
         spare = [i for i in range(len(COLOURS)) if i not in FIXED_COLOURS.values()]
         of_method.setdefault(row.method, FIXED_COLOURS.get(row.method, spare[0]))
     free = [i for i in range(len(COLOURS)) if i not in of_method.values()]
     looks, seen = {}, set()
-    for family, rows in sweep.families.items():
-        method = rows[0].method
+    for family, row in families.items():
+        method = row.method
         number = of_method[method]
-        if method in seen and not rows[0].shuffled:
+        if method in seen and not row.shuffled:
             number = free.pop(0) if free else number + len(looks)
         seen.add(method)
         # Once the colours are used up, the markers shift, so that no two families look alike.

@@ -12,12 +12,16 @@ from crl_exp.figure_style import (
     COLOURS,
     COLUMN_INCHES,
     DASHES,
+    PAGE_INCHES,
     legend_below,
     look,
+    look_of,
     save,
     style,
     wrapped,
 )
+from crl_exp.labels import NAMES
+from crl_exp.report_parts import SweepParts, best_rows
 from crl_exp.table_cells import row_layers
 
 if TYPE_CHECKING:
@@ -88,8 +92,11 @@ def _layer_panel(axis: Axes, sweep: SweepComparison, name: str | None) -> None:
     axis.set_xticks(list(ticks), list(ticks.values()))
     axis.margins(x=0.06)
     axis.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    refusal = "benign" in sweep.test_sets
-    axis.set_ylabel("Δ refused (points)" if refusal else "Δ accuracy (points)")
+    axis.set_ylabel(_delta_name(sweep))
+
+
+def _delta_name(sweep: SweepComparison) -> str:
+    return f"Δ {'refused' if 'benign' in sweep.test_sets else 'accuracy'} (points)"
 
 
 def _together(
@@ -120,10 +127,10 @@ def _together(
 
 
 def _layer_points(
-    axis: Axes, rows: list[Row], name: str | None, shift: float, look_of: tuple[str, str]
+    axis: Axes, rows: list[Row], name: str | None, shift: float, looks: tuple[str, str]
 ) -> None:
     """One family: means with intervals, and every seed as a small dot."""
-    colour, marker = look_of
+    colour, marker = looks
     x = np.array([row.layers[0] for row in rows]) + shift
     mean = np.array([_mean(row, name) for row in rows])
     ends = np.array([_in_points(row.interval(name), name) for row in rows])
@@ -153,3 +160,81 @@ def _mean(row: Row, name: str | None) -> float:
 def _in_points(interval: tuple[float, float], name: str | None) -> tuple[float, float]:
     low, high = sorted(_sign(name) * 100 * end for end in interval)
     return low, high
+
+
+def by_option(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
+    """Difference by method and option, best layer on validation; not drawn where none varies."""
+    rows = [row for row in best_rows(sweep).values() if row.method != "none"]
+    if not any(row.label.said for row in rows):
+        return False
+    import matplotlib.pyplot as plt
+
+    sets: list[str | None] = [None, *sweep.test_sets]
+    labels = [wrapped(_option_label(row, rows)) for row in rows]
+    lines = sum(1 + label.count("\n") for label in labels)
+    looks = look(sweep)
+    with style():
+        figure, axes = plt.subplots(
+            1, len(sets), figsize=(PAGE_INCHES, 0.19 * lines + 0.9), sharey=True, sharex=True,
+            squeeze=False,
+        )  # fmt: skip
+        for axis, name in zip(axes[0], sets, strict=True):
+            axis.axvline(0, color="black", linewidth=0.8)
+            for y, row in enumerate(rows):
+                _option_point(axis, row, name, y, looks[row.family])
+            axis.set_xlabel(_delta_name(sweep))
+            axis.set_title(_panel_title(sweep, name))
+            axis.grid(axis="y", color="#dddddd", linewidth=0.5)
+            axis.set_axisbelow(True)
+        axes[0, 0].set_yticks(range(len(rows)), labels)
+        axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
+        return save(figure, paths)
+
+
+def _option_label(row: Row, rows: list[Row]) -> str:
+    """The family; with the layer, where not all have the same."""
+    if len({other.layers for other in rows}) == 1:
+        return row.family
+    return f"{row.family} @ {row_layers(row)}"
+
+
+def _option_point(
+    axis: Axes, row: Row, name: str | None, y: float, looks: tuple[str, str], label: str = "_"
+) -> None:
+    """label: in the legend; seeds are drawn only without one, as else there is no room."""
+    colour, marker = looks
+    mean, (low, high) = _mean(row, name), _in_points(row.interval(name), name)
+    axis.errorbar(
+        mean, y, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], color=colour, marker=marker,
+        markersize=5, elinewidth=1.2, capsize=2, zorder=3, linestyle="none", label=label,
+        markerfacecolor="white" if row.shuffled else colour,
+    )  # fmt: skip
+    if len(row.runs) > 1 and label == "_":
+        seeds = _sign(name) * 100 * row.values("delta", name)
+        axis.plot(seeds, np.full(len(seeds), y + 0.28), "o", color=colour, markersize=2.2,
+                  markeredgewidth=0)  # fmt: skip
+
+
+def overview(parts: SweepParts, paths: tuple[Path, ...]) -> bool:
+    """Difference by part and method, at the layer that did best on validation."""
+    import matplotlib.pyplot as plt
+
+    looks = look_of(row for part in parts.parts for row in part.sweep.rows)
+    families = [name for name in parts.families if name != NAMES["none"]]
+    height = 0.16 * len(families) * len(parts.parts) + 0.25 * (len(families) // 2 + 1) + 0.9
+    with style():
+        figure, axes = plt.subplots(figsize=(PAGE_INCHES, height), squeeze=False)
+        axis = axes[0, 0]
+        axis.axvline(0, color="black", linewidth=0.8)
+        for i, part in enumerate(parts.parts):
+            rows = best_rows(part.sweep)
+            for j, family in enumerate(families):
+                if family in rows:
+                    y = i + 0.8 * ((j + 0.5) / len(families) - 0.5)
+                    _option_point(axis, rows[family], None, y, looks[family], family)
+            axis.axhline(i + 0.5, color="#dddddd", linewidth=0.6)
+        axis.set_yticks(range(len(parts.parts)), [wrapped(part.title) for part in parts.parts])
+        axis.set_ylim(len(parts.parts) - 0.5, -0.5)
+        axis.set_xlabel("Δ accuracy (points)")
+        legend_below(figure, axes, columns=2)
+        return save(figure, paths)

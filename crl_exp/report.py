@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+import logging
 from pathlib import Path
 
 from rich.console import Console
 
-from crl_exp import curves, figures, table_csv, table_latex, tables
+from crl_exp import curves, feature_figures, figures, heat_map, table_csv, table_latex, tables
 from crl_exp.comparison import SweepComparison
 from crl_exp.errors import UserError, did_you_mean
-from crl_exp.records import find_records
+from crl_exp.feature_credit import CREDIT_COLUMNS, FeatureCredit, credit_lines, credits_of
+from crl_exp.feature_use import metric_lines
+from crl_exp.records import Record, find_records
 from crl_exp.report_files import Files
+from crl_exp.report_page import page
 from crl_exp.report_parts import Part, SweepParts, compare_parts
 from crl_exp.tracking import resolved_uri
+from crl_exp.tracking_report import attach_report
 
+log = logging.getLogger(__name__)
 # Table columns don't fit a narrow terminal; where there is none, this many characters.
 WIDTH = 130
 # Each draws into a file, or returns False where the sweep has nothing of the kind.
-FIGURES = {"by_layer": figures.by_layer, "training": curves.training}
+FIGURES = {
+    "by_layer": figures.by_layer,
+    "by_option": figures.by_option,
+    "heat_map": heat_map.heat_map,
+    "training": curves.training,
+    "overlap": feature_figures.overlap,
+    "diversity": feature_figures.diversity,
+    "correlation": feature_figures.correlation,
+}
 
 
 def find_sweep(name: str, output_dir: Path) -> Path:
@@ -36,32 +49,45 @@ def find_sweep(name: str, output_dir: Path) -> Path:
 
 
 def write_report(parts: SweepParts, folder: Path) -> list[Path]:
-    """Write tables and figures into `folder`; returns what was written.
+    """Write tables, figures and the page into `folder`; returns what was written.
 
     Where there are several parts, each has a folder of its own in it.
     """
     files = Files(folder)
+    figures_of: dict[str, list[Path]] = {}
+    credits: dict[str, list[FeatureCredit]] = {}
+    for part in parts.parts:
+        inside = files.inside(part.folder) if parts.several else files
+        credits[part.folder] = write_texts(part, inside)
+        figures_of[part.folder] = [
+            png for name, draw in FIGURES.items() if (png := inside.figure(name, draw, part.sweep))
+        ]
     files.text("table.csv", table_csv.rows_csv(parts))
-    if not parts.several:
-        write_part(parts.parts[0], files)
-    else:
+    if parts.several:
         files.text("table.md", tables.markdown_of_parts(parts))
         files.text("table.tex", table_latex.latex_of_parts(parts))
         files.text("overview.csv", table_csv.overview_csv(parts))
-        for part in parts.parts:
-            write_part(part, files.inside(part.folder))
+        drawn = files.figure("overview", figures.overview, parts)
+        figures_of[""] = [drawn] if drawn else []
+    files.text("report.html", page(parts, figures_of, credits))
     files.remove_others()
     return files.written
 
 
-def write_part(part: Part, files: Files) -> None:
-    """The tables and figures of one part."""
+def write_texts(part: Part, files: Files) -> list[FeatureCredit]:
+    """The tables of one part; returns what its features did."""
     sweep = part.sweep
     label = f"{sweep.first.sweep}-{part.folder}".rstrip("-")
-    files.text("table.md", tables.markdown(sweep))
+    credits = sorted(
+        (credit for row in sweep.rows for credit in credits_of(row)),
+        key=lambda credit: credit.weight, reverse=True,
+    )  # fmt: skip
+    files.text("table.md", tables.markdown(sweep) + tables.feature_section(credits))
     files.text("table.tex", table_latex.latex(sweep, label))
-    for name, draw in FIGURES.items():
-        files.figure(name, partial(draw, sweep))
+    if credits:
+        files.text("features.csv", table_csv.as_csv(CREDIT_COLUMNS, credit_lines(credits)))
+        files.text("by_layer.csv", table_csv.as_csv(*metric_lines(sweep)))
+    return credits
 
 
 def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:
@@ -83,6 +109,17 @@ def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:
     return [f"{line:<{width}}  # {why}" for line, why in lines.items()]
 
 
+def attach(records: list[Record], folder: Path) -> None:
+    """Log the report wherever the sweep's runs are logged."""
+    sections = [record.config["tracking"] for record in records]
+    places = {(section["uri"], section["experiment"]): section for section in sections}
+    for section in places.values():
+        count = attach_report(folder, section)
+        if count is not None:
+            where = resolved_uri(section["uri"], folder.absolute().parent)
+            log.info("%d new files of the report logged to the sweep's run in %s", count, where)
+
+
 def main(argv: list[str]) -> int:
     """`python -m crl_exp report SWEEP_OR_DIR [--output-dir DIR]`. Returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -97,16 +134,23 @@ def main(argv: list[str]) -> int:
         "several times. Tasks, models and SAE releases always are",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    log.setLevel(logging.INFO)
     folder = find_sweep(arguments.sweep, arguments.output_dir)
-    parts = compare_parts(find_records(folder), tuple(arguments.by))
+    records = find_records(folder)
+    parts = compare_parts(records, tuple(arguments.by))
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
     tables.print_parts(parts, console)
     written = write_report(parts, folder / "report")
     console.print("\nwritten:")
-    for path in written:
+    here = [path for path in written if path.parent == folder / "report"]
+    for path in here:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
+    if len(here) < len(written):
+        console.print(f"  and {len(written) - len(here)} files in folders there, one for each part")
+    attach(records, folder)
     console.print("to type next:")
     for line in next_lines(parts.parts[0].sweep, folder):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from crl_exp.runs import write_atomic
 
 # What a report may write; nothing else in its folder is ever removed.
-TEXTS = ("table.md", "table.csv", "table.tex", "overview.csv", "features.csv", "items.csv",
-         "by_layer.csv", "report.html")  # fmt: skip
+TEXTS = ("table.md", "table.csv", "table.tex", "overview.csv", "features.csv", "by_layer.csv",
+         "report.html")  # fmt: skip
 FIGURE_NAMES = (
     "by_layer", "by_option", "heat_map", "training", "overlap", "diversity", "correlation",
     "overview",
@@ -33,12 +34,17 @@ class Files:
         write_atomic(self.folder / name, text)
         self.written.append(self.folder / name)
 
-    def figure(self, name: str, draw: Callable[[tuple[Path, ...]], bool]) -> None:
-        """`draw` saves into all the paths, or returns False where there is nothing to show."""
+    def figure(
+        self, name: str, draw: Callable[[Any, tuple[Path, ...]], bool], of: Any
+    ) -> Path | None:
+        """`draw` saves a figure of something into all paths, or returns False where there is
+        nothing to show. Returns the PNG."""
         assert name in FIGURE_NAMES
         paths = tuple(self.folder / f"{name}{suffix}" for suffix in SUFFIXES)
-        if draw(paths):
-            self.written += paths
+        if not draw(of, paths):
+            return None
+        self.written += paths
+        return paths[0]
 
     def remove_others(self) -> None:
         """Remove what an earlier report wrote here and this one didn't."""

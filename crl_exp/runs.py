@@ -82,8 +82,10 @@ class RunDirectory(RunStatus):
         return self.path / ANSWERS
 
     def clear_answers(self) -> None:
-        if self.answers.exists():
-            shutil.rmtree(self.answers)
+        """Of this run and its parts: they are in the result by now, or wanted no more."""
+        for folder in (self.answers, *self.path.glob(f"*/{ANSWERS}")):
+            if folder.exists():
+                shutil.rmtree(folder)
 
     @property
     def result_path(self) -> Path:

@@ -22,8 +22,8 @@ from crl_exp.prompts import Progress
 
 log = logging.getLogger(__name__)
 
-Outcome = dict[str, Any] | BaseException
-"""A run's result, or what it ended with."""
+Outcome = dict[str, Any] | BaseException | None
+"""A run's result, or what it ended with; None where it was left alone."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Question:
 class Seat:
     """One run's thread. It works between `go_on` and its next question or its end."""
 
-    def __init__(self, work: Callable[[], dict[str, Any]], number: int):
+    def __init__(self, work: Callable[[], dict[str, Any] | None], number: int):
         self.work = work
         self.outcome: Outcome | None = None
         self.question: Question | None = None
@@ -152,7 +152,7 @@ class Pack:
         self.seats: list[Seat] = []
         self.engine: Engine | None = None
 
-    def seat(self, work: Callable[[Callable], dict[str, Any]]) -> None:
+    def seat(self, work: Callable[[Callable], dict[str, Any] | None]) -> None:
         """Add a run. work: called in its thread with what makes its engine."""
 
         def make(lm: LanguageModel, config: EngineConfig) -> Engine:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from crl_exp.comparison import Row, SweepComparison, split
+from crl_exp.feature_credit import FeatureCredit
 from crl_exp.records import Record
 from crl_exp.report_parts import SweepParts, best_rows
 from crl_exp.statistics import mean_interval
@@ -166,7 +167,7 @@ def unfinished(runs: Sequence[Record]) -> list[str]:
     """Runs without a result, with their state and error."""
     lines = []
     for run in runs:
-        error = str(run.status.get("error", "")).strip().split("\n")[0]
+        error = str(run.status.get("error") or "").strip().split("\n")[0]
         lines.append(f"{run.key} {run.state}{': ' + error if error else ''}")
     return lines
 
@@ -220,3 +221,25 @@ def matrix(parts: SweepParts) -> tuple[list[str], list[list[str]]]:
             line.append(f"{accuracy}\n{delta}".rstrip())
         lines.append(line)
     return ["method", *ns], lines
+
+
+# --- features ---
+
+FEATURE_COLUMNS = (
+    "method", "layers", "feature", "additions", "coefficient", "r", "rank in stage 1", "items",
+    "changed", "fixed", "broken",
+)  # fmt: skip
+FEATURE_NOTE = (
+    "Over all seeds, on the test items. Items: those that had the feature added at some token; "
+    "fixed and broken: how many of them came right or went wrong. An item with several features "
+    "counts for each of them. r: correlation with the reward in stage 1."
+)
+
+
+def feature_cells(credit: FeatureCredit) -> list[str]:
+    counts = (credit.rank, credit.items, credit.changed, credit.fixed, credit.broken)
+    return [
+        credit.row.family, row_layers(credit.row), f"{credit.layer}/{credit.feature}",
+        f"{credit.tokens:,}", f"{credit.coefficient:.1f}", f"{credit.correlation:+.3f}",
+        *["–" if count is None else f"{count:,}" for count in counts],
+    ]  # fmt: skip

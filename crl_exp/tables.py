@@ -9,12 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from crl_exp.comparison import SweepComparison
+from crl_exp.feature_credit import FeatureCredit
 from crl_exp.records import Record
 from crl_exp.report_parts import SweepParts
 from crl_exp.table_cells import (
     COLUMNS,
+    FEATURE_COLUMNS,
+    FEATURE_NOTE,
     OVERVIEW_NOTE,
     RUN_COLUMNS,
+    feature_cells,
     headline,
     main_cells,
     matrix,
@@ -31,6 +35,7 @@ from crl_exp.table_cells import (
 
 # A terminal narrower than this is shown fewer columns.
 FULL_WIDTH = 112
+FEATURES_SHOWN = 20
 LEFT_OUT = ("n", "fixed/ broken", "features")
 
 
@@ -66,6 +71,23 @@ def markdown_of_parts(parts: SweepParts) -> str:
         *_not_finished(parts.unfinished, 2),
     ]
     return "\n\n".join(found) + "\n"
+
+
+def feature_section(credits: Sequence[FeatureCredit]) -> str:
+    """The features with the most items that flipped; features.csv has all."""
+    if not credits:
+        return ""
+    shown = credits[:FEATURES_SHOWN]
+    what = f"## Features, the {len(shown)} with the most items fixed or broken"
+    lines = [_linked(credit) for credit in shown]
+    return "\n" + "\n\n".join([what, FEATURE_NOTE, _markdown_table(FEATURE_COLUMNS, lines)]) + "\n"
+
+
+def _linked(credit: FeatureCredit) -> list[str]:
+    cells = feature_cells(credit)
+    at = FEATURE_COLUMNS.index("feature")
+    return [*cells[:at], f"[{cells[at]}]({credit.link})" if credit.link else cells[at],
+            *cells[at + 1 :]]  # fmt: skip
 
 
 def _not_finished(runs: Sequence[Record], level: int) -> list[str]:

@@ -163,15 +163,6 @@ def send(records: list[Record], place: Place) -> str | None:
     return _attempt(place, folder, None, work) or "\n".join(damaged) or None
 
 
-def send_report(sweep: Path) -> str | None:
-    """Log what lies in a sweep's `report` folder to its parent run, where its runs are tracked;
-    returns what went wrong in plain words."""
-    record = find_records(sweep)[0]
-    if not record.config["tracking"]["enabled"]:
-        return None
-    return _attempt(place_of(record), sweep, None, lambda uploader: uploader.send_sweep(sweep))
-
-
 def main(argv: list[str]) -> int:
     """`python -m crl_exp sync PATH [--uri URI]`. Returns the exit code."""
     parser = argparse.ArgumentParser(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crl_exp.decode import Generation, Step
+from crl_exp.generation import Generation, Step
 from crl_exp.policy import LayerAgent
 
 # Where activations have to be computed for it alone, at no more tokens than these.

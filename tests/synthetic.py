@@ -80,8 +80,9 @@ def result(run: RunDirectory, test: dict, validation: dict, test_sets: dict | No
 def finish(run: RunDirectory, written: dict) -> None:
     """Write what a run writes at its end."""
     row = {"feature": 7, "correlation": 0.4, "coefficient": 12.0, "frequency": 0.3, "sign": 1}
-    write_json(run.path / "features.json", {str(la): {"n": 100, "found": [row], "used": [row]}
-                                            for la in written["layers"]})  # fmt: skip
+    used = {**row, "tokens": 100, "mean_coefficient": 12.0, "neuronpedia": None}
+    layer = {"n": 100, "allowed": 40, "found": [row], "used": [used]}
+    write_json(run.path / "features.json", {str(la): layer for la in written["layers"]})
     pq.write_table(pa.table({name: [] for name in INTERVENTIONS.names}, schema=INTERVENTIONS),
                    run.path / "interventions.parquet")  # fmt: skip
     write_json(run.result_path, written)

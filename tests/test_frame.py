@@ -20,7 +20,7 @@ SKIPPED = {".git", ".venv", "outputs", "multirun", "__pycache__", ".pytest_cache
 SKIPPED |= {".hypothesis", "node_modules", "build", "dist"}
 WANTED = (
     "setup assets demo demo-refusal report test test-fast check format format-check lint types "
-    "bench mlflow clean"
+    "bench mlflow clean retry cancel prefetch"
 )
 
 

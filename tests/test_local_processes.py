@@ -97,7 +97,10 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 
 class Climber(Sweeper):
-    """Asks for a point, and for the next one by what it got."""
+    """Asks for one point after the other and takes their results."""
+
+    def __init__(self, **values):
+        pass
 
     def setup(self, *, hydra_context, task_function, config):
         self.config, self.hydra_context = config, hydra_context
@@ -115,7 +118,8 @@ class Climber(Sweeper):
 
 
 def typed(*overrides: str, plugins: Path | None = None) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), *([str(plugins)] if plugins else [])])
+    more = [str(plugins)] if plugins else []
+    path = os.pathsep.join([str(ROOT), *more, os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "launch.py", "-m", "hydra/launcher=local_processes", *overrides],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
@@ -123,7 +127,7 @@ def typed(*overrides: str, plugins: Path | None = None) -> subprocess.CompletedP
 
 
 def test_a_sweeper_that_needs_results_gets_them(tmp_path):
-    """One of our own, as hydra-optuna-sweeper needs an older Hydra."""
+    """One of our own: it asks for a point only after the one before."""
     plugin = tmp_path / "plugins" / "hydra_plugins" / "climber"
     plugin.mkdir(parents=True)
     (plugin / "__init__.py").write_text(SWEEPER)
@@ -139,12 +143,28 @@ def test_a_sweeper_that_needs_results_gets_them(tmp_path):
     assert f"values: [{accuracy[0]}, {accuracy[1]}]" in done.stdout
 
 
-def test_a_failed_run_is_named_by_a_sweep_that_waits(tmp_path):
-    """Its data file is damaged after the sweep was checked."""
+def test_a_failed_run_is_named_by_a_sweep_that_waits(tmp_path, tiny_files):
+    """Its data file is damaged after the sweep was checked; before, it is refused."""
     data = tmp_path / "task.jsonl"
-    data.write_text("no json\n")
-    task = ["task=jsonl", f"task.path={data}", "task.choices=[yes,no]"]
-    done = typed(*tiny(tmp_path / "out", *task, "seed=0,1"), "hydra.launcher.wait=true")
+    shutil.copy(tiny_files.root / "task.jsonl", data)
+    task = ["task=jsonl", f"task.path={data}", "task.choices=[yes,no]", "hydra.launcher.wait=true"]
+    damage = f"hydra.launcher.setup=['echo no json > {data}']"
+    done = typed(*tiny(tmp_path / "out", *task, "seed=0,1"), damage)
     assert done.returncode == 1
     assert "2 of 2 jobs failed" in done.stdout + done.stderr
     assert "line 1" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=r"2 of 2 runs can't be submitted[\s\S]*line 1"):
+        launched("local_processes", tiny(tmp_path / "other", *task[:3], "seed=0,1"))
+
+
+def test_optuna_gets_what_it_asks_for(tmp_path):
+    pytest.importorskip("optuna", reason="hydra-optuna-sweeper isn't installed")
+    study = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
+    study += ["hydra/sweeper/sampler=random", "hydra.sweeper.direction=maximize"]
+    study += [f"hydra.sweep.dir={tmp_path}"]
+    common = [*study, *tiny(tmp_path, "method=none", "task.chat_template=choice(true,false)")]
+    done = typed(*common, "hydra.launcher.wait=true")
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(p.read_text()) for p in (tmp_path / "s").glob("*/result.json")]
+    best = max(result["accuracy_steered"] for result in results)
+    assert f"best_value: {best}" in (tmp_path / "optimization_results.yaml").read_text()

@@ -52,6 +52,9 @@ def launch(
     points = compose_points(loader, master, jobs, settings)
     unique = {point.key: point for point in points}
     folder = folder_of(points)
+    if SweepFile.read(folder).unreleased:
+        with locked(folder):  # another launch that is at it is waited for
+            abandon_unreleased(SweepFile.read(folder))
     states = look(unique, SweepFile.read(folder))
     missing = [p for p in unique.values() if _is_started(p, states[p.key][0])]
     check(missing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
@@ -17,6 +17,7 @@ from crl_exp.errors import UserError
 from crl_exp.launcher.compose import Composer
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings, changed
 from crl_exp.runs import RunDirectory
+from crl_exp.sections import once
 
 Settings = SlurmSettings | LocalSettings
 # Of the points that a fault is in, so many are named.
@@ -98,15 +99,19 @@ def compose_points(
 
 
 def check(points: Sequence[Point], known: Known | None = None) -> None:
-    """Build and validate every point. Raises `UserError` with every fault of every point.
+    """Build and validate every point, and read data that lies in a file.
 
+    Raises `UserError` with every fault of every point.
     known: what was found out; at its end how many things had to be.
     """
     known = {} if known is None else known
     faults = Faults(len(points))
     for point in points:
         try:
-            configs.validate(configs.experiment(point.config, known), known)
+            exp = configs.experiment(point.config, known)
+            configs.validate(exp, known)
+            if hasattr(exp.task, "path"):  # data in a file; that of the hub is loaded by the run
+                once(known, ["data", asdict(exp.task)], exp.task.splits)
         except (UserError, OmegaConfBaseException) as error:
             faults.add(error, str(point))
     faults.raise_any()

@@ -45,24 +45,27 @@ def main(argv: list[str]) -> int:
 
 def fetch(points: Sequence[Experiment]) -> list[str]:
     """Fetch what these experiments load, each thing once; returns what could not be had."""
-    faults: list[str] = []
+    faults: dict[str, str] = {}
     seen: set[str] = set()
 
-    def once(of: object, get: Callable[[], str]) -> None:
-        if (key := content_key(of)) in seen:
-            return
-        seen.add(key)
-        try:
-            print(get(), flush=True)
-        except UserError as error:
-            faults.append(str(error))
+    def once(of: object, get: Callable[[], str]) -> bool:
+        """Whether it could be had."""
+        key = content_key(of)
+        if key not in seen:
+            seen.add(key)
+            try:
+                print(get(), flush=True)
+            except UserError as error:
+                faults[key] = str(error)
+        return key not in faults
 
     for exp in points:
         model = asdict(exp.model)
-        once(["model", model], lambda e=exp: fetch_model(e.model))
-        once(["saes", model, asdict(exp.sae), asdict(exp.layers)], lambda e=exp: fetch_saes(e))
         once(["task", asdict(exp.task)], lambda e=exp: fetch_task(e))
-    return faults
+        if once(["model", model], lambda e=exp: fetch_model(e.model)):
+            # Which layers are steered depends on the model.
+            once(["saes", model, asdict(exp.sae), asdict(exp.layers)], lambda e=exp: fetch_saes(e))
+    return list(faults.values())
 
 
 def fetch_model(model: ModelConfig) -> str:

@@ -178,9 +178,15 @@ def changed(
         if not equals:
             raise UserError(f"{override}: must be KEY=VALUE, such as mem=32GB")
         # As text where text is meant: YAML reads 12:00:00 as a number.
-        value = text if key in texts and text != "null" else OmegaConf.create(f"_: {text}")["_"]
+        value = text if key in texts and text != "null" else _as_yaml(text)
         if key.startswith("sbatch."):
             values["sbatch"] = {**values["sbatch"], key.removeprefix("sbatch."): value}
         else:
             values[key] = value
     return make_settings(kind_of(settings), values)
+
+
+def _as_yaml(text: str) -> Any:
+    node = OmegaConf.create(f"value: {text}")
+    assert isinstance(node, DictConfig)
+    return node.value

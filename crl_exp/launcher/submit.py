@@ -128,7 +128,7 @@ def _restore(run: RunDirectory, status: str | None) -> None:
 
 def abandon_unreleased(sweep: SweepFile) -> None:
     """Cancel arrays that a launcher submitted held and did not live to release."""
-    left = [one for one in sweep.submissions if not one["released"]]
+    left = sweep.unreleased
     for submission in left:
         jobs = [part["job"] for part in submission["parts"] if part["job"]]
         if jobs:

@@ -63,6 +63,11 @@ class SweepFile:
             },
         )  # fmt: skip
 
+    @property
+    def unreleased(self) -> list[dict[str, Any]]:
+        """Submissions that a launch is at, or was cut off at."""
+        return [one for one in self.submissions if not one["released"]]
+
     def part_of(self, key: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The last submission of a run, and the part of it that holds the run."""
         for submission in reversed(self.submissions):

@@ -27,20 +27,21 @@ class ScorerModel:
 
     def faults(self, where: str) -> list[str]:
         """What is wrong with the values; `where` is the section, e.g. `task.classifier`."""
-        found = []
         if self.batch_size < 1:
-            found.append(f"{where}.batch_size={self.batch_size}: must be at least 1")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            found.append(f"{where}.device={self.device}: no CUDA device; set {where}.device=cpu")
-        return found
+            return [f"{where}.batch_size={self.batch_size}: must be at least 1"]
+        return []
 
 
 def load_scorer(model: ScorerModel, where: str, offline: str) -> tuple[Any, Any]:
     """Model (evaluation mode, on its device) and tokenizer, kept for the next run of the process.
 
     where: the config's section. offline: the override that picks the scorer without a model.
-    Raises `UserError` naming both where the model is out of reach or has no classification head.
+    Raises `UserError` naming both where the model is out of reach or has no classification head,
+    and where its device isn't there.
     """
+    # Asked here and not among the faults: a login node, where sweeps are checked, has no GPU.
+    if model.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"{where}.device={model.device}: no CUDA device; set {where}.device=cpu")
     try:
         return _load(model.path, model.revision, model.device)
     except UserError as error:

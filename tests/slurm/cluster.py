@@ -52,7 +52,7 @@ GresTypes=gpu
 ReturnToService=2
 MpiDefault=none
 SwitchType=switch/none
-KillWait=5
+KillWait=30
 SlurmdTimeout=15
 SlurmctldTimeout=15
 InactiveLimit=0
@@ -232,18 +232,18 @@ def free_ports(n: int) -> list[int]:
 def _job_processes(cluster: Cluster, node: str) -> list[psutil.Process]:
     """Every process of a job on this node, slurmstepd first; known by their environment."""
     config = cluster.environment["SLURM_CONF"]
-    found: dict[int, psutil.Process] = {}
+    steps: dict[int, psutil.Process] = {}
+    others: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             known = process.environ()
             if known.get("SLURM_CONF") != config or known.get("SLURMD_NODENAME") != node:
                 continue
+            others[process.pid] = process
             parent = process.parent()
             if parent is not None and parent.name().startswith("slurmstepd"):
-                found.setdefault(parent.pid, parent)
-            found[process.pid] = process
-    steps = [p for p in found.values() if p.name().startswith("slurmstepd")]
-    return steps + [p for p in found.values() if p not in steps]
+                steps[parent.pid] = parent
+    return [*steps.values(), *others.values()]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from crl_exp.errors import UserError
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.cancel import cancel
 from crl_exp.launcher.retry import retry
+from crl_exp.launcher.settings import SlurmSettings
 from crl_exp.launcher.states import states_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.records import Record, find_records
@@ -193,7 +194,9 @@ def test_arrays_are_cut_to_size_and_grouped_by_resources(cluster, tmp_path):
     (submission,) = SweepFile.read(run.folder).submissions
     shape = [(part["settings"]["gpus"], len(part["runs"])) for part in submission["parts"]]
     assert shape == [(0, 2), (0, 2), (0, 1), (1, 2), (1, 2), (1, 1)]
-    assert slurm_jobs.max_array_size(settings("slurm")) == 1001, "as scontrol says"
+    asked = settings("slurm")
+    assert isinstance(asked, SlurmSettings)
+    assert slurm_jobs.max_array_size(asked) == 1001, "as scontrol says"
     until(lambda: not cluster.queue())
     given = (tmp_path / "gpus.txt").read_text().split("\n")
     assert sorted(given[:-1])[:5] == [""] * 5 and set(given[:-1]) - {""} <= {"0", "1"}
@@ -235,7 +238,8 @@ def test_a_launch_that_is_killed_leaves_no_job_held(cluster, tmp_path, monkeypat
     held = set(cluster.queue())
     assert len(held) == 2 and set(cluster.queue().values()) == {"PENDING"}
     run = launched("slurm", typed, setup=["sleep 60"])
-    assert len(run.started) == 2 and len(cluster.queue()) == 2 and not held & set(cluster.queue())
+    assert len(run.started) == 2
+    assert len(cluster.queue()) == 2 and not held & set(cluster.queue())
     assert not launched("slurm", typed).started, "they are queued"
     assert cancel(run.folder, now=False) == 0
     assert set(states(run.folder).values()) == {"cancelled"}

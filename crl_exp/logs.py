@@ -1,0 +1,79 @@
+"""`python -m crl_exp logs RUN`: what a run's job printed, and how the run ended."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from crl_exp.errors import UserError, did_you_mean
+from crl_exp.launcher.states import states_of
+from crl_exp.launcher.sweep_file import SweepFile
+from crl_exp.records import Record, find_records
+from crl_exp.report import find_sweep
+
+LINES = 40
+
+
+def find_run(name: str, output_dir: Path) -> Record:
+    """A run given as its folder, as SWEEP/KEY, or by (the beginning of) its key.
+
+    Raises `UserError` where there is none or several.
+    """
+    for folder in (Path(name), output_dir / name):
+        if (folder / "config.yaml").is_file():
+            return Record(folder.absolute())
+    keys = {path.parent.name: path.parent for path in output_dir.glob("*/*/config.yaml")}
+    found = [path for path in output_dir.glob(f"*/{name}*") if (path / "config.yaml").is_file()]
+    if len(found) == 1:
+        return Record(found[0].absolute())
+    if found:
+        several = ", ".join(str(path) for path in sorted(found))
+        raise UserError(f"{name!r} could be {several}; give more of it")
+    for folder in (Path(name), output_dir / name):
+        if folder.is_dir():
+            runs = ", ".join(record.key for record in find_records(folder))
+            raise UserError(f"{folder} is a sweep; which run of it? {runs}")
+    raise UserError(f"no run {name!r} in {output_dir}{did_you_mean(name, keys)}")
+
+
+def log_files(record: Record) -> list[Path]:
+    """What submitit kept of the run's job, newest attempt's last: output, then errors."""
+    logs = record.path.parent / "logs"
+    job = record.status.get("slurm_job_id")
+    if job is None:
+        return sorted(logs.glob("*_log.*"), key=lambda p: p.stat().st_mtime)[-2:]
+    return sorted(logs.glob(f"{job}_*_log.*"), key=lambda p: (p.suffix != ".out", p.name))
+
+
+def tail(path: Path, n_lines: int) -> str:
+    """The last lines of a file; 0: all of them. Of a progress bar only what it showed last."""
+    lines = path.read_text(errors="replace").split("\n")
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
+    return "\n".join(lines[-n_lines - 1 :] if n_lines else lines).rstrip()
+
+
+def main(argv: list[str]) -> int:
+    """`python -m crl_exp logs RUN [--lines N]`. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m crl_exp logs",
+        description="A run's state with its reason, what its job printed, and its traceback.",
+    )
+    parser.add_argument("run", help="its folder, SWEEP/KEY, or the beginning of its key")
+    parser.add_argument("--lines", type=int, default=LINES, help="of each file's end; 0: all")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
+    arguments = parser.parse_args(argv)
+    record = find_run(arguments.run, arguments.output_dir)
+    sweep = find_sweep(str(record.path.parent), arguments.output_dir)
+    state, why = states_of([record], SweepFile.read(sweep))[record.key]
+    for path in log_files(record):
+        print(f"--- {path}")
+        print(tail(path, arguments.lines))
+    status = record.status
+    print(f"--- {record.path}")
+    told = [why, status.get("signal") or "", f"attempt {status.get('attempts', 0)}"]
+    where = [f"job {status['slurm_job_id']}"] if status.get("slurm_job_id") else []
+    node = status.get("node") or status.get("host")
+    print(f"{state}: " + ", ".join(t for t in [*told, *where, f"on {node}"] if t))
+    if status.get("traceback"):
+        print(status["traceback"].rstrip())
+    return 0

@@ -1,0 +1,126 @@
+"""Jobs of a real SLURM that are requeued or warned at random moments end as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from crl_exp.records import Record
+from crl_exp.runs import RunDirectory
+from tests.disturbed import n_lines
+from tests.test_disturbed import METHODS, RARELY, SIZES, moments
+from tests.test_resume import outcome
+from tests.tiny_run import ROOT, small
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+PATIENCE_SECONDS = 120.0
+
+
+def wait_for(what: str, ready: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not ready():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+class Job:
+    """One run as a job of its own. module: what the job runs, with the run's directory."""
+
+    def __init__(self, cluster, home: Path, overrides: list[str], module: Sequence[str]):
+        self.cluster, self.home = cluster, home
+        home.mkdir()
+        self.events, self.log = home / "events", home / "log"
+        self.run = RunDirectory(small([*overrides, f"output_dir={home / 'out'}"]))
+        self.run.freeze()
+        os.environ["DISTURBED_EVENTS"] = str(self.events)
+        command = [sys.executable, "-m", *module, str(self.run.path)]
+        self.id = cluster.run(
+            "sbatch", "--parsable", "--requeue", "--open-mode=append", f"--chdir={ROOT}",
+            f"--output={self.log}", f"--wrap=srun {shlex.join(command)}",
+        ).strip()  # fmt: skip
+
+    @property
+    def state(self) -> str:
+        return self.run.status().get("state", "")
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else "no log"
+
+    def disturb(self, attempt: int, how: str, position: int, delay: float) -> None:
+        """Once the attempt has got so far, disturb it, and have SLURM start it again at once."""
+
+        def there() -> bool:
+            status = self.run.status()
+            running = status.get("state") == "running" and status["attempts"] == attempt
+            return running and n_lines(self.events) >= position
+
+        wait_for(f"attempt {attempt} at {position}: {self.said()}", there)
+        time.sleep(delay)
+        if how == "requeue":
+            self.cluster.run("scontrol", "requeue", self.id)
+        else:
+            self.cluster.run("scancel", f"--signal={how}", self.id)
+        wait_for(f"the end of attempt {attempt}: {self.said()}", lambda: self.state != "running")
+        wait_for("the queue", lambda: self.cluster.queue().get(self.id) == "PENDING")
+        self.cluster.start_now(self.id)
+
+    def end(self) -> None:
+        wait_for(f"the end: {self.said()}", lambda: self.state in ("done", "failed"))
+        assert self.state == "done", self.said()
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("DISTURBED_EVENTS", "")
+
+
+@pytest.fixture
+def zygote(tmp_path_factory) -> Iterator[list[str]]:
+    folder = Path(tempfile.mkdtemp(prefix="zygote-"))  # a socket's path may have 107 characters
+    path, log = folder / "socket", (folder / "log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.slurm.zygote", "serve", str(path)], cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log,
+    )  # fmt: skip
+    wait_for("the zygote", path.exists)
+    yield ["tests.slurm.zygote", "ask", str(path)]
+    server.kill()
+    server.wait()
+    shutil.rmtree(folder)
+
+
+def disturbed_as_straight(cluster, tiny_files, home: Path, module: list[str], names: list[str]):
+    common = [o for o in tiny_files.overrides() if not o.startswith("task")]
+    overrides = [*common, *SIZES, *METHODS["crl"], *RARELY]
+    straight = Job(cluster, home / "straight", overrides, module)
+    straight.end()
+    events = straight.events.read_text().splitlines()
+    disturbed = Job(cluster, home / "disturbed", overrides, module)
+    for number, one in enumerate(moments(len(events), names, seed=1)):
+        disturbed.disturb(number + 1, one["name"], one["position"], one["delay"])
+        assert disturbed.run.status()["slurm_job_id"] == disturbed.id
+    disturbed.end()
+    assert Record(disturbed.run.path).status["attempts"] == len(names) + 1, disturbed.said()
+    assert disturbed.events.read_text().splitlines() == events, "a step is missing or done twice"
+    assert outcome(disturbed.run.path) == outcome(straight.run.path)
+
+
+@pytest.mark.timeout(1800)
+def test_requeued_and_warned_twenty_times(cluster, zygote, tiny_files, tmp_path):
+    disturbed_as_straight(cluster, tiny_files, tmp_path, zygote, ["USR2", "requeue"] * 10)
+
+
+@pytest.mark.timeout(1800)
+def test_requeued_and_warned_with_processes_of_the_jobs_own(cluster, tiny_files, tmp_path):
+    module = ["tests.slurm.disturbed_job"]
+    disturbed_as_straight(cluster, tiny_files, tmp_path, module, ["USR2", "requeue"])

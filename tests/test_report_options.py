@@ -1,0 +1,137 @@
+"""Options that vary in a sweep, named as they are typed: rows, columns and heat maps."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crl_exp.comparison import SweepComparison, compare_runs
+from crl_exp.heat_map import grids
+from crl_exp.option_names import CONF, option_name, typed
+from crl_exp.records import find_records
+from crl_exp.report import main
+from tests.synthetic import config, finished_run
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+def option(group: str, name: str, **changes) -> dict:
+    """Keys of a config as they are with `GROUP=NAME`."""
+    return {group: {**yaml.safe_load((CONF / group / f"{name}.yaml").read_text()), **changes}}
+
+
+def compared(folder: Path) -> SweepComparison:
+    return compare_runs(find_records(folder / "demo"))
+
+
+def families(folder: Path) -> list[str]:
+    return sorted(row.family for row in compared(folder).rows)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "changes", "said"),
+    [
+        ("activation", "jumprelu", {}, "jumprelu"),
+        ("activation", "jumprelu_constant", {}, "jumprelu_constant"),
+        ("activation", "jumprelu_constant", {"threshold": 0.3}, "jumprelu"),
+        ("decay", "none", {}, "none"),
+        ("decay", "exponential", {"gamma": 0.8}, "exponential"),
+        ("coefficient", "contrastive", {"multiplier": 3.0}, "contrastive"),
+        ("coefficient", "constant", {"value": 30.0}, "constant"),
+        ("task", "sentiment", {"n_train": 7}, "sentiment"),
+    ],
+)
+def test_a_section_is_called_what_one_types(group, name, changes, said):
+    assert option_name(group, option(group, name, **changes)[group]) == said
+
+
+def test_a_class_without_a_file_goes_by_its_name():
+    assert option_name("fusion", {"_target_": "crl_exp.stages.mine.Mine"}) == "Mine"
+
+
+def test_values_as_typed():
+    values = [None, True, [8, "x"], {"a": 0.5}, "text"]
+    assert list(map(typed, values)) == ["null", "true", "[8,x]", "{a:0.5}", "text"]
+
+
+def test_each_activation_is_named(tmp_path):
+    for name in ("identity", "jumprelu", "softmax"):
+        for seed in (0, 1):
+            finished_run(config(tmp_path, seed=seed, more=option("activation", name)), 0.1)
+    assert families(tmp_path) == [
+        "CRL activation=identity", "CRL activation=jumprelu", "CRL activation=softmax",
+    ]  # fmt: skip
+
+
+def test_a_part_is_named_with_its_values(tmp_path):
+    """As in sweeps/decay.yaml and sweeps/exploration.yaml."""
+    finished_run(config(tmp_path, more=option("decay", "none")), 0.1)
+    for gamma in (0.99, 0.95, 0.8):
+        finished_run(config(tmp_path, more=option("decay", "exponential", gamma=gamma)), 0.1)
+    assert families(tmp_path) == [
+        "CRL decay=exponential decay.gamma=0.8", "CRL decay=exponential decay.gamma=0.95",
+        "CRL decay=exponential decay.gamma=0.99", "CRL decay=none",
+    ]  # fmt: skip
+
+
+def test_orders(tmp_path):
+    orders = (["noise", "fusion"], ["fusion", "noise"])
+    for order in orders:
+        finished_run(config(tmp_path, order=order), 0.1)
+    assert families(tmp_path) == ["CRL order=[fusion,noise]", "CRL order=[noise,fusion]"]
+
+
+def test_options_are_columns(tmp_path):
+    for mask in ("none", "active"):
+        finished_run(config(tmp_path, more=option("mask", mask)), 0.1)
+    finished_run(config(tmp_path, "corrsteer_s", more=option("mask", "none")), 0.1)
+    assert main([str(tmp_path / "demo")]) == 0
+    lines = list(csv.DictReader((tmp_path / "demo" / "report" / "table.csv").open()))
+    assert sorted((line["method"], line["mask"]) for line in lines) == [
+        ("CRL mask=active", "active"), ("CRL mask=none", "none"), ("CorrSteer-S", ""),
+    ]  # fmt: skip
+    assert (tmp_path / "demo" / "report" / "by_option.png").exists()
+    assert not (tmp_path / "demo" / "report" / "heat_map.png").exists()
+
+
+def test_a_map_of_layers_by_option(tmp_path):
+    for layer in (8, 12, 18):
+        for i, mask in enumerate(("none", "active")):
+            if (layer, mask) != (12, "active"):
+                more = option("mask", mask)
+                finished_run(config(tmp_path, layers=(layer,), more=more), layer / 100 + i / 10)
+        finished_run(config(tmp_path, "corrsteer_s", (layer,)), 0.1)
+    (grid,) = grids(compared(tmp_path))
+    assert (grid.title, grid.x_name, grid.xs) == ("CRL", "steered layer", ("8", "12", "18"))
+    assert set(grid.ys) == {"mask=none", "mask=active"}
+    assert len(grid.cells) == 5 and ("mask=active", "12") not in grid.cells
+    assert grid.cells["mask=active", "18"].mean("delta") == pytest.approx(0.28)
+    assert main([str(tmp_path / "demo")]) == 0
+    assert (tmp_path / "demo" / "report" / "heat_map.png").exists()
+
+
+def test_a_map_of_two_options_that_were_crossed(tmp_path):
+    for mask in ("none", "active"):
+        for activation in ("identity", "jumprelu", "softmax"):
+            more = option("mask", mask) | option("activation", activation)
+            finished_run(config(tmp_path, more=more), len(activation) / 100)
+    (grid,) = grids(compared(tmp_path))
+    named = {grid.x_name, *(y.split("=")[0] for y in grid.ys)}
+    assert named == {"activation", "mask"} and len(grid.cells) == 6
+    for (y, x), row in grid.cells.items():
+        assert f"{grid.x_name}={x}" in row.family and y in row.family
+
+
+def test_options_changed_one_at_a_time_make_no_map(tmp_path):
+    for depth in (0, 1, 2, 3):
+        finished_run(config(tmp_path, more={"policy": {"depth": depth, "critic": 0}}), 0.1)
+    for critic in (1, 2, 3):
+        finished_run(config(tmp_path, more={"policy": {"depth": 1, "critic": critic}}), 0.1)
+    assert grids(compared(tmp_path)) == []

@@ -1,0 +1,99 @@
+"""USR2 and SIGTERM: once, twice, in a job, and while waiting. No model is loaded here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from crl_exp import preemption
+from crl_exp.preemption import Preempted, guard
+from crl_exp.warmup import shared_statistics
+from tests.test_run_states import program
+from tests.tiny_run import ROOT
+from tests.tiny_steering import random_sae
+
+LONG_STEP = """
+import sys, time
+from crl_exp import preemption
+with preemption.guard():
+    assert "torch" not in sys.modules, "the guard comes before the imports"
+    print("ready", flush=True)
+    time.sleep(float(sys.argv[1]))
+    preemption.check()
+print("not asked")
+"""
+
+
+def long_step(seconds: float) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LONG_STEP, str(seconds)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_signal_handed_on_twice_is_one():
+    process = long_step(1.0)
+    for _ in range(3):
+        process.send_signal(signal.SIGUSR2)
+        time.sleep(0.1)
+    said = process.communicate(timeout=20)
+    assert process.returncode == preemption.EXIT_CODE, said
+
+
+@pytest.mark.parametrize("second", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(second):
+    process = long_step(60.0)
+    process.send_signal(signal.SIGUSR2)
+    time.sleep(preemption.SAME_DELIVERY_SECONDS + 0.2)
+    process.send_signal(second)
+    process.communicate(timeout=5)
+    assert process.returncode == -second
+
+
+def _asked_within(step: Callable[[], object]) -> None:
+    with guard(), guard():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        step()
+
+
+def test_the_job_is_requeued_and_old_handlers_come_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    program(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/asked')
+    before = [signal.getsignal(signum) for signum in preemption.SIGNALS]
+    with pytest.raises(Preempted):
+        _asked_within(preemption.check)
+    assert (tmp_path / "asked").read_text() == "requeue 5\n"
+    assert [signal.getsignal(signum) for signum in preemption.SIGNALS] == before
+    preemption.check()  # the next run of this process has not been asked
+    cancelled = Preempted(signal.SIGTERM)
+    cancelled.cancelled = True
+    with pytest.raises(Preempted), guard():
+        raise cancelled
+    assert (tmp_path / "asked").read_text() == "requeue 5\n"
+
+
+def test_who_waits_for_anothers_warmup_can_be_asked_to_end(tmp_path):
+    home = tmp_path / "key"
+    home.mkdir()
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); " \
+           "print('held', flush=True); time.sleep(60)"  # fmt: skip
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(home / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout and other.stdout.readline() == "held\n"
+    started = time.monotonic()
+    saes = {2: random_sae(2, 8)}
+    with pytest.raises(Preempted):
+        _asked_within(lambda: shared_statistics(tmp_path, "key", saes, lambda *_: {}))
+    assert time.monotonic() - started < 10
+    other.kill()
+    other.communicate()
