@@ -146,26 +146,21 @@ def send(records: list[Record], place: Place) -> str | None:
     wrong in plain words."""
     damaged: list[str] = []
 
+    sweeps = sorted({record.path.parent for record in records})
+
     def work(uploader: Uploader) -> None:
+        for sweep in sweeps if len(records) > 1 else []:
+            uploader.runs.look(uploader.parent(sweep))
         for record in records:
             try:
                 uploader.send(record)
             except UserError as error:
                 damaged.append(str(error))
-        for sweep in sorted({record.path.parent for record in records}):
+        for sweep in sweeps:
             uploader.send_sweep(sweep)
 
     folder = records[0].path if len(records) == 1 else records[0].path.parent
     return _attempt(place, folder, None, work) or "\n".join(damaged) or None
-
-
-def send_report(sweep: Path) -> str | None:
-    """Log what lies in a sweep's `report` folder to its parent run, where its runs are tracked;
-    returns what went wrong in plain words."""
-    record = find_records(sweep)[0]
-    if not record.config["tracking"]["enabled"]:
-        return None
-    return _attempt(place_of(record), sweep, None, lambda uploader: uploader.send_sweep(sweep))
 
 
 def main(argv: list[str]) -> int:

@@ -17,7 +17,7 @@ ARTIFACTS = (
     "config.yaml", "code.json", "data.json", "result.json", "features.json",
     "interventions.parquet", "*.png", "figures/*",
 )  # fmt: skip
-SWEEP_ARTIFACTS = ("submission.json", "code-*.diff", "report/*")
+SWEEP_ARTIFACTS = ("submission.json", "code-*.diff", "report/**/*")
 STATUS = {
     "queued": "SCHEDULED",
     "unknown": "SCHEDULED",
@@ -25,7 +25,6 @@ STATUS = {
     "done": "FINISHED",
     "failed": "FAILED",
     "cancelled": "KILLED",
-    "killed": "KILLED",
     "preempted": "KILLED",
     "lost": "KILLED",
 }

@@ -53,7 +53,7 @@ def attach_report(folder: Path, config: Mapping[str, Any]) -> int | None:
 
 def _send(client: Any, sent: Sent, report: Path) -> int:
     """What was sent is noted file by file, so that an attempt that is cut off is gone on with."""
-    digests: dict[str, str] = sent.record.setdefault("report", {})
+    digests: dict[str, str] = sent.record.setdefault("artifacts", {})
     count = 0
     for path in sorted(path for path in report.rglob("*") if path.is_file()):
         name = path.relative_to(report.parent)

@@ -75,6 +75,16 @@ class Runs:
         self.seen.clear()
         self._told.clear()
 
+    def look(self, parent: str) -> None:
+        """Ask for all of a sweep's runs at once, instead of one by one."""
+        token: str | None = None
+        while token is None or token:
+            page = self.client.search_runs(
+                [self.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", page_token=token
+            )
+            self.seen |= {run.info.run_id: run for run in page}
+            token = page.token or ""
+
     def parent(self, sent: Sent, tags: dict[str, str]) -> str:
         """The sweep's run; made where it isn't there."""
         sweep = sent.path.parent
@@ -122,9 +132,7 @@ class Runs:
         if old.info.status in UNFINISHED:
             self.client.set_terminated(before, "KILLED")
 
-    def _made(
-        self, sent: Sent, name: str, started: Callable[[], float], tags: dict[str, str]
-    ) -> Run:
+    def _made(self, sent: Sent, name: str, started: Clock, tags: dict[str, str]) -> Run:
         """The run that `sent` is about, made where it isn't there."""
         run_id = sent.record.get("run_id")
         known = None if run_id is None else self.seen.get(run_id) or self._active(run_id)
@@ -132,9 +140,7 @@ class Runs:
             known = self._make(sent, name, started, tags)
         return self.seen.setdefault(known.info.run_id, known)
 
-    def _make(
-        self, sent: Sent, name: str, started: Callable[[], float], tags: dict[str, str]
-    ) -> Run:
+    def _make(self, sent: Sent, name: str, started: Clock, tags: dict[str, str]) -> Run:
         # Noted without a run: it may have been made all the same.
         doubtful = "upload_id" in sent.record and "run_id" not in sent.record
         if not doubtful:
@@ -186,5 +192,4 @@ def ended(record: Record) -> float:
 def begun(sweep: Path) -> float:
     """When the first of a sweep's runs was started; now, where none was."""
     runs = (Record(path.parent) for path in sweep.glob("*/status.json"))
-    return min((run.status["started"] for run in runs if "started" in run.status),
-               default=time.time())  # fmt: skip
+    return min((t for run in runs if (t := run.status.get("started"))), default=time.time())
