@@ -52,7 +52,7 @@ demo-refusal: assets ## the second task: refusals of harmful and harmless prompt
 	$(BIN)/python launch.py -m +sweep=demo_refusal
 	$(BIN)/python -m crl_exp report demo_refusal
 
-report: setup ## tables and figures of a finished sweep (SWEEP=demo)
+report: setup ## tables, figures and a page of a sweep, also in MLflow (SWEEP=demo)
 	@test -n "$(SWEEP)" || { echo "which sweep? make report SWEEP=demo"; exit 1; }
 	$(BIN)/python -m crl_exp report $(SWEEP)
 

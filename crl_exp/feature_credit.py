@@ -6,6 +6,7 @@ features, tokens or layers are steered, each of them has the item to its credit.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from crl_exp.comparison import Row
 from crl_exp.feature_use import layer_uses
 from crl_exp.records import Record
 
-pc: Any = pyarrow.compute  # its functions are made on import, where no type checker sees them
+pc: Any = pyarrow.compute  # its functions are made when it is imported, unseen by type checkers
 BATCH_ROWS = 500_000
 REWARDS = ("reward_baseline", "reward_steered")
 RIGHT = 0.5  # as in `statistics.compare`
@@ -155,3 +156,31 @@ def credit_lines(credits: Sequence[FeatureCredit]) -> list[list[Any]]:
         for c in credits
     ]  # fmt: skip
     return [["" if value is None else value for value in line] for line in lines]
+
+
+ITEM_COLUMNS = ("method", "layers", "item", "seeds", "fixed", "broken", "features")
+
+
+def item_lines(row: Row) -> list[list[Any]]:
+    """Lines of items.csv: each item that came right or went wrong in some of the row's runs, in how
+    many of them, and the features it had there (layer/feature), those of most runs first."""
+    seen: dict[str, dict[str, Any]] = {}
+    for run in row.runs:
+        pairs = items_with_features(run)
+        if pairs is None or "fixed" not in pairs.column_names:
+            continue
+        flipped = pairs.filter(pc.greater(pc.add(pairs["fixed"], pairs["broken"]), 0))
+        mine = {one["item"]: one for one in flipped.to_pylist()}
+        for item, one in mine.items():
+            noted = seen.setdefault(item, {"fixed": 0, "broken": 0, "features": Counter()})
+            noted["fixed"] += one["fixed"]
+            noted["broken"] += one["broken"]
+        for one in flipped.to_pylist():
+            seen[one["item"]]["features"][f"{one['layer']}/{one['feature']}"] += 1
+    layers = " ".join(map(str, row.layers))
+    lines = [
+        [row.family, layers, item, len(row.runs), noted["fixed"], noted["broken"],
+         " ".join(sorted(noted["features"], key=lambda name: (-noted["features"][name], name)))]
+        for item, noted in seen.items()
+    ]  # fmt: skip
+    return sorted(lines, key=lambda line: (-line[4] - line[5], line[2]))

@@ -89,8 +89,8 @@ def _points(axis: Axes, along: Axis, metric: Callable[[LayerUse], float], top: f
         x, y = along.ordered(place.at, values.mean())
         axis.errorbar(
             x, y, xerr=ends if along.down else None, yerr=None if along.down else ends,
-            color=place.colour,
-            marker=place.marker, markersize=5, elinewidth=1.2, capsize=2, linestyle="none",
+            color=place.colour, marker=place.marker, markersize=5, elinewidth=1.2, capsize=2,
+            linestyle="none",
             markerfacecolor="white" if place.hollow else place.colour, zorder=3,
             label="_" if along.down else place.name,
         )  # fmt: skip

@@ -57,7 +57,7 @@ class LayerUse:
             "jaccard": float(common.sum() / (n_found + n_used - common.sum())),
             "additions_found": float(self.share @ common),
             "additions_corrsteer": float(self.share @ first),
-            "entropy": float(-(self.share * np.log(self.share)).sum()),
+            "entropy": float(-(self.share * np.log(self.share)).sum()) + 0.0,
             "r_added": float(self.share @ correlation),
             "r_best_found": float(self.found[0]["correlation"]),
             "r_mean_found": float(np.mean([row["correlation"] for row in self.found])),

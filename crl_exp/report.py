@@ -11,7 +11,14 @@ from rich.console import Console
 from crl_exp import curves, feature_figures, figures, heat_map, table_csv, table_latex, tables
 from crl_exp.comparison import SweepComparison
 from crl_exp.errors import UserError, did_you_mean
-from crl_exp.feature_credit import CREDIT_COLUMNS, FeatureCredit, credit_lines, credits_of
+from crl_exp.feature_credit import (
+    CREDIT_COLUMNS,
+    ITEM_COLUMNS,
+    FeatureCredit,
+    credit_lines,
+    credits_of,
+    item_lines,
+)
 from crl_exp.feature_use import metric_lines
 from crl_exp.records import Record, find_records
 from crl_exp.report_files import Files
@@ -87,6 +94,8 @@ def write_texts(part: Part, files: Files) -> list[FeatureCredit]:
     if credits:
         files.text("features.csv", table_csv.as_csv(CREDIT_COLUMNS, credit_lines(credits)))
         files.text("by_layer.csv", table_csv.as_csv(*metric_lines(sweep)))
+    if items := [line for row in sweep.rows for line in item_lines(row)]:
+        files.text("items.csv", table_csv.as_csv(ITEM_COLUMNS, items))
     return credits
 
 

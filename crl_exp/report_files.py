@@ -9,8 +9,10 @@ from typing import Any
 from crl_exp.runs import write_atomic
 
 # What a report may write; nothing else in its folder is ever removed.
-TEXTS = ("table.md", "table.csv", "table.tex", "overview.csv", "features.csv", "by_layer.csv",
-         "report.html")  # fmt: skip
+TEXTS = (
+    "table.md", "table.csv", "table.tex", "overview.csv", "features.csv", "items.csv",
+    "by_layer.csv", "report.html",
+)  # fmt: skip
 FIGURE_NAMES = (
     "by_layer", "by_option", "heat_map", "training", "overlap", "diversity", "correlation",
     "overview",

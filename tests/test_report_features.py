@@ -178,6 +178,8 @@ def test_features_as_csv(tmp_path):
     assert (first["feature"], first["fixed"], first["broken"], first["neuronpedia"]) == (
         "9", "1", "1", LINK,
     )  # fmt: skip
+    items = [tuple(line.values())[2:] for line in csv.DictReader((folder / "items.csv").open())]
+    assert items == [("a", "1", "1", "0", "18/2 18/9"), ("b", "1", "0", "1", "18/9")]
     (line,) = csv.DictReader((folder / "by_layer.csv").open())
     assert (line["layer"], line["seed"], line["used_found"]) == ("18", "0", "0.5")
 
@@ -189,4 +191,4 @@ def test_a_report_made_again_is_the_same(tmp_path):
     for _ in range(2):
         assert main([str(tmp_path / "demo")]) == 0
         seen.append({path.name: path.read_bytes() for path in folder.iterdir()})
-    assert seen[0] == seen[1] and len(seen[0]) == 16
+    assert seen[0] == seen[1] and len(seen[0]) == 17
