@@ -23,9 +23,9 @@ from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.generation import Job
 from crl_exp.learner import LayerLearner, collect
+from crl_exp.measuring import measure
 from crl_exp.policy import PolicyController
 from crl_exp.saes import LayerSAE
-from crl_exp.warmup import measure
 from tests import tiny
 from tests.stage_options import EACH, PLAIN, built
 from tests.tiny_steering import agent, pipeline, ppo, random_sae, rolled_out

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from crl_exp.records import Record
 from crl_exp.report import main
-from crl_exp.tracking import TrackingConfig, resolved_uri, sync
+from crl_exp.tracking import Place, resolved_uri, send
 from crl_exp.tracking_report import attach_report
 from tests.mlflow_reading import children, client, runs, with_database
 from tests.synthetic import config, finished_run
@@ -27,14 +28,8 @@ def sweep(tmp_path) -> Path:
     folder = with_database(tmp_path)
     for task in ("gsm8k", "mmlu"):
         run = finished_run(config(folder, more={"task.name": task}), 0.1)
-        sync(run, tracking())
+        assert send([Record(run.path)], Place(None, SECTION["experiment"], folder)) is None
     return folder / "demo"
-
-
-def tracking() -> TrackingConfig:
-    made = TrackingConfig.__new__(TrackingConfig)
-    made.__dict__ |= {**SECTION, "sync_seconds": 1.0, "system_seconds": None}
-    return made
 
 
 def artifacts(sweep: Path, under: str = "report") -> set[str]:
