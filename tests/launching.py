@@ -13,8 +13,10 @@ import yaml
 from crl_exp.launcher.launch import Launch, launch
 from crl_exp.launcher.plan import Point, Settings, compose_points
 from crl_exp.launcher.settings import make_settings
+from crl_exp.launcher.states import states_of
+from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.launcher.typed import typed_sweep
-from crl_exp.records import Record, find_records
+from crl_exp.records import find_records
 from tests.tiny_run import CONF
 
 # Nothing of a test cluster's is worth limiting.
@@ -69,5 +71,6 @@ def attempts(folder: Path) -> dict[str, int]:
     return {record.key: record.status["attempts"] for record in find_records(folder)}
 
 
-def record_of(folder: Path, key: str) -> Record:
-    return Record(folder / key)
+def told(folder: Path) -> dict[str, tuple[str, str]]:
+    """Each run's state and why, as the launcher sees it."""
+    return states_of(find_records(folder), SweepFile.read(folder))

@@ -16,10 +16,8 @@ import pytest
 from crl_exp.errors import UserError
 from crl_exp.launcher.cancel import cancel
 from crl_exp.launcher.retry import retry
-from crl_exp.launcher.states import states_of
-from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.records import find_records
-from tests.launching import attempts, figures, launched, over, states, until
+from tests.launching import attempts, figures, launched, over, states, told, until
 from tests.tiny_run import ROOT
 
 pytestmark = pytest.mark.slow
@@ -36,9 +34,8 @@ def tiny(folder: Path, *overrides: str) -> list[str]:
     return ["+debug=tiny", f"output_dir={folder}", "sweep_name=s", *overrides]
 
 
-def told(folder: Path) -> dict[str, str]:
-    """Each run's state, by key, as the launcher sees it."""
-    return {k: v[0] for k, v in states_of(find_records(folder), SweepFile.read(folder)).items()}
+def told_states(folder: Path) -> dict[str, str]:
+    return {key: state for key, (state, _) in told(folder).items()}
 
 
 def launch_quietly(arguments: tuple[list[str], int]) -> set[str]:
@@ -74,16 +71,16 @@ def test_a_run_that_dies_takes_no_other_with_it(tmp_path, monkeypatch):
     folder = tmp_path / "s"
     victim = until(lambda: [r for r in find_records(folder) if r.status["state"] == "running"])[0]
     os.kill(victim.status["pid"], signal.SIGKILL)
-    until(lambda: over(folder) or told(folder)[victim.key] == "lost")
-    until(lambda: sorted(told(folder).values()) == ["done", "done", "lost"])
+    until(lambda: over(folder) or told_states(folder)[victim.key] == "lost")
+    until(lambda: sorted(told_states(folder).values()) == ["done", "done", "lost"])
     assert cancel(folder, now=False) == 0, "nothing is at work"
     assert retry(folder, ["parallel=1"]) == [victim.key]
     assert cancel(folder, now=False) == 0
-    until(lambda: told(folder)[victim.key] in ("cancelled", "lost"))
+    until(lambda: told_states(folder)[victim.key] in ("cancelled", "lost"))
     shutil.move(folder, tmp_path / "moved")  # outputs may be moved; jobs run where they lie
     folder = tmp_path / "moved"
     assert retry(folder, []) == [victim.key]
-    until(lambda: set(told(folder).values()) == {"done"})
+    until(lambda: set(told_states(folder).values()) == {"done"})
     assert attempts(folder)[victim.key] >= 2
     assert len(run.points) == 3
     undisturbed = launched("local_processes", [*overrides, "sweep_name=u"], parallel=1, wait=True)

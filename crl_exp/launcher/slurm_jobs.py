@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import uuid
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +73,9 @@ def submit_held(settings: SlurmSettings, runs: list[Path], folder: Path) -> str:
     executor.update_parameters(**_sbatch_parameters(settings, list_path, folder.name))
     executor.parameters["map_count"] = len(runs)
     try:
-        # Not `submit`, which pickles a function: the job is a command that anyone can type.
-        job = executor._submit_command(f'{python} -u -m crl_exp run "$RUN_DIRECTORY"')
+        with redirect_stderr(StringIO()):  # submitit prints what its exception says too
+            # Not `submit`, which pickles a function: the job is a command that anyone can type.
+            job = executor._submit_command(f'{python} -u -m crl_exp run "$RUN_DIRECTORY"')
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         list_path.unlink()
         said = str(error).strip() or repr(error.__cause__ or error)

@@ -82,8 +82,8 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """For commands that are to use this cluster."""
-        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"),
-                "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}  # fmt: skip
+        path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+        return {**os.environ, "SLURM_CONF": self._config, "PATH": path}
 
     def run(self, *command: str, check: bool = True) -> str:
         """What a command of SLURM's prints."""
@@ -184,7 +184,7 @@ class Cluster:
 
     def logs(self) -> str:
         """The ends of the daemons' logs."""
-        paths = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
+        paths = sorted(path for path in self.folder.iterdir() if path.suffix in (".log", ".out"))
         return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-1500:]}" for p in paths)
 
     def stop(self) -> None:

@@ -33,3 +33,12 @@ def cluster(slurm, monkeypatch) -> Iterator[Cluster]:
         monkeypatch.setenv(name, slurm.environment[name])
     yield slurm
     slurm.run("scancel", "--user=root")
+
+
+@pytest.fixture(scope="module")
+def tiny_cache(tmp_path_factory) -> Iterator[None]:
+    """Tiny models and SAEs of their own, which a test may damage."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRL_EXP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
