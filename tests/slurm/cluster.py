@@ -1,8 +1,7 @@
 """A real SLURM of two nodes with two made-up GPUs each, on this machine, for tests.
 
-munged, slurmctld and two slurmd of Debian's packages, with ports, keys and state in a folder of
-their own; nothing of an installed SLURM's configuration is read or changed. Root only: slurmd
-starts jobs as their user. Commands find it by SLURM_CONF, in `Cluster.environment`.
+Debian's munged, slurmctld and two slurmd, with ports, keys and state in a folder of their own; an
+installed SLURM's configuration isn't touched. Root only. Commands find it by `Cluster.environment`.
 """
 
 from __future__ import annotations
@@ -105,8 +104,7 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """The node dies: its slurmd and every process of its jobs, without a word."""
-        daemon = self.processes.pop(f"slurmd {name}")
-        daemon.kill()
+        (daemon := self.processes.pop(f"slurmd {name}")).kill()
         daemon.wait()
         self._kill_jobs(name)
 
@@ -164,10 +162,10 @@ class Cluster:
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null,/dev/zero\n")
 
     def _spawn(self, name: str, command: list[str]) -> None:
-        log = (self.folder / f"{name.replace(' ', '.')}.out").open("a")
-        self.processes[name] = subprocess.Popen(
-            command, env=self.environment, stdout=log, stderr=log, start_new_session=True
-        )
+        with (self.folder / f"{name.replace(' ', '.')}.out").open("a") as log:
+            self.processes[name] = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
 
     def _node_is_up(self, name: str) -> bool:
         said = self.run("scontrol", "show", "node", name, check=False)

@@ -41,7 +41,7 @@ def undisturbed(slurm, tiny_cache, tmp_path_factory) -> tuple[Path, str]:
         env={**slurm.environment, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    until(lambda: over(out / "layerwise"), 15 * MINUTES)
+    until(lambda: over(out / "layerwise") and not slurm.queue(), 15 * MINUTES)
     return out / "layerwise", done.stdout
 
 
