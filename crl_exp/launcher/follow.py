@@ -15,6 +15,8 @@ from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.records import Record
 
 POLL_SECONDS = 2.0
+# squeue is asked then, and a cluster's controller has others to answer.
+SLURM_POLL_SECONDS = 15.0
 # Of runs that are at work, so many are shown.
 SHOWN = 20
 
@@ -36,7 +38,8 @@ def wait_for(paths: list[Path], folder: Path) -> dict[str, tuple[str, str]]:
             last = line
             if not any(in_work(states[record.key][0], record) for record in records):
                 return states
-            time.sleep(POLL_SECONDS)
+            on_slurm = any(record.status.get("slurm_job_id") for record in records)
+            time.sleep(SLURM_POLL_SECONDS if on_slurm else POLL_SECONDS)
 
 
 def _table(records: list[Record], states: dict[str, tuple[str, str]], title: str) -> Table:
