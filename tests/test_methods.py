@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from crl_exp.controllers.fixed import Steer
+from crl_exp.lab import Lab
 from tests.tiny_run import lab_of
 
 SIZES = ["task.n_train=44", "task.n_validation=32", "task.n_test=4"]
@@ -88,3 +89,27 @@ def test_random_features_are_others_of_the_same_length(common):
         assert random.coefficient * norm_F[random.feature_idx] == pytest.approx(
             float(steer.coefficient * norm_F[steer.feature_idx]), rel=1e-5
         )
+
+
+def test_a_choice_that_a_run_of_this_process_tried_is_not_tried_again(common, monkeypatch):
+    """CorrSteer-P tries at each layer what another run tried there; other strengths it must."""
+    played: list[int] = []
+    answer = Lab.answer
+
+    def counted(self, controller, split, items=None, *more, **named):
+        played.append(len(items))
+        return answer(self, controller, split, items, *more, **named)
+
+    def tries(seed: int, layer: int, *coefficients: float) -> list[float]:
+        lab = lab_of([*common, "method=corrsteer_s", f"seed={seed}"])  # a run of its own
+        monkeypatch.setattr(Lab, "answer", counted)
+        rewards = [lab.validation_reward(lab.fixed([Steer(layer, 3, c)])) for c in coefficients]
+        monkeypatch.undo()
+        return rewards
+
+    first = tries(7, 1, 2.5, 5.0)
+    assert sum(played) == 2 * 32
+    assert tries(8, 1, 2.5, 5.0) == first and sum(played) == 2 * 32
+    tries(9, 2, 2.5)
+    tries(10, 1, 2.25)
+    assert sum(played) == 4 * 32
