@@ -58,8 +58,16 @@ def cancelled(signal: str) -> bool:
     own = job_id()
     if own is None or signal != "SIGTERM":
         return False
-    said = _run(["squeue", "--noheader", "-r", "-t", "CANCELLED", "-o", "%i", "-j", own])
-    return said is not None and own in said.stdout.split()
+    said = _run(["scontrol", "show", "job", own])
+    if said is None or said.returncode != 0:
+        return False
+    facts = dict(word.split("=", 1) for word in said.stdout.split() if "=" in word)
+    # As long as its processes last, a cancelled job is COMPLETING, and so is one that SLURM puts
+    # back into its queue; but that one has no end, and one start more than this process knows of.
+    ending = facts.get("JobState") in ("COMPLETING", "CANCELLED")
+    over = ending and facts.get("EndTime", "Unknown") != "Unknown"
+    preempted = facts.get("PreemptTime", "None") != "None"
+    return over and not preempted and facts.get("Restarts") == str(restarts())
 
 
 def requeue(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -124,7 +125,9 @@ def test_bad_settings_are_named(override, says):
 
 
 def test_settings_are_changed_as_typed():
-    made = changed(settings("slurm"), ["time=12:00:00", "hydra.launcher.gpus=2", "sbatch.nice=5"])
+    made: Any = changed(
+        settings("slurm"), ["time=12:00:00", "hydra.launcher.gpus=2", "sbatch.nice=5"]
+    )
     assert (made.time, made.gpus, made.sbatch) == ("12:00:00", 2, {"nice": 5})
     assert changed(settings("slurm"), ["gres=gpu:a100:2,shard:1"]).gpus_asked == 2
     assert changed(settings("slurm"), ["gres=gpu"]).for_device("cuda").gpus_asked == 1

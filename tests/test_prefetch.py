@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-import datasets
+import datasets.config
 import pytest
 
 from crl_exp.launcher.prefetch import main

@@ -162,6 +162,18 @@ def test_four_of_twelve_die_and_retry_runs_exactly_those(undisturbed, cluster, t
         assert figures(folder / key) == figures(undisturbed[0] / key)
 
 
+def test_a_job_that_is_scancelled_is_not_put_back(cluster, tmp_path):
+    long = ["+debug=tiny", "method=crl", "algorithm.n_updates=5000", "sweep_name=s"]
+    run = launched("slurm", [*long, f"output_dir={tmp_path}"])
+    (record,) = find_records(run.folder)
+    until(lambda: Record(record.path).heartbeat.get("phase") == "train", 3 * MINUTES)
+    cluster.run("scancel", record.status["slurm_job_id"])
+    until(lambda: over(run.folder))
+    assert set(states(run.folder).values()) == {"cancelled"}
+    assert (record.path / "checkpoint.pt").exists(), "it was saved"
+    until(lambda: not cluster.queue())
+
+
 def test_a_yaml_file_edited_after_submission_changes_nothing(cluster, tmp_path):
     """Nor does it matter that outputs are on another file system than everything else."""
     conf, out = tmp_path / "conf", Path(tempfile.mkdtemp(dir="/dev/shm"))
