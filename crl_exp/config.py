@@ -19,7 +19,7 @@ from crl_exp.coefficients import Coefficient, Decay
 from crl_exp.engine import EngineConfig
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.layers import LayerSet
-from crl_exp.methods import Method
+from crl_exp.methods import CRL, Method
 from crl_exp.model_config import ModelConfig
 from crl_exp.networks import PolicyConfig
 from crl_exp.runs import RESUME
@@ -225,8 +225,9 @@ def validate(exp: Experiment) -> list[int]:
         layers = exp.layers.resolve(exp.sae.available, config.num_hidden_layers)
     except UserError as error:
         faults.append(str(error))
+    k = exp.policy.k if isinstance(exp.method, CRL) else 1
     for layer in layers:
-        faults += exp.sae.metadata_faults(layer, config.hidden_size, exp.model.name)
+        faults += exp.sae.metadata_faults(layer, config.hidden_size, exp.model.name, k)
     faults += [fault for fault in exp.method.conflicts(exp) if fault]
     if faults:
         raise UserError("\n".join(faults))
