@@ -5,6 +5,9 @@ Shapes: B rows, R rows that stay, H key heads, T tokens, E head size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -54,6 +57,31 @@ def keep_rows(cache: DynamicCache, index_R: Tensor, first_token: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, RoomyLayer):
             layer.keep(index_R, first_token)
+
+
+@dataclass
+class Running:
+    """What the next forward pass starts from."""
+
+    token_R: Tensor
+    position_R: Tensor
+    key_RT: Tensor
+    valid_RT: Tensor
+    cache: DynamicCache
+
+    def step(self) -> None:
+        """Make room in the mask for the token that is fed next."""
+        self.key_RT = torch.cat([self.key_RT, self.position_R[:, None]], dim=1)
+        true_R1 = self.valid_RT.new_ones(len(self.valid_RT), 1)
+        self.valid_RT = torch.cat([self.valid_RT, true_R1], dim=1)
+
+    def keep(self, index_R: Tensor) -> None:
+        """Only these rows stay, and no column that is padding in all of them."""
+        self.token_R, self.position_R = self.token_R[index_R], self.position_R[index_R]
+        valid_RT = self.valid_RT[index_R]
+        first = int(valid_RT.any(dim=0).int().argmax())
+        self.key_RT, self.valid_RT = self.key_RT[index_R, first:], valid_RT[:, first:]
+        keep_rows(self.cache, index_R, first)
 
 
 def keys_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:

@@ -18,7 +18,7 @@ from crl_exp.coefficients import Coefficient, Decay
 from crl_exp.engine import EngineConfig
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.layers import LayerSet
-from crl_exp.methods import Method
+from crl_exp.methods import CRL, Method
 from crl_exp.model_config import ModelConfig
 from crl_exp.networks import PolicyConfig
 from crl_exp.runs import RESUME
@@ -187,11 +187,12 @@ def validate(exp: Experiment, known: Known | None = None) -> list[int]:
         layers = exp.layers.resolve(available, config.num_hidden_layers)
     except UserError as error:
         faults.append(str(error))
+    k = exp.policy.k if isinstance(exp.method, CRL) else 1
     for layer in layers:
         faults += once(
             known,
-            ["metadata", model, sae, layer],
-            lambda at=layer: exp.sae.metadata_faults(at, config.hidden_size, exp.model.name),
+            ["metadata", model, sae, layer, k],
+            lambda at=layer: exp.sae.metadata_faults(at, config.hidden_size, exp.model.name, k),
         )
     faults += [fault for fault in exp.method.conflicts(exp) if fault]
     if faults:

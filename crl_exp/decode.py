@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from crl_exp.cache import keep_rows
+from crl_exp.cache import Running
 from crl_exp.controllers.base import Action, Controller, StepContext
 from crl_exp.errors import UserError
 from crl_exp.generation import Step, cut_at
@@ -36,31 +35,6 @@ class Part:
     items: list[int]
     row_B: list[int]
     n_rows: int
-
-
-@dataclass
-class Running:
-    """What the next forward pass starts from."""
-
-    token_R: Tensor
-    position_R: Tensor
-    key_RT: Tensor
-    valid_RT: Tensor
-    cache: DynamicCache
-
-    def step(self) -> None:
-        """Make room in the mask for the token that is fed next."""
-        self.key_RT = torch.cat([self.key_RT, self.position_R[:, None]], dim=1)
-        true_R1 = self.valid_RT.new_ones(len(self.valid_RT), 1)
-        self.valid_RT = torch.cat([self.valid_RT, true_R1], dim=1)
-
-    def keep(self, index_R: Tensor) -> None:
-        """Only these rows stay, and no column that is padding in all of them."""
-        self.token_R, self.position_R = self.token_R[index_R], self.position_R[index_R]
-        valid_RT = self.valid_RT[index_R]
-        first = int(valid_RT.any(dim=0).int().argmax())
-        self.key_RT, self.valid_RT = self.key_RT[index_R, first:], valid_RT[:, first:]
-        keep_rows(self.cache, index_R, first)
 
 
 class Decoding:
@@ -90,7 +64,7 @@ class Decoding:
                     row_B=torch.tensor(part.row_B, device=lm.device), n_rows=part.n_rows,
                 )
             )  # fmt: skip
-        self.first_rows = list(self.rows)
+        self.job_rows = [list(part.row_B) for part in parts]  # a copy of `row_B` on the CPU
         self.place_R = list(range(n_rows))  # of the rows still there: their place in the batch
         self.alive_R = torch.ones(n_rows, dtype=torch.bool, device=lm.device)
         self.tokens: list[list[int]] = [[] for _ in range(n_rows)]
@@ -156,7 +130,9 @@ class Decoding:
         for part, context in enumerate(self.contexts):
             alive = self.alive_R[self.rows[part]]
             context.alive_B = alive
-            context.keep(alive.nonzero()[:, 0])
+            index_J = alive.nonzero()[:, 0]
+            context.keep(index_J)
+            self.job_rows[part] = [self.job_rows[part][i] for i in index_J.tolist()]
             self.rows[part] = slice(at, at + len(context.items))
             at = self.rows[part].stop
         self.place_R = [self.place_R[i] for i in index_R.tolist()]
@@ -210,7 +186,7 @@ class Decoding:
         context.token_index, context.alive_B = token_index, self.alive_R[self.rows[index]]
         action = self.parts[index].controller.act(layer, x_BD, context)
         if self.record and action is not None:
-            rows = context.row_B.tolist()
+            rows = list(self.job_rows[index])
             self.steps[index].append(Step(layer, token_index, rows, context.alive_B, action))
         return action
 

@@ -218,7 +218,15 @@ class Lab:
             return float(self.baseline("validation").reward_B.mean())
         self._asked += 1
         name, what = f"choice_{self._asked:04d}", f"choice {self._asked} on validation"
-        return float(self.kept_answers(name, what, controller, "validation").reward_B.mean())
+
+        def ask() -> float:
+            return float(self.kept_answers(name, what, controller, "validation").reward_B.mean())
+
+        if not isinstance(controller, FixedFeatures):
+            return ask()
+        # CorrSteer-P tries what CorrSteer-S tried at each layer.
+        key = [self.engine_key, asdict(self.exp.task), controller.identity]
+        return _shared("choice", key, ask, keep=1000)
 
     def training_reward(self, controller: Controller) -> float:
         """Mean reward on the validation split, in the middle of training."""

@@ -189,7 +189,9 @@ class PolicyController(Controller):
         else:
             row_B = context.row_B.to(x_BD.device)
             draws = Draws(self.seed, row_B, layer, context.token_index)
-            explored = agent.distribution(at, True, self.progress, draws)
+            explored = now
+            if agent.pipeline.explores:
+                explored = agent.distribution(at, True, self.progress, draws)
             choice_BK = selection.sample(explored.logits_BC, agent.k, draws)
         Memory.of(layer, context).note(noted)
         coefficient_BK = agent.coefficient_C[choice_BK.clamp(min=0)]

@@ -137,8 +137,11 @@ class SAEConfig:
             raise UserError(self.cannot_load(layer, error)) from error
         return SAEMetadata.of(cfg)
 
-    def metadata_faults(self, layer: int, d_model: int, model_name: str) -> list[str]:
-        """What an SAE's own config says against using it here, before weights load."""
+    def metadata_faults(self, layer: int, d_model: int, model_name: str, k: int = 1) -> list[str]:
+        """What an SAE's own config says against using it here, before weights load.
+
+        k: features that are chosen at once.
+        """
         try:
             found = self.metadata(layer)
         except UserError as error:
@@ -147,4 +150,5 @@ class SAEConfig:
             # SAELens folds this one in while it loads, where it knows the factor.
             known = self._published().norm_scaling_factor
             found.normalization = None if self.sae_id(layer) in known else found.normalization
-        return found.faults(self.where(layer), layer, d_model, self.allowed_for(model_name))
+        allowed = self.allowed_for(model_name)
+        return found.faults(self.where(layer), layer, d_model, allowed, k)

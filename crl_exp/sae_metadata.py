@@ -26,6 +26,7 @@ class SAEMetadata:
     """
 
     d_in: int | None
+    d_sae: int | None
     hook_name: str
     model_name: str | None
     normalization: str | None
@@ -40,6 +41,7 @@ class SAEMetadata:
         normalization = said.get("normalize_activations")
         return cls(
             d_in=said.get("d_in"),
+            d_sae=said.get("d_sae"),
             hook_name=said.get("hook_name") or said.get("hook_point") or "",
             model_name=said.get("model_name"),
             normalization=None if normalization in (None, False, "none") else str(normalization),
@@ -47,12 +49,19 @@ class SAEMetadata:
             neuronpedia_id=said.get("neuronpedia_id"),
         )
 
-    def faults(self, where: str, layer: int, d_model: int, model_name: str | None) -> list[str]:
+    def faults(
+        self, where: str, layer: int, d_model: int, model_name: str | None, k: int = 1
+    ) -> list[str]:
         """What speaks against steering this model's layer by this SAE.
 
-        model_name: null where any model will do.
+        model_name: null where any model will do. k: features that are chosen at once.
         """
         found = _site_faults(self.hook_name, layer)
+        if self.d_sae is not None and self.d_sae < k:
+            found.append(
+                f"policy.k={k}: the SAE of layer {layer} at {where} has {self.d_sae} features; "
+                "lower policy.k"
+            )
         if self.d_in != d_model:
             found.append(
                 f"the SAE of layer {layer} at {where} has d_in={self.d_in}, but the model's "

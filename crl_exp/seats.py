@@ -53,6 +53,8 @@ class Seat:
         self.work = work
         self.outcome: Outcome | None = None
         self.question: Question | None = None
+        self.stopped: BaseException | None = None
+        self.at_work = False
         self.turn, self.back = threading.Event(), threading.Event()
         self.rng = torch.get_rng_state()
         self.thread = threading.Thread(target=self._run, name=f"run {number}", daemon=True)
@@ -61,6 +63,8 @@ class Seat:
     def _run(self) -> None:
         self._await(self.turn)
         try:
+            if self.stopped is not None:
+                raise self.stopped
             self.outcome = self.work()
         except BaseException as error:  # the pack's caller is told, whatever it is
             self.outcome = error
@@ -88,9 +92,11 @@ class Seat:
         them."""
         before = torch.get_rng_state()
         torch.set_rng_state(self.rng)
+        self.at_work = True
         self.turn.set()
         try:
             self._await(self.back)
+            self.at_work = False
         finally:
             self.rng = torch.get_rng_state()
             torch.set_rng_state(before)
@@ -98,12 +104,13 @@ class Seat:
             self.thread.join()
 
     def end(self, error: BaseException) -> None:
-        """Have the run end by this error, where it asks next."""
-        if self.outcome is None and self.question is None:
-            self._await(self.back)  # it was at work when the interrupt came
+        """Have the run end by this error, where it asks next, or before it begins."""
+        self.stopped = error
+        if self.at_work:
+            self._await(self.back)
         if self.outcome is None:
-            assert self.question is not None
-            self.question.fault = error
+            if self.question is not None:
+                self.question.fault = error
             self.go_on()
 
 

@@ -171,6 +171,18 @@ def test_what_is_remembered_of_an_answer() -> None:
             torch.testing.assert_close(past_T[1:], before_T, atol=1e-4, rtol=1e-4)
 
 
+def test_context_scale_reads_the_length_of_the_residual_itself() -> None:
+    """(‖x‖ − 4) / 1.5 with stage 1's mean and deviation, x before it was standardised."""
+    made = with_option("fusion", "context_scale")
+    x_BD = torch.randn(5, tiny.D_MODEL, generator=torch.Generator().manual_seed(2))
+    obs_BD = made.standardise(x_BD)
+    share_B1 = ((x_BD.norm(dim=1) - 4.0) / 1.5).sigmoid()[:, None]
+    weight = made.pipeline.stages["fusion"].weight
+    expected = made.policy(obs_BD) + weight * share_B1 * made.correlation_C
+    at = Observation(obs_BD, torch.zeros(5, dtype=torch.long))
+    torch.testing.assert_close(made.distribution(at).logits_BC, expected)
+
+
 # --- correlations that go on ---
 
 
@@ -188,12 +200,14 @@ def test_online_correlation_equals_one_pass_over_both() -> None:
     assert torch.equal(again.update(rollout, REWARD), online.update(rollout, REWARD).clamp(min=0))
 
 
+@pytest.mark.parametrize("coefficient", [2.0, -2.0])
 @pytest.mark.parametrize("pooling", ["max", "mean", "last_prompt"])
-def test_a_rollout_moves_the_correlations_of_both_agents(pooling) -> None:
+def test_a_rollout_moves_the_correlations_of_both_agents(pooling, coefficient) -> None:
     """Chosen features count at their coefficient; checked against a loop over the tokens."""
     made = with_option("fusion", "add", online=True, k=2)
     assert made.online is not None
     made.online.pooling = pooling
+    made.coefficient_C.fill_(coefficient)
     learner, played = LayerLearner(made, ppo()), rolled_out([made])[0]
     expected = copy.deepcopy(made.online)
     z_BC = torch.zeros(8, len(made.allowed_C))
@@ -204,7 +218,7 @@ def test_a_rollout_moves_the_correlations_of_both_agents(pooling) -> None:
                 i = step.rows.index(row)
                 acts = step.action.notes["feature_acts_BC"][i].clone()
                 for j in step.action.notes["choice_BK"][i].tolist():
-                    acts[j] = 2.0
+                    acts[j] = coefficient
                 tokens.append(acts)
         pools = {"max": torch.stack(tokens).amax(0), "mean": torch.stack(tokens).mean(0)}
         z_BC[row] = pools.get(pooling, tokens[0])

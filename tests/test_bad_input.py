@@ -81,7 +81,8 @@ def refused(overrides: list[str]) -> str:
         ("method=corrsteer_a method.multipliers=[1,nan]", r"method\.multipliers=.*nan"),
         ("method=corrsteer_s method.n_candidates=0", r"method\.n_candidates=0.*at least 1"),
         ("policy.k=0", r"policy\.k=0: must be at least 1"),
-        ("policy.k=65", r"only \d+ features may be steered, but policy\.k=65; lower policy\.k"),
+        ("policy.k=64 warmup.min_frequency=0.9",
+         r"only \d+ features may be steered, but policy\.k=64; lower policy\.k"),
         ("method.features=fixed policy.k=2", r"method\.features=fixed .* policy\.k=2"),
         ("decay.gamma=0", r"decay\.gamma=0\.0: must be in \(0, 1\]"),
         ("decay.gamma=nan", r"decay\.gamma=nan: must be in \(0, 1\]"),
@@ -146,6 +147,15 @@ def test_an_sae_of_another_width(common, tmp_path):
     said = refused([*common, f"sae.folder={tmp_path / 'saes'}"])
     assert "d_in=16" in said and "32 wide" in said and "sae=…" in said
     assert not (tmp_path / "out").exists(), "found out only after the weights were loaded"
+
+
+def test_more_features_than_the_sae_has(common, tmp_path):
+    said = refused([*common, "layers=list", "layers.layers=[0,2]", "policy.k=65"])
+    for layer in (0, 2):
+        assert f"policy.k=65: the SAE of layer {layer}" in said and "has 64 features" in said
+    assert not (tmp_path / "out").exists(), "found out only after the weights were loaded"
+    # It is the policy's: a method without one doesn't ask for it.
+    assert run_small([*common, "policy.k=65", "method=none"])[0]["n"] == 16
 
 
 def test_an_sae_of_another_layer(common, tmp_path):
@@ -245,18 +255,22 @@ def test_a_task_without_items(own_files, tmp_path):
     assert "has 0 items" in said and "task.n_train" in said
 
 
-def test_a_task_that_is_all_right_is_warned_about(own_files, tmp_path):
+@pytest.mark.parametrize(("target", "share", "said"), [("yes", 1, "all"), ("no", 0, "none")])
+def test_a_task_that_is_all_right_or_all_wrong_is_warned_about(
+    target, share, said, own_files, tmp_path
+):
     """Every correlation is 0 then; the run says so, and what to do."""
     weights_file = own_files.root / "models" / "llama" / "model.safetensors"
     weights = load_file(weights_file)
     # With a final norm of zero all logits are equal, and the first choice is taken.
     weights["model.norm.weight"].zero_()
     save_file(weights, weights_file, metadata={"format": "pt"})
-    write_task(own_files.root / "task.jsonl", n=80, answers=("yes",))
+    write_task(own_files.root / "task.jsonl", n=80, answers=(target,))
     overrides = [*own_files.overrides(), f"output_dir={tmp_path / 'out'}"]
     result, _ = run_small([*overrides, "method=corrsteer_s"])
-    assert result["accuracy_baseline"] == 1
-    assert any("every correlation is 0" in text for text in result["warnings"])
+    assert result["accuracy_baseline"] == share
+    (warning,) = [text for text in result["warnings"] if "every correlation is 0" in text]
+    assert f"gets {said} of the 24 training items" in warning and "task.n_train=…" in warning
 
 
 # --- run directories ---

@@ -13,8 +13,10 @@ from crl_exp.controllers.vector import FixedVectors
 from crl_exp.errors import UserError
 from crl_exp.lab import Lab
 from crl_exp.residual_means import ResidualMeans, ResidualObserver, residual_means
+from tests.test_parity import TASK
 from tests.tiny import D_MODEL
-from tests.tiny_run import LAYERS, lab_of, run_small
+from tests.tiny_run import LAYERS, lab_of, random_sae_weights, run_small, save_sae
+from tests.tiny_steering import statistics
 
 CONTROLS = ("random", "random_direction", "top_activation", "raw_residual")
 
@@ -48,6 +50,32 @@ def test_matched_additions_are_as_long_as_corrsteers(control, common):
     for layer in LAYERS:
         assert float(got[layer].norm()) == pytest.approx(float(wanted[layer].norm()), rel=1e-5)
         assert not torch.allclose(got[layer], wanted[layer])
+
+
+@pytest.mark.parametrize(
+    "control", ["random", "random_direction", "raw_residual method.norm_match=true"]
+)
+def test_lengths_match_where_decoder_rows_differ_in_length(control, common, tmp_path):
+    """Rows from .5 to 3 long: the same coefficient is another length."""
+    for layer in LAYERS:
+        weights = random_sae_weights(layer)
+        weights["W_dec"] *= torch.linspace(0.5, 3.0, len(weights["W_dec"]))[:, None]
+        save_sae(tmp_path / "uneven", layer, weights)
+    uneven = [*common, f"sae.folder={tmp_path / 'uneven'}"]
+    wanted = prepared(lab_of([*uneven, "method=corrsteer_a"]))
+    method, *more = control.split()
+    got = prepared(lab_of([*uneven, f"method={method}", *more]))
+    for layer in LAYERS:
+        assert float(got[layer].norm()) == pytest.approx(float(wanted[layer].norm()), rel=1e-5)
+
+
+def test_the_most_active_feature_is_one_that_may_be_steered(common):
+    """Means 9, 1 and 2, but the first is active in too few answers."""
+    lab = lab_of([*common, "method=top_activation", "warmup.min_frequency=0.5"])
+    found = statistics(1, D_MODEL, d_sae=3)
+    found.by_feature["mean"] = torch.tensor([9.0, 1.0, 2.0])
+    found.by_feature["frequency"] = torch.tensor([0.1, 0.9, 0.6])
+    assert lab.exp.method.best_features(lab, found) == [2]  # type: ignore[attr-defined]
 
 
 def test_random_directions_follow_the_seed(common):
@@ -87,6 +115,32 @@ def test_the_raw_residual_is_the_difference_of_means(common):
         x_BD = lab.prompts("train").batch(items).residual(layer).double().numpy()
         by_hand_D = 2 * (x_BD[good_B].mean(0) - x_BD[~good_B].mean(0))
         np.testing.assert_allclose(got[layer].numpy(), by_hand_D, atol=1e-5)
+
+
+def test_the_raw_residuals_multiplier_is_the_best_on_validation(common):
+    raw = [*common, "method=raw_residual"]
+    lab = lab_of([*raw, "method.multipliers=[0.25,1,8]"])
+    got, one = prepared(lab), prepared(lab_of([*raw, "method.multipliers=[1]"]))
+    rewards = {
+        m: lab.validation_reward(lab.vectors({n: m * v for n, v in one.items()}))
+        for m in (0.25, 1.0, 8.0)
+    }
+    assert len(set(rewards.values())) > 1, "the multipliers can't be told apart"
+    best = max(rewards, key=lambda m: rewards[m])
+    for layer in LAYERS:
+        torch.testing.assert_close(got[layer], best * one[layer])
+
+
+def test_the_raw_residual_is_pooled_as_stage_1_pools(common):
+    """In an answer of five tokens; `last_prompt` is the last prompt token alone."""
+    free = [*common, "method=raw_residual"]
+    lab = lab_of([*free, "warmup.pooling=last_prompt"], TASK)
+    x_BD = lab.prompts("train").batch(range(len(lab.splits.train))).residual(1).double()
+    good_B = lab.answer(Unsteered(), "train").reward_B >= 0.5
+    by_hand_D = (x_BD[good_B].mean(0) - x_BD[~good_B].mean(0)).float()
+    torch.testing.assert_close(residual_means(lab)[1].contrast_D, by_hand_D)
+    other = residual_means(lab_of([*free, "warmup.pooling=max"], TASK))[1].contrast_D
+    assert not torch.allclose(other, by_hand_D, atol=0.05)
 
 
 def test_residuals_are_averaged_over_living_tokens():

@@ -174,7 +174,10 @@ def test_measured_statistics_equal_plain_numpy() -> None:
     np.testing.assert_allclose(got.correlation.numpy()[varied], expected, atol=1e-6)
     torch.testing.assert_close(got.mean_D, x_ND.double().mean(0))
     torch.testing.assert_close(got.std_D, x_ND.double().std(0))
-    assert got.median_norm == pytest.approx(float(x_ND.norm(dim=1).median()))
+    norm_N = x_ND.norm(dim=1)
+    assert got.median_norm == pytest.approx(float(norm_N.median()))
+    assert got.norm_mean == pytest.approx(float(norm_N.mean()))
+    assert got.norm_std == pytest.approx(float(norm_N.std(correction=0)))
     best = int(np.nanargmax(np.where(varied, got.correlation.numpy(), np.nan)))
     assert got.best(0.01) == [best]
     often = got.allowed(0.6).tolist()

@@ -127,6 +127,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_killed_thirty_times_while_a_checkpoint_is_written(tmp_path):
     """A state is always there, whole, and never older than the last one that was said saved."""
     path, said = tmp_path / "checkpoint.pt", tmp_path / "said"

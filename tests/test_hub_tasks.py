@@ -8,7 +8,7 @@ from datasets import Dataset
 from crl_exp.errors import UserError
 from crl_exp.tasks.base import Item, content_id
 from crl_exp.tasks.few_shot import fill
-from tests.hub_data import TASKS, made, mmlu, on_files, rows_of, save, write_files
+from tests.hub_data import SCHEMAS, TASKS, made, mmlu, on_files, rows_of, save, write_files
 
 
 def ids(items: tuple[Item, ...]) -> set[str]:
@@ -209,9 +209,27 @@ def test_xstest_rewards_answers_to_safe_prompts(tmp_path):
     assert task.scorer_name == "refusal_rule_v1"
 
 
+def test_do_not_answer_rewards_refusals(tmp_path):
+    task = on_files("do_not_answer", tmp_path)
+    splits = task.splits()
+    assert {item.user for item in splits.train} < {f"How is w{i} made ?" for i in range(132)}
+    scores = task.score([splits.test[0]] * 2, ["I can't help with that.", "With flour."])
+    assert [s.reward for s in scores] == [1.0, 0.0]
+    assert len(splits.extra["benign"]) == 12 and all(i.benign for i in splits.extra["benign"])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_subset_of_the_data_set_is_used(name):
+    task = made(name)
+    assert list(task.subsets or [None]) == list(SCHEMAS[task.hub_id])
+
+
 def test_simpleqa_scores_by_shared_words_offline(tmp_path):
     task = on_files("simpleqa", tmp_path)
     items = task.splits().test
+    for item in items:
+        asked = item.user.split("\n\n")[-1]
+        assert asked == f"Question: Who was {item.target} ?\nAnswer:"
     assert {s.reward for s in task.score(items, [str(item.target) for item in items])} == {1.0}
     assert task.scorer_name == "token_f1"
 

@@ -43,6 +43,7 @@ def tiny(folder: Path, *overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.slow
 def test_points_are_composed_as_hydra_composes_them(name):
     with typed_sweep([f"+sweep={name}", "task.n_train=77"]) as (loader, master, jobs):
         composer = Composer(loader, master)
@@ -55,6 +56,7 @@ def test_points_are_composed_as_hydra_composes_them(name):
             assert resources == []
 
 
+@pytest.mark.slow
 def test_a_thousand_points_are_composed_and_read_once(tmp_path):
     points = points_of(*tiny(tmp_path, "method=crl,corrsteer_a", "seed=range(500)"))
     assert len({point.key for point in points}) == 1000

@@ -81,6 +81,15 @@ def test_the_layer_is_the_one_that_does_best_on_validation(tiny_files, tmp_path)
     assert set(pq.read_table(folder / "interventions.parquet")["layer"].to_pylist()) == {best}
 
 
+def test_of_equal_layers_the_lowest_is_taken(tiny_files, tmp_path) -> None:
+    """Steering too weak to move an answer."""
+    weak = ["method=corrsteer_s", "coefficient=relative", "coefficient.ratio=1e-6"]
+    common = [*tiny_files.overrides(), *weak, f"output_dir={tmp_path}"]
+    result, _ = run_small([*common, "layers=best_on_validation"])
+    assert len(set(result["notes"]["validation_reward_by_layer"].values())) == 1
+    assert result["layers"] == [0]
+
+
 def test_each_candidate_has_checkpoints_of_its_own(tiny_files, tmp_path) -> None:
     """A learned method too; a run that is cut off after the choice trains no layer again."""
     overrides = [*tiny_files.overrides(), "method=crl", "layers=best_on_validation",

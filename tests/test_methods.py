@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from crl_exp.controllers.base import Unsteered
 from crl_exp.controllers.fixed import Steer
+from crl_exp.lab import Lab
+from tests.test_parity import TASK
 from tests.tiny_run import lab_of
 
 SIZES = ["task.n_train=44", "task.n_validation=32", "task.n_test=4"]
@@ -88,3 +91,71 @@ def test_random_features_are_others_of_the_same_length(common):
         assert random.coefficient * norm_F[random.feature_idx] == pytest.approx(
             float(steer.coefficient * norm_F[steer.feature_idx]), rel=1e-5
         )
+
+
+def test_a_choice_that_a_run_of_this_process_tried_is_not_tried_again(common, monkeypatch):
+    """CorrSteer-P tries at each layer what another run tried there; other strengths it must."""
+    played: list[int] = []
+    answer = Lab.answer
+
+    def counted(self, controller, split, items=None, *more, **named):
+        played.append(len(items))
+        return answer(self, controller, split, items, *more, **named)
+
+    def tries(seed: int, layer: int, *coefficients: float) -> list[float]:
+        lab = lab_of([*common, "method=corrsteer_s", f"seed={seed}"])  # a run of its own
+        monkeypatch.setattr(Lab, "answer", counted)
+        rewards = [lab.validation_reward(lab.fixed([Steer(layer, 3, c)])) for c in coefficients]
+        monkeypatch.undo()
+        return rewards
+
+    first = tries(7, 1, 2.5, 5.0)
+    assert sum(played) == 2 * 32
+    assert tries(8, 1, 2.5, 5.0) == first and sum(played) == 2 * 32
+    tries(9, 2, 2.5)
+    tries(10, 1, 2.25)
+    assert sum(played) == 4 * 32
+
+
+def test_of_equal_multipliers_the_smallest_is_taken(common):
+    """None of these moves an answer."""
+    tiny = ["method=corrsteer_a", "method.multipliers=[3e-6,1e-6,2e-6]"]
+    lab = lab_of([*common, *tiny])
+    for steer in lab.exp.method.select(lab):
+        coefficient = float(lab.coefficients(steer.layer)[steer.feature_idx])
+        assert steer.coefficient == pytest.approx(1e-6 * coefficient)
+
+
+def test_p_keeps_no_layer_that_only_equals_the_unsteered_model(common):
+    lab = lab_of([*common, "method=corrsteer_p", "method.multipliers=[1e-6]"])
+    assert lab.exp.method.select(lab) == []
+    assert any("kept no layer" in warning for warning in lab.warnings)
+
+
+def test_random_features_follow_the_seed_and_are_allowed(common):
+    drawn: dict[int, list[int]] = {}
+    for seed in (*range(8), 0):
+        more = ["method=random", f"seed={seed}", "method.multipliers=[1]"]
+        lab = lab_of([*common, *more, "warmup.min_frequency=0.5"])
+        for steer in lab.exp.method.select(lab):
+            allowed = lab.statistics()[steer.layer].allowed(0.5).tolist()
+            assert steer.feature_idx in allowed and len(allowed) < 50
+            drawn.setdefault(steer.layer, []).append(steer.feature_idx)
+    for features in drawn.values():
+        assert len(set(features)) > 3 and features[0] == features[-1]
+
+
+def test_a_rollout_is_of_training_items(common):
+    lab = lab_of([*common, "method=none"])
+    items = [5, 0, 5, *range(10, 30)]
+    reward_B = lab.answer(Unsteered(), "train").reward_B[items]
+    assert 0 < float(reward_B.mean()) < 1
+    assert lab.play(Unsteered(), items)[1].tolist() == reward_B.tolist()
+
+
+@pytest.mark.parametrize(("task", "n_tokens"), [(None, 1), (TASK, 5)])
+def test_a_line_over_the_answer_ends_at_its_last_token(task, n_tokens, common):
+    """`position_linear` is made for as many tokens as an answer has at most."""
+    lab = lab_of([*common, "method=crl", "fusion=position_linear"], task)
+    for made in lab.exp.method.free_agents(lab).values():
+        assert made.pipeline.stages["fusion"].n_tokens == n_tokens

@@ -25,6 +25,7 @@ FINAL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_names_of_a_run(tiny_files, tmp_path):
     """A real run of two layers, from its config to MLflow."""
     with_database(tmp_path)

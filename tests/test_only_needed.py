@@ -168,6 +168,7 @@ def test_an_update_in_pieces_has_the_same_gradients(group, name, monkeypatch) ->
     torch.testing.assert_close(cut[2], whole[2], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_warmup_does_not_grow_with_the_samples() -> None:
     """Bytes of all tensors alive while answers are asked for, 4,000 samples against 100."""
     saes = {2: random_sae(2, 64, d_sae=2048), 3: random_sae(3, 64, d_sae=2048, seed=1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -65,3 +66,37 @@ def test_tokens_without_a_choice_are_counted_and_said(common, tiny_files, tmp_pa
     free, _ = run_small([*dead, "mask=inactive"])
     assert free["unsteered_tokens"] == 0.0
     assert run_small([*common, "method=none"])[0]["unsteered_tokens"] is None
+
+
+def test_exploration_fades_as_the_schedule_says(common):
+    """Logits that leave one feature, and an even choice with probability 1, then .9, …, .1."""
+    fading = ["noise=epsilon_greedy", "noise.epsilon=1", "noise.schedule=linear",
+              "fusion.weight=1e6", "algorithm.n_updates=10", "algorithm.prompts_per_update=20",
+              "algorithm.minibatches=1"]  # fmt: skip
+    _, folder = run_small([*common, *fading])
+    journal = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    name = "layer_1/unique_features"
+    found = [line["metrics"][name] for line in journal if name in line["metrics"]]
+    assert len(found) == 10
+    assert found[0] > 12 and found[-1] < 7
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_correlations_go_on_where_asked_for(online, common):
+    """Two updates of 8 answers on top of the 24 of stage 1."""
+    flag = f"method.online_correlation={str(online).lower()}"
+    _, folder = run_small([*common, flag, "algorithm.prompts_per_update=8"])
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["learners"][1]
+    for kept in (state["agent"], state["averaged"]):
+        assert ("online.n" in kept) == online
+        if online:
+            assert float(kept["online.n"]) == 24 + 2 * 8
+
+
+def test_without_stage_2_the_correlation_alone_steers(common):
+    """The zero policy's logits are stage 1's scores, so that the first of them is taken."""
+    _, folder = run_small([*common, "method.stage2=false"])
+    assert not (folder / "checkpoint.pt").exists()
+    first = json.loads((folder / "features.json").read_text())["1"]["found"][0]["feature"]
+    rows = pq.read_table(folder / "interventions.parquet")["features"].to_pylist()
+    assert len(rows) == 16 and all(row == [first] for row in rows)

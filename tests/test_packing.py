@@ -21,7 +21,7 @@ from crl_exp.generation import Job
 from crl_exp.learner import NonFiniteError
 from crl_exp.packing import pack_key, run_pack
 from crl_exp.runs import RunDirectory
-from crl_exp.seats import Pack
+from crl_exp.seats import Pack, Seat
 from crl_exp.tasks.jsonl import JsonLines
 from tests import tiny
 from tests.test_parity import FreeText
@@ -230,6 +230,35 @@ def test_an_interrupt_ends_all_runs_and_is_recorded(tiny_files, tmp_path, monkey
         assert json.loads((folder / "status.json").read_text())["state"] == "cancelled"
         assert (folder / "journal.jsonl").exists() and not (folder / "result.json").exists()
     assert not [t for t in threading.enumerate() if t.name.startswith("run ")]
+
+
+def test_an_interrupt_while_one_works_ends_those_that_have_not_begun(monkeypatch) -> None:
+    began: list[int] = []
+    fired: list[threading.Event] = []
+    lm = tiny.language_model("llama")
+    store = Engine(lm, EngineConfig(8, 1.0)).read(tiny.prompts(2))
+
+    def work(make, number: int) -> dict[str, Any]:
+        began.append(number)
+        make(lm, EngineConfig(8, 1.0)).generate(store, [Job(Unsteered(), [0])], 1)
+        return {}
+
+    def interrupted(event) -> None:
+        if threading.current_thread() is threading.main_thread() and not fired:
+            fired.append(event)
+            raise KeyboardInterrupt  # the first has its turn
+        waits(event)
+
+    waits = Seat._await
+    monkeypatch.setattr(Seat, "_await", staticmethod(interrupted))
+    pack = Pack()
+    for number in range(3):
+        pack.seat(lambda make, number=number: work(make, number))
+    with pytest.raises(KeyboardInterrupt):
+        pack.play()
+    assert all(isinstance(seat.outcome, KeyboardInterrupt) for seat in pack.seats)
+    assert began in ([], [0])  # whether its thread came to it in time
+    assert not any(seat.thread.is_alive() for seat in pack.seats)
 
 
 def test_each_run_has_its_own_global_random_numbers() -> None:

@@ -39,7 +39,8 @@ def common(tmp_path_factory) -> list[str]:
 def runs(common) -> dict[str, tuple[dict[str, Any], Path]]:
     """A run of each method: its result and its run directory."""
     methods = {
-        "random": ["method=random"], "corrsteer_s": ["method=corrsteer_s"], "crl": PPO,
+        "random": ["method=random"], "corrsteer_s": ["method=corrsteer_s"],
+        "corrsteer_a": ["method=corrsteer_a"], "crl": PPO,
     }  # fmt: skip
     same_strength = [*common, "method.multipliers=[1]"]
     return {name: run_small([*same_strength, *more]) for name, more in methods.items()}
@@ -58,8 +59,9 @@ def test_warmup_ranks_the_planted_feature_first(common):
     assert statistics.correlation[first] > statistics.correlation[second] + 0.1
 
 
-def test_corrsteer_steers_by_the_planted_feature(runs):
-    assert set(chosen(runs["corrsteer_s"][1])) == {PLANTED}
+@pytest.mark.parametrize("method", ["corrsteer_s", "corrsteer_a"])
+def test_corrsteer_steers_by_the_planted_feature(method, runs):
+    assert set(chosen(runs[method][1])) == {PLANTED}
 
 
 def test_ppo_learns_to_choose_the_planted_feature(runs):
@@ -67,7 +69,7 @@ def test_ppo_learns_to_choose_the_planted_feature(runs):
     assert counts[PLANTED] > 0.8 * counts.total()
 
 
-@pytest.mark.parametrize("method", ["corrsteer_s", "crl"])
+@pytest.mark.parametrize("method", ["corrsteer_s", "corrsteer_a", "crl"])
 def test_it_beats_the_unsteered_model_and_random_features(method, runs):
     result, folder = runs[method]
     assert result["n"] == 400

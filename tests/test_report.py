@@ -74,6 +74,7 @@ def demo_sweep(folder: Path) -> None:
     finished_run(config(folder, "none"), 0.0, half=0.0, ser=None)
 
 
+@pytest.mark.slow
 def test_the_whole_report(tmp_path, capsys):
     from matplotlib.image import imread
 
@@ -100,6 +101,7 @@ def test_the_whole_report(tmp_path, capsys):
     assert shown.sum() > 500
 
 
+@pytest.mark.slow
 def test_the_report_can_be_made_again(tmp_path):
     """Its own folder and mlflow.json in the sweep's are not taken for runs."""
     demo_sweep(tmp_path)

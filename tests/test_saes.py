@@ -55,7 +55,7 @@ def test_every_option_with_a_release_is_listed_here():
 def test_metadata_comes_without_the_hub_where_saelens_knows_it():
     found = option("gemma_scope_2b_res").metadata(12)
     assert found == SAEMetadata(
-        d_in=2304, hook_name="blocks.12.hook_resid_post", model_name="gemma-2-2b",
+        d_in=2304, d_sae=16384, hook_name="blocks.12.hook_resid_post", model_name="gemma-2-2b",
         normalization=None, centered=False, neuronpedia_id="gemma-2-2b/12-gemmascope-res-16k",
     )  # fmt: skip
     assert found.warnings(12, "gemma-2-2b") == []

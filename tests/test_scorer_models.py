@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import (
     ModernBertConfig,
     ModernBertForSequenceClassification,
@@ -14,13 +15,14 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from crl_exp.config import build
 from crl_exp.errors import UserError
 from crl_exp.scorers.models import ScorerModel
 from crl_exp.scorers.rejection import RejectionScorer
 from crl_exp.scorers.semantic import SemanticScorer
-from crl_exp.tasks.base import Item, Score
+from crl_exp.tasks.base import Item, Score, Task
 from tests import tiny
-from tests.hub_data import on_files
+from tests.hub_data import CONF, on_files
 
 SHAPE = {
     "vocab_size": len(tiny.WORDS), "hidden_size": 16, "intermediate_size": 32,
@@ -96,6 +98,9 @@ def test_rejections_are_rewarded_by_kind_of_item(classifier):
     nothing = Score(0.0, valid=False)
     assert scores == [Score(1.0), Score(0.0), nothing, nothing, Score(0.0), Score(1.0)]
     assert scorer([], []) == [] and scorer([harmful], ["…"]) == [nothing]
+    # What says nothing isn't asked for, and moves no answer to another's place.
+    later = scorer([harmful] * 4, ["", answer, ".", refusal])
+    assert later == [nothing, Score(0.0), nothing, Score(1.0)]
     assert scorer.name == f"rejection_classifier({classifier})"
 
 
@@ -130,6 +135,9 @@ def test_similarity_over_the_threshold_is_rewarded(encoder):
     assert scorer([*items[:2]], ["", "yes"])[0] == Score(0.0, valid=False)
     assert scorer([items[1]], [PAIRS[1][0]])[0].reward == float(found[1] >= threshold)
     assert scorer.name == f"semantic_match({encoder}>={threshold})"
+    (alone,) = SemanticScorer(model(encoder), 0.5).similarity(PAIRS[:1])
+    just = SemanticScorer(model(encoder), alone)
+    assert just(items[:1], [PAIRS[0][0]]) == [Score(1.0)], "at the threshold is enough"
 
 
 def test_the_model_says_whether_its_output_is_a_similarity_already(encoder, tmp_path):
@@ -184,6 +192,24 @@ def test_a_task_looks_for_its_scorer_before_anything_else(
         task.splits()
     assert "no/such" in task.scorer_name
     assert on_files(name, tmp_path, scorer=alternative, **{section: out_of_reach}).splits()
+
+
+def test_the_refusal_task_takes_the_classifier_too(classifier, offline):
+    """No data is needed to see that: the scorer is looked for first."""
+    node = OmegaConf.load(CONF / "refusal.yaml")
+    assert build(node, "task", Task).scorer_name == "refusal_rule_v1"  # type: ignore[arg-type]
+    values = {"scorer": "classifier", "classifier": {"path": str(classifier), "batch_size": 2}}
+    task = build(OmegaConf.merge(node, values), "task", Task)  # type: ignore[arg-type]
+    items = [Item("h", ""), Item("b", "", benign=True)] * len(OUTPUTS)
+    outputs = [text for text in OUTPUTS for _ in range(2)]
+    expected = [float(one_by_one(classifier, text)) for text in OUTPUTS]
+    rewards = [score.reward for score in task.score(items, outputs)]
+    assert rewards == [r for refused in expected for r in (refused, 1 - refused)]
+    assert task.scorer_name == f"rejection_classifier({classifier})"
+    values["classifier"]["path"] = "no/such"
+    lost = build(OmegaConf.merge(node, values), "task", Task)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"task\.classifier\.path=no/such.*task\.scorer=phrases"):
+        lost.splits()
 
 
 @pytest.mark.parametrize("name", ["harmbench", "simpleqa"])

@@ -63,6 +63,22 @@ def test_scores_of_many_samples_equal_numpy() -> None:
     np.testing.assert_allclose(got["composite"], difference * consistency, rtol=1e-6)
 
 
+def test_a_zero_is_above_a_mean_below_zero() -> None:
+    """Zeros aren't kept: rewarded 0, −1, 2 and −5 against a mean of −3. Difference −1 + 3 = 2."""
+    stream = StreamingCorrelation(keep_values=True)
+    stream.update(
+        torch.tensor([[0.0], [-1], [2], [-5], [-2], [-4]]), torch.tensor([1.0] * 4 + [0] * 2)
+    )
+    assert stream.statistics()["composite"].tolist() == pytest.approx([2 * 3 / 4])
+
+
+def test_a_feature_may_be_steered_from_the_least_frequency_on() -> None:
+    plain = statistics(3, 6, d_sae=4)
+    frequency_F = torch.tensor([0.5, 0.02, 0.0199, 0.25], dtype=torch.float64)
+    plain.by_feature["frequency"] = frequency_F
+    assert plain.allowed(0.02).tolist() == [0, 1, 3] and plain.allowed(0.5).tolist() == [0]
+
+
 def test_without_values_kept_there_is_no_composite() -> None:
     stream = StreamingCorrelation()
     stream.update(Z, Y)

@@ -16,7 +16,7 @@ from crl_exp.stages.activation import (
     SparseGate,
     STETopK,
 )
-from crl_exp.stages.base import Stage, StageContext, quantile
+from crl_exp.stages.base import Stage, StageContext, masked_softmax, quantile
 from crl_exp.stages.fusion import (
     Add,
     Attention,
@@ -137,6 +137,12 @@ def test_quantiles_pass_over_what_is_barred() -> None:
     assert quantile(values, barred, 0.99)[:, 0].tolist() == [3.0, 3.0, 0.0]
 
 
+def test_a_softmax_over_nothing_is_zero() -> None:
+    barred = torch.tensor([[True, True], [False, True], [False, False]])
+    got = masked_softmax(torch.tensor([[1.0, 2.0]] * 3), barred)
+    assert got.tolist() == [[0.0, 0.0], [1.0, 0.0], pytest.approx(soft([1.0, 2.0]))]
+
+
 def wide(progress: float = 0.0) -> tuple[torch.Tensor, StageContext]:
     logits = torch.ones(500, 40)
     logits[:, 0] = -INF
@@ -172,6 +178,22 @@ def test_gumbel_topk_keeps_the_top_and_samples_by_the_softmax() -> None:
     assert share == pytest.approx(2 / 3, abs=0.02)
     two = GumbelTopK(1.0, 2)(logits, here)
     assert (~two.isneginf()).sum(1).eq(2).all() and two[:, 2].isneginf().all()
+
+
+def test_barred_features_take_no_place_among_the_top() -> None:
+    """The barred one stands at 0 inside a stage, above all others here."""
+    first, second, _ = soft([-1.0, -2.0, -3.0])
+    got = STETopK(1.0, 10.0, 2)(torch.tensor([[-1.0, -2.0, -3.0, -INF]]), context(n=1))
+    assert got[0].tolist() == pytest.approx([10 * first, 10 * second, 0.0, -INF])
+
+
+def test_gumbel_noise_is_added_before_the_temperature() -> None:
+    """With all kept, out · temperature − z is standard Gumbel: mean .5772, deviation π/√6."""
+    rows = LOGITS[:1].expand(20_000, -1)
+    out = GumbelTopK(0.5, 4)(rows, context(True, n=20_000))
+    noise = 0.5 * out[:, :3] - rows[:, :3]
+    assert noise.mean(0).tolist() == pytest.approx([0.5772] * 3, abs=0.04)
+    assert noise.std(0).tolist() == pytest.approx([pi / 6**0.5] * 3, abs=0.04)
 
 
 # --- what is wrong with values ---

@@ -45,6 +45,15 @@ def test_the_learned_threshold_by_hand() -> None:
     assert grad.tolist() == pytest.approx([0.0, 0.0, -3.0 * -(0.4 / 0.5) * 0.4, 0.0])
 
 
+def test_a_threshold_learns_within_half_a_bandwidth_only() -> None:
+    """θ = .4, ε = .5: .5 and .2 are within .25 of it, .8 and .1 are not."""
+    stage = made(LearnableJumpReLU(0.4, 0.5, False))
+    stage(torch.tensor([[0.5, 0.8, 0.1, 0.2]]), context(n=1)).sum().backward()
+    assert isinstance(stage, LearnableJumpReLU) and stage.log_theta_C.grad is not None
+    near = -(0.4 / 0.5) * 0.4
+    assert stage.log_theta_C.grad.tolist() == pytest.approx([near, 0.0, 0.0, near])
+
+
 def test_the_straight_through_gradient_is_the_softmaxs() -> None:
     """Also at the features that the forward pass sets to 0."""
     through, plain = gradient_of(STETopK(2.0, 10.0, 1)), gradient_of(Softmax(2.0, 10.0))

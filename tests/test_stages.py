@@ -89,6 +89,17 @@ def test_noise_comes_only_with_explore(noise) -> None:
         assert not torch.equal(pipeline(LOGITS, context(True)), plain(LOGITS, context()))
 
 
+@pytest.mark.parametrize(("group", "name"), EACH)
+def test_a_stage_says_whether_it_explores(group: str, name: str) -> None:
+    """A rollout asks for a second distribution only where one does."""
+    pipeline = piped(**{group: name})
+    same = [
+        torch.equal(pipeline(LOGITS, context(True, seed=s)), pipeline(LOGITS, context(seed=s)))
+        for s in range(200)
+    ]
+    assert pipeline.explores != all(same)
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.one_of(st.floats(-50, 50), st.just(-INF)), min_size=4, max_size=4),

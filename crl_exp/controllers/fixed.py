@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,14 @@ class FixedFeatures(Controller):
                 torch.tensor([[s.coefficient for s in here]], device=device),
             )
         self.saes, self.decay = saes, decay
+        self.steers = sorted(steers, key=lambda s: (s.layer, s.feature_idx))
         super().__init__({layer: saes[layer].site for layer in self.by_layer})
+
+    @property
+    def identity(self) -> list[Any]:
+        """JSON-like; of two that add the same it is the same."""
+        digests = [self.saes[layer].digest for layer in self.by_layer]
+        return [[asdict(steer) for steer in self.steers], digests, repr(self.decay)]
 
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action:
         feature_idx_1K, coefficient_1K = self.by_layer[layer]

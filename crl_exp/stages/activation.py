@@ -63,6 +63,8 @@ class GumbelTopK(Stage):
     temperature: float
     top: int
 
+    explores = True
+
     def faults(self) -> list[str]:
         found = _positive(self, "temperature")
         return found + ([] if self.top >= 1 else [f"activation.top={self.top}: must be 1 or more"])

@@ -103,11 +103,13 @@ class Stage(nn.Module):
 
     needs: which optional parts of the observation and context a stage reads: feature_acts, seen,
         importance, past, length.
+    explores: whether it does something else while a rollout chooses (`context.explore`).
     stage1: whether the stage also acts on stage 1's scores, before the fusion reads them.
     """
 
     needs: frozenset[str] = frozenset()
     stage1 = False
+    explores = False
 
     def __post_init__(self) -> None:
         # Dataclass fields are set before nn.Module's own set-up, which leaves them alone.
@@ -146,6 +148,10 @@ class Pipeline(nn.Module):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(stage.needs for stage in self.stages.values()))  # type: ignore[arg-type]
+
+    @property
+    def explores(self) -> bool:
+        return any(stage.explores for stage in self.stages.values())
 
     def bind(self, shape: Shape) -> None:
         for stage in self.stages.values():

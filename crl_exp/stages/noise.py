@@ -52,6 +52,8 @@ class Gaussian(Stage):
     std: float
     schedule: str
 
+    explores = True
+
     def faults(self) -> list[str]:
         found = [] if self.std >= 0 else [f"noise.std={self.std}: must be 0 or more"]
         return found + _schedule_faults(self.schedule)
@@ -74,6 +76,8 @@ class EpsilonGreedy(Stage):
 
     epsilon: float
     schedule: str
+
+    explores = True
 
     def faults(self) -> list[str]:
         ok = 0 <= self.epsilon <= 1

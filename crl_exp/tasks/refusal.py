@@ -10,26 +10,24 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from crl_exp.assets import asset_path
 from crl_exp.errors import UserError
-from crl_exp.scorers.refusal import RefusalScorer
-from crl_exp.tasks.base import Item, Score, Splits, Task, content_id, shuffled, split_items, unique
+from crl_exp.tasks.base import Item, Splits, content_id, shuffled, split_items, unique
 from crl_exp.tasks.files import damaged, read_text
+from crl_exp.tasks.refusal_scoring import RefusalTask
 
 HARMFUL = "data/donotanswer"
 HARMBENCH = "data/harmbench"
 HARMBENCH_FILES = ("harmbench_behaviors_text_val.csv", "harmbench_behaviors_text_test.csv")
-SCORER = RefusalScorer()
 
 
 @dataclass
-class Refusal(Task):
-    """Harmful items are rewarded when refused, benign ones (`Item.benign`) when answered.
+class Refusal(RefusalTask):
+    """Do-not-answer prompts, to be refused, and benign ones (`Item.benign`), to be answered.
 
     n_train, n_validation, n_test: do-not-answer prompts in each split.
     n_train_benign, n_validation_benign: benign prompts mixed into train and validation besides,
@@ -52,13 +50,7 @@ class Refusal(Task):
         for name in ("n_train_benign", "n_validation_benign", "max_context_chars"):
             if getattr(self, name) < 0:
                 found.append(f"task.{name}={getattr(self, name)}: must not be negative")
-        if self.choices is not None:
-            found.append("task.choices: the refusal task takes free text; set task.choices=null")
         return found
-
-    @property
-    def scorer_name(self) -> str:
-        return SCORER.name
 
     def draw(self) -> Splits:
         """Raises `UserError` where a file is missing or damaged, or has too few prompts."""
@@ -73,10 +65,6 @@ class Refusal(Task):
             test=test,
             extra={"harmbench": tuple(unique(harmbench)), "benign": tuple(benign_test)},
         )
-
-    def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
-        """Reward 1 for a refused harmful item and for an answered benign one."""
-        return SCORER(items, outputs)
 
     def _benign_parts(self) -> tuple[list[Item], list[Item], list[Item]]:
         """Train, validation and test parts; the test part is cut first, then validation."""

@@ -10,58 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from crl_exp.errors import UserError, did_you_mean
-from crl_exp.scorers.base import Scorer
-from crl_exp.scorers.models import ScorerModel
-from crl_exp.scorers.refusal import RefusalScorer
-from crl_exp.scorers.rejection import WHERE, RejectionScorer
-from crl_exp.tasks.base import Item, Score, content_id, shuffled, unique
+from crl_exp.errors import UserError
+from crl_exp.tasks.base import Item, content_id, shuffled, unique
 from crl_exp.tasks.hub import HubTask, Question
 from crl_exp.tasks.refusal import read_benign_prompts, with_context
+from crl_exp.tasks.refusal_scoring import RefusalTask
 from crl_exp.tasks.rows import Row
 
 
 @dataclass
-class RefusalSet(HubTask):
-    """Base.
-
-    scorer: classifier (a model, `classifier`) or phrases (a rule, offline).
-    """
-
-    scorer: str
-    classifier: ScorerModel
-
-    def faults(self) -> list[str]:
-        found = super().faults()
-        names = ("classifier", "phrases")
-        if self.scorer not in names:
-            near = did_you_mean(self.scorer, names)
-            found.append(f"task.scorer={self.scorer}: must be one of {', '.join(names)}{near}")
-        if self.choices is not None:
-            found.append(
-                f"task.choices={list(self.choices)}: {self.name} takes free text, its output "
-                "can't be restricted; set task.choices=null"
-            )
-        return found + self.classifier.faults(WHERE)
-
-    @property
-    def scorer_used(self) -> Scorer:
-        return RefusalScorer() if self.scorer == "phrases" else RejectionScorer(self.classifier)
-
-    @property
-    def scorer_name(self) -> str:
-        return self.scorer_used.name
-
-    def load_scorer(self) -> None:
-        if self.scorer == "classifier":
-            RejectionScorer(self.classifier).load()
+class RefusalSet(RefusalTask, HubTask):
+    """Base."""
 
     def prompt(self, question: Question, shots: Sequence[Question]) -> str:
         return question.fields["prompt"]
-
-    def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
-        """Reward 1 for a refused harmful item and for an answered benign one."""
-        return self.scorer_used(items, outputs)
 
 
 @dataclass
