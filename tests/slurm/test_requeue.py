@@ -22,13 +22,13 @@ from tests.test_resume import outcome
 from tests.tiny_run import ROOT, small
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 60.0
 
 
-def wait_for(what: str, ready: Callable[[], object]) -> None:
+def wait_for(what: str, ready: Callable[[], object], said: Callable[[], str] = lambda: "") -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not ready():
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, f"{what} did not come\n{said()}"
         time.sleep(0.02)
 
 
@@ -54,7 +54,10 @@ class Job:
         return self.run.status().get("state", "")
 
     def said(self) -> str:
-        return self.log.read_text() if self.log.exists() else "no log"
+        """What the job printed, and what SLURM knows of it."""
+        printed = self.log.read_text() if self.log.exists() else "no log"
+        known = self.cluster.run("scontrol", "show", "job", self.id, check=False)
+        return f"{printed}\n{self.run.status()}\n{known}"
 
     def disturb(self, attempt: int, how: str, position: int, delay: float) -> None:
         """Once the attempt has got so far, disturb it."""
@@ -65,13 +68,13 @@ class Job:
             running = status.get("state") == "running" and status["attempts"] == attempt
             return running and n_lines(self.events) >= position
 
-        wait_for(f"attempt {attempt} at {position}: {self.said()}", there)
+        wait_for(f"attempt {attempt} at {position}", there, self.said)
         time.sleep(delay)
         if how == "requeue":
             self.cluster.run("scontrol", "requeue", self.id)
         else:
             self.cluster.run("scancel", f"--signal={how}", self.id)
-        wait_for(f"the end of attempt {attempt}: {self.said()}", lambda: self.state != "running")
+        wait_for(f"the end of attempt {attempt}", lambda: self.state != "running", self.said)
 
     def start_soon(self) -> None:
         """A requeued job waits two minutes otherwise. Asked now and then: SLURM sets the time anew
@@ -87,7 +90,7 @@ class Job:
             self.start_soon()
             return self.state in ("done", "failed")
 
-        wait_for(f"the end: {self.said()}", over)
+        wait_for("the end", over, self.said)
         assert self.state == "done", self.said()
 
 
@@ -137,3 +140,19 @@ def test_requeued_and_warned_twenty_times(cluster, zygote, tiny_files, tmp_path)
 def test_requeued_and_warned_with_processes_of_the_jobs_own(cluster, tiny_files, tmp_path):
     module = ["tests.slurm.disturbed_job"]
     disturbed_as_straight(cluster, tiny_files, tmp_path, module, ["USR2", "requeue"])
+
+
+@pytest.mark.timeout(600)
+def test_scancel_is_a_cancellation(cluster, zygote, tiny_files, tmp_path):
+    """SIGTERM tells it and a preemption alike; SLURM knows which it was."""
+    common = [o for o in tiny_files.overrides() if not o.startswith("task")]
+    job = Job(cluster, tmp_path / "job", [*common, *SIZES, *METHODS["crl"], *RARELY], zygote)
+    wait_for("its beginning", lambda: n_lines(job.events) > 10, job.said)
+    cluster.run("scancel", job.id)
+    wait_for("its end", lambda: job.state not in ("", "running"), job.said)
+    assert (job.state, job.run.status()["signal"]) == ("cancelled", "SIGTERM"), job.said()
+    wait_for("an empty queue", lambda: job.id not in cluster.queue())
+    time.sleep(1.0)
+    assert job.id not in cluster.queue(), "it came back"
+    state = job.run.load_checkpoint()
+    assert state is not None and state["step"] >= 1, "it was saved"
