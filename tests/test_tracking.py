@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -50,6 +51,21 @@ def test_a_run_is_logged_once_with_all_it_has(folder, monkeypatch):
     assert files == {"config.yaml", "result.json", "features.json", "interventions.parquet",
                      "status.json"}  # fmt: skip
     assert str(folder / "mlartifacts") in str(child.info.artifact_uri)
+
+
+def test_times_are_those_of_the_run_and_not_of_the_files(folder):
+    """Which a copy of the output folder makes new."""
+    run = finished_run(config(folder), 0.1, steps=2)
+    for path in run.path.iterdir():
+        os.utime(path, (2e9, 2e9))
+    sync(run)
+    uri = resolved_uri(None, folder)
+    (child,) = children(uri)
+    (parent,) = runs(uri, "tags.`crl_exp.sweep` = 'demo'")
+    status = run.status()
+    for made in (child, parent):
+        assert made.info.start_time == int(status["started"] * 1000)
+        assert made.info.end_time == int(status["updated"] * 1000)
 
 
 def test_final_metrics(folder):
