@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from crl_exp.figure_style import (
     look,
     save,
     style,
+    wrapped,
 )
 from crl_exp.records import Record
 from crl_exp.table_cells import row_layers
@@ -61,9 +61,9 @@ def training(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
             axis.axhline(
                 floor, color="black", linewidth=0.8, linestyle=":", label="unsteered, validation"
             )
-            axis.set_title(textwrap.fill(title, TITLE_CHARACTERS[columns]))
+            axis.set_title(wrapped(title, TITLE_CHARACTERS[columns], indent=""))
             axis.tick_params(labelbottom=True, labelleft=True)
-            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
         for axis in axes[:, 0]:
             axis.set_ylabel("mean reward × 100")
         for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:

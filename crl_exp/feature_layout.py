@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from crl_exp.comparison import Row, SweepComparison
 from crl_exp.feature_use import LayerUse, layer_uses, learned
-from crl_exp.figure_style import look
+from crl_exp.figure_style import look, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +66,7 @@ def laid_out(sweep: SweepComparison) -> Axis | None:
             for i, row in enumerate(rows)
             for uses in layer_uses(row).values()
         ]
-        names = {float(i): textwrap.fill(row.family, LABEL_CHARACTERS) for i, row in
+        names = {float(i): wrapped(row.family, LABEL_CHARACTERS) for i, row in
                  enumerate(rows)}  # fmt: skip
         return Axis(tuple(places), names, down=True)
     gap = float(min(np.diff(layers)))

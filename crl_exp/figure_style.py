@@ -68,9 +68,13 @@ def look_of(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
     return looks
 
 
-def wrapped(label: str) -> str:
-    """A label over as many lines as the legend needs."""
-    return textwrap.fill(label, LEGEND_CHARACTERS, subsequent_indent="  ")
+def wrapped(label: str, characters: int = LEGEND_CHARACTERS, indent: str = "  ") -> str:
+    """A label over as many lines as it needs, broken at spaces and after commas."""
+    mark = "\0 "  # a place to break that is no space of the label's own
+    text = textwrap.fill(
+        label.replace(",", f",{mark}"), characters, subsequent_indent=indent, break_long_words=False
+    )
+    return text.replace(mark, "").replace("\0", "")
 
 
 def legend_below(figure: Figure, axes: np.ndarray, columns: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from crl_exp.comparison import SweepComparison, compare_runs
+from crl_exp.figure_style import wrapped
 from crl_exp.heat_map import grids
 from crl_exp.option_names import CONF, option_name, typed
 from crl_exp.records import find_records
@@ -59,6 +60,13 @@ def test_a_class_without_a_file_goes_by_its_name():
 def test_values_as_typed():
     values = [None, True, [8, "x"], {"a": 0.5}, "text"]
     assert list(map(typed, values)) == ["null", "true", "[8,x]", "{a:0.5}", "text"]
+
+
+def test_long_labels_are_broken_between_words():
+    label = "CRL order=[activation,fusion,noise,mask]"
+    lines = wrapped(label, 24, indent="").split("\n")
+    assert lines == ["CRL order=[activation,", "fusion,noise,mask]"]
+    assert wrapped(label, 80) == label
 
 
 def test_each_activation_is_named(tmp_path):
