@@ -19,14 +19,10 @@ class RoomyLayer(DynamicLayer):
     transformers' DynamicLayer copies everything at each token.
     """
 
-    def __init__(self, kv_2BHTE: Tensor, room: int):
+    def __init__(self, held_2BHTE: Tensor, n_tokens: int):
         super().__init__()
-        self.lazy_initialization(kv_2BHTE[0], kv_2BHTE[1])
-        self.n_tokens = kv_2BHTE.shape[3]
-        shape = list(kv_2BHTE.shape)
-        shape[3] += room
-        self.held = kv_2BHTE.new_empty(shape)
-        self.held[:, :, :, : self.n_tokens] = kv_2BHTE
+        self.lazy_initialization(held_2BHTE[0], held_2BHTE[1])
+        self.held, self.n_tokens = held_2BHTE, n_tokens
         self._show()
 
     def _show(self) -> None:
@@ -105,8 +101,10 @@ def assembled(kv_L: list[Tensor], first_layer: int, with_last: int, rows: Tensor
         if index < first_layer:
             cache.layers.append(DynamicLayer())
             continue
-        tokens = rows if index < with_last else rows[:, :-1]
+        n_tokens = rows.shape[1] - (index >= with_last)
+        # What lies in the room is written over; gathered along, nothing has to be copied again.
+        tokens = torch.cat([rows[:, :n_tokens], rows[:, :1].expand(-1, room)], dim=1)
         kv = kv_N2HE[tokens.reshape(-1)]
         kv = kv.view(*tokens.shape, *kv.shape[1:]).permute(2, 0, 3, 1, 4)
-        cache.layers.append(RoomyLayer(kv, room))
+        cache.layers.append(RoomyLayer(kv, n_tokens))
     return cache
