@@ -160,6 +160,6 @@ def _from_plain(batch: dict[str, Any]) -> Answers:
 
 
 def batches(first: int, n: int, size: int) -> Iterator[Sequence[int]]:
-    """Items `first` to n, cut as if they had been begun at 0."""
-    assert first % size == 0 or first == n
+    """Items `first` to n in batches. Resumed with the batch size that they were begun with, the
+    batches are those of an undisturbed run."""
     return (range(at, min(at + size, n)) for at in range(first, n, size))

@@ -50,7 +50,11 @@ def serve(path: str) -> None:
         request, fds = b"", []
         while not request.endswith(b"\n"):
             part, more, _, _ = socket.recv_fds(connection, 2**20, 2)
+            if not part:
+                break  # the job was killed before it asked
             request, fds = request + part, [*fds, *more]
+        if not request.endswith(b"\n"):
+            continue
         asked = json.loads(request)
         child = os.fork()
         if child == 0:
