@@ -78,7 +78,8 @@ def answers(kind: str, batch_size: int = 64, only: list[int] | None = None) -> l
 
 
 def assert_same(got: list[Generation], expected: list[Generation]) -> None:
-    """The same tokens and choices, and numbers to 1e-5."""
+    """The same tokens and choices, and additions to 1e-5. Log-probabilities and values come through
+    a policy of large random weights, which magnifies the same rounding: they agree to 5e-5."""
     for a, b in zip(got, expected, strict=True):
         assert a.tokens == b.tokens and a.texts == b.texts
         assert len(a.steps) == len(b.steps)
@@ -87,8 +88,9 @@ def assert_same(got: list[Generation], expected: list[Generation]) -> None:
             assert x.token_B is not None and y.token_B is not None
             assert torch.equal(x.token_B, y.token_B)
             assert torch.equal(x.action.feature_idx_BK, y.action.feature_idx_BK)
+            torch.testing.assert_close(x.action.delta_BD, y.action.delta_BD, atol=1e-5, rtol=1e-5)
             for one, other in zip(numbers(x), numbers(y), strict=True):
-                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-5)
 
 
 def numbers(step: Step) -> list[Tensor]:
