@@ -150,8 +150,8 @@ def gemma_shaped(device: torch.device) -> LanguageModel:
         eos_token_id=None,
     )  # fmt: skip
     with torch.device(device):
-        model = Gemma2ForCausalLM(config)
-    model.to(torch.bfloat16)  # type: ignore[call-arg]
+        model: Any = Gemma2ForCausalLM(config)
+    model = model.to(torch.bfloat16)
     return LanguageModel(model, NoTokenizer(), "gemma-2-2b-shaped")
 
 

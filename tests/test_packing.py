@@ -257,8 +257,8 @@ def test_an_interrupt_while_one_works_ends_those_that_have_not_begun(monkeypatch
     with pytest.raises(KeyboardInterrupt):
         pack.play()
     assert all(isinstance(seat.outcome, KeyboardInterrupt) for seat in pack.seats)
-    assert began in ([], [0])  # whether its thread came to it in time
-    assert not any(seat.thread.is_alive() for seat in pack.seats)
+    # The first may have been told before it got to its work; the others never get there.
+    assert began in ([], [0]) and not any(seat.thread.is_alive() for seat in pack.seats)
 
 
 def test_each_run_has_its_own_global_random_numbers() -> None:
