@@ -182,7 +182,7 @@ def test_a_run_that_fails_ends_alone(tiny_files, tmp_path) -> None:
     for config in packed:
         status = json.loads((RunDirectory(config).path / "status.json").read_text())
         states.append(status["state"])
-        assert ("traceback" in status) == (status["state"] == "failed")
+        assert bool(status["traceback"]) == (status["state"] == "failed")
     assert states == ["done", "failed", "failed"]
 
 

@@ -22,7 +22,7 @@ from tests.test_resume import outcome
 from tests.tiny_run import ROOT, small
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 300.0
 
 
 def wait_for(what: str, ready: Callable[[], object], said: Callable[[], str] = lambda: "") -> None:
