@@ -99,7 +99,7 @@ def _note(signum: int, frame: FrameType | None) -> None:
 def _put_back(preempted: Preempted) -> None:
     name = slurm.job_id()
     if name is not None and not preempted.cancelled:
-        slurm.requeue(name)
+        slurm.requeue(name, terminated=preempted.signal == "SIGTERM")
 
 
 class Pace:

@@ -118,7 +118,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 LOST_SECONDS = 6 * HEARTBEAT_SECONDS
 """A run on another machine that hasn't told of itself for so long is lost."""
-OVER = {"COMPLETED", "COMPLETING", "CANCELLED", "DEADLINE", "FAILED", "TIMEOUT"}
+OVER = {"COMPLETED", "DEADLINE", "FAILED", "TIMEOUT"}
 """SLURM's states of a job that won't start again; those of a requeue aren't among them."""
 
 
@@ -146,6 +146,8 @@ def judged(record: Record, jobs: dict[str, str] | None) -> tuple[str, str]:
         return "lost", gone + _slurms_word(job, jobs)
     if state in ("queued", "preempted") and job and jobs is not None:
         now = jobs.get(job)
+        if now == "CANCELLED":
+            return "cancelled", f"job {job} was cancelled"
         if now is None or now in OVER:
             return "lost", f"its job {job} is gone" + _slurms_word(job, jobs)
     return state, ""

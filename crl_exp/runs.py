@@ -125,7 +125,7 @@ class RunDirectory(RunStatus):
             yield
             self.set_status("done")
         except Preempted as preempted:
-            preempted.cancelled = self.cancel_path.exists() or slurm.cancelled(preempted.signal)
+            preempted.cancelled = self.cancel_path.exists()
             state = "cancelled" if preempted.cancelled else "preempted"
             self._last_word(state, signal=preempted.signal)
             raise

@@ -50,37 +50,23 @@ def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
     return {name: found[name] for name in wanted if name in found}
 
 
-def cancelled(signal: str) -> bool:
-    """Whether this process's job is being ended by scancel: SIGTERM tells it and preemption alike.
+def requeue(name: str, terminated: bool) -> None:
+    """Have SLURM start this job again; where it won't, the reason is logged.
 
-    False where SLURM can't be asked.
+    terminated: it was asked to end by SIGTERM, which scancel, a time limit and a requeue send too.
+    Of these SLURM has made up its mind already (the job isn't RUNNING any more) and is left to it:
+    a job that a person cancelled must not come back.
     """
-    own = job_id()
-    if own is None or signal != "SIGTERM":
-        return False
-    said = _run(["scontrol", "show", "job", own])
-    if said is None or said.returncode != 0:
-        return False
-    facts = dict(word.split("=", 1) for word in said.stdout.split() if "=" in word)
-    # As long as its processes last, a cancelled job is COMPLETING, and so is one that SLURM puts
-    # back into its queue; but that one has no end, and one start more than this process knows of.
-    ending = facts.get("JobState") in ("COMPLETING", "CANCELLED")
-    over = ending and facts.get("EndTime", "Unknown") != "Unknown"
-    preempted = facts.get("PreemptTime", "None") != "None"
-    return over and not preempted and facts.get("Restarts") == str(restarts())
-
-
-def requeue(name: str) -> bool:
-    """Have SLURM start this job again; false, with the reason logged, where it won't."""
+    state = (job_states([name]) or {}).get(name) if terminated else None
+    if state is not None and state != "RUNNING":
+        log.info("job %s is being ended by SLURM (%s) and is not requeued from here", name, state)
+        return
     said = _run(["scontrol", "requeue", name])
     if said is not None and said.returncode == 0:
         log.info("job %s goes back into the queue", name)
-        return True
-    if said is not None and "pending" in said.stderr:
-        return True  # SLURM has put it back itself: that is why it asked the run to end
+        return
     why = "there is no scontrol" if said is None else (said.stderr or said.stdout).strip()
     log.warning("SLURM did not requeue job %s: %s. Submit the run again; it goes on", name, why)
-    return False
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str] | None:

@@ -148,7 +148,7 @@ def test_slurm_is_a_hint_for_those_that_wait(run, state):
     run.set_status(state, slurm_job_id="7_1")
     for jobs, expected in (
         (None, state), ({"7_1": "PENDING"}, state), ({"7_1": "REQUEUE_HOLD"}, state),
-        ({}, "lost"), ({"7_1": "CANCELLED"}, "lost"),
+        ({}, "lost"), ({"7_1": "CANCELLED"}, "cancelled"), ({"7_1": "TIMEOUT"}, "lost"),
     ):  # fmt: skip
         assert judged(Record(run.path), jobs)[0] == expected, jobs
     run.set_status(state)

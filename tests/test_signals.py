@@ -58,9 +58,9 @@ def test_a_second_signal_ends_at_once(second):
     assert process.returncode == -second
 
 
-def _asked_within(step: Callable[[], object]) -> None:
+def _asked_within(step: Callable[[], object], by: int = signal.SIGUSR2) -> None:
     with guard(), guard():
-        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), by)
         step()
 
 
@@ -97,3 +97,17 @@ def test_who_waits_for_anothers_warmup_can_be_asked_to_end(tmp_path):
     assert time.monotonic() - started < 10
     other.kill()
     other.communicate()
+
+
+@pytest.mark.parametrize(
+    ("state", "asked"), [("RUNNING", True), ("COMPLETING", False), ("PENDING", False)]
+)
+def test_who_was_cancelled_does_not_come_back(tmp_path, monkeypatch, state, asked):
+    """scancel, time limit and requeue send SIGTERM as preemption does; then SLURM has decided."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    program(tmp_path, "scontrol", f"touch {tmp_path}/asked")
+    program(tmp_path, "squeue", f'echo "5 {state}"')
+    with pytest.raises(Preempted):
+        _asked_within(preemption.check, signal.SIGTERM)
+    assert (tmp_path / "asked").exists() == asked

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from crl_exp.records import Record
+from crl_exp.records import Record, judged
 from crl_exp.runs import RunDirectory
+from crl_exp.slurm import job_states
 from tests.disturbed import n_lines
 from tests.test_disturbed import METHODS, RARELY, SIZES, moments
 from tests.test_resume import outcome
@@ -108,7 +109,7 @@ def zygote(tmp_path_factory) -> Iterator[list[str]]:
         [sys.executable, "-m", "tests.slurm.zygote", "serve", str(path)], cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log,
     )  # fmt: skip
-    wait_for("the zygote", path.exists)
+    wait_for("the zygote", path.exists, (folder / "log").read_text, seconds=300.0)
     yield ["tests.slurm.zygote", "ask", str(path)]
     server.kill()
     server.wait()
@@ -150,9 +151,10 @@ def test_scancel_is_a_cancellation(cluster, zygote, tiny_files, tmp_path):
     wait_for("its beginning", lambda: n_lines(job.events) > 10, job.said)
     cluster.run("scancel", job.id)
     wait_for("its end", lambda: job.state not in ("", "running"), job.said)
-    assert (job.state, job.run.status()["signal"]) == ("cancelled", "SIGTERM"), job.said()
-    wait_for("an empty queue", lambda: job.id not in cluster.queue())
-    time.sleep(1.0)
+    assert (job.state, job.run.status()["signal"]) == ("preempted", "SIGTERM"), job.said()
+    wait_for("an empty queue", lambda: job.id not in cluster.queue(), job.said)
+    time.sleep(2.0)
     assert job.id not in cluster.queue(), "it came back"
+    assert judged(Record(job.run.path), job_states([job.id]))[0] == "cancelled", job.said()
     state = job.run.load_checkpoint()
     assert state is not None and state["step"] >= 1, "it was saved"
