@@ -23,10 +23,14 @@ from tests.test_resume import outcome
 from tests.tiny_run import ROOT, small
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 240.0
 
 
-def wait_for(what: str, ready: Callable[[], object], said: Callable[[], str] = lambda: "") -> None:
+def wait_for(
+    what: str,
+    ready: Callable[[], object],
+    said: Callable[[], str] = lambda: "",
+) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not ready():
         assert time.monotonic() < deadline, f"{what} did not come\n{said()}"
@@ -109,7 +113,7 @@ def zygote(tmp_path_factory) -> Iterator[list[str]]:
         [sys.executable, "-m", "tests.slurm.zygote", "serve", str(path)], cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log,
     )  # fmt: skip
-    wait_for("the zygote", path.exists, (folder / "log").read_text, seconds=300.0)
+    wait_for("the zygote", path.exists, (folder / "log").read_text)
     yield ["tests.slurm.zygote", "ask", str(path)]
     server.kill()
     server.wait()
