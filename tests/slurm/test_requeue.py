@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -87,7 +88,8 @@ class Job:
         if self.state != "running" and time.monotonic() - self.asked > 0.5:
             self.asked = time.monotonic()
             if self.cluster.queue().get(self.id) == "PENDING":
-                self.cluster.start_now(self.id)
+                with contextlib.suppress(RuntimeError):  # it has just started by itself
+                    self.cluster.start_now(self.id)
 
     def end(self) -> None:
 
