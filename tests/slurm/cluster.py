@@ -31,7 +31,6 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
-CryptoType=crypto/munge
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
@@ -49,15 +48,10 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000
 GresTypes=gpu
 ReturnToService=2
-MpiDefault=none
-SwitchType=switch/none
 KillWait=30
 SlurmdTimeout=15
-SlurmctldTimeout=15
-InactiveLimit=0
 MinJobAge=300
 MaxArraySize={max_array_size}
-JobRequeue=1
 {nodes}
 PartitionName=debug Nodes={names} Default=YES MaxTime=INFINITE State=UP PreemptMode=REQUEUE
 """
@@ -131,7 +125,13 @@ class Cluster:
             f"--key-file={self.folder}/munge/key", f"--log-file={self.folder}/munge/log",
             f"--pid-file={self.folder}/munge/pid", f"--seed-file={self.folder}/munge/seed",
         ]  # fmt: skip
-        as_munge = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+        as_munge = [
+            "setpriv",
+            "--pdeathsig=KILL",
+            f"--reuid={user.pw_uid}",
+            f"--regid={user.pw_gid}",
+            "--clear-groups",
+        ]
         self._spawn("munged", [*as_munge, *munge])
         self._wait("munged", lambda: (self.folder / "munge.socket").exists())
         self._spawn("slurmctld", ["slurmctld", "-D", "-c", "-f", self._config])
@@ -163,9 +163,11 @@ class Cluster:
 
     def _spawn(self, name: str, command: list[str]) -> None:
         with (self.folder / f"{name.replace(' ', '.')}.out").open("a") as log:
+            # They don't outlive this process, however it ends.
             self.processes[name] = subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=log, start_new_session=True
-            )
+                ["setpriv", "--pdeathsig=KILL", *command],
+                env=self.environment, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
 
     def _node_is_up(self, name: str) -> bool:
         said = self.run("scontrol", "show", "node", name, check=False)
@@ -228,20 +230,18 @@ def free_ports(n: int) -> list[int]:
 
 
 def _job_processes(cluster: Cluster, node: str) -> list[psutil.Process]:
-    """Every process of a job on this node, slurmstepd first; known by their environment."""
-    config = cluster.environment["SLURM_CONF"]
-    steps: dict[int, psutil.Process] = {}
-    others: dict[int, psutil.Process] = {}
+    """Every process of this node's jobs: slurmstepd by its log, the others by environment."""
+    ours = {"SLURM_CONF": cluster.environment["SLURM_CONF"], "SLURMD_NODENAME": node}
+    log = str(cluster.folder / f"slurmd.{node}.log")
+    steps: list[psutil.Process] = []
+    others: list[psutil.Process] = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            known = process.environ()
-            if known.get("SLURM_CONF") != config or known.get("SLURMD_NODENAME") != node:
-                continue
-            others[process.pid] = process
-            parent = process.parent()
-            if parent is not None and parent.name().startswith("slurmstepd"):
-                steps[parent.pid] = parent
-    return [*steps.values(), *others.values()]
+            if process.name().startswith("slurmstepd"):
+                steps += [process] * any(file.path == log for file in process.open_files())
+            elif ours.items() <= process.environ().items():
+                others.append(process)
+    return steps + others
 
 
 if __name__ == "__main__":
