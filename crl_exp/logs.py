@@ -8,8 +8,7 @@ from pathlib import Path
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.launcher.states import states_of
 from crl_exp.launcher.sweep_file import SweepFile
-from crl_exp.records import Record, find_records
-from crl_exp.report import find_sweep
+from crl_exp.records import Record, find_records, find_sweep
 
 LINES = 40
 

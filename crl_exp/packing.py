@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from crl_exp import config as configs
+from crl_exp import preemption
 from crl_exp.errors import UserError
 from crl_exp.experiment import run_experiment
 from crl_exp.lab import Lab
@@ -37,25 +38,32 @@ def pack_key(config: DictConfig) -> str:
 
 
 def run_pack(runs: Sequence[DictConfig], skip_finished: bool = True) -> list[Outcome]:
-    """Run composed configs together; returns each one's result, or the exception it ended with.
+    """Run composed configs together; returns each one's result, or the exception it ended with, or
+    None where `run_experiment` left it alone.
 
     A run that fails ends alone, with its own status; the others go on. The results are those of
     running each alone, as far as rounding goes: matrix products of another shape differ in the last
     bits, so an action or a token can differ only where two candidates are that close. An interrupt
-    ends all runs. Raises `UserError` where they can't share a model.
+    ends all runs. Asked to end early, they all end after their step, saved, and `Preempted` is
+    raised. Raises `UserError` where they can't share a model.
     """
     keys = [pack_key(config) for config in runs]
     if len(set(keys)) > 1:
         raise UserError(
             f"runs of a pack must have {', '.join(SHARED)} in common; pack those of one pack_key"
         )
-    _share_warmup(runs)
-    pack = Pack()
-    for config in runs:
-        pack.seat(
-            lambda make, config=config: run_experiment(config, skip_finished, make, len(runs))
-        )
-    return pack.play()
+    with preemption.guard():  # here: signals come to the main thread, not to those of the runs
+        _share_warmup(runs)
+        pack = Pack()
+        for config in runs:
+            pack.seat(
+                lambda make, config=config: run_experiment(config, skip_finished, make, len(runs))
+            )
+        outcomes = pack.play()
+        for outcome in outcomes:
+            if isinstance(outcome, preemption.Preempted):
+                raise outcome
+    return outcomes
 
 
 def _share_warmup(runs: Sequence[DictConfig]) -> None:

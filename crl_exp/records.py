@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from crl_exp.errors import UserError
+from crl_exp.errors import UserError, did_you_mean
 from crl_exp.heartbeat import HEARTBEAT_SECONDS
 
 
@@ -103,6 +103,19 @@ def find_records(folder: Path) -> list[Record]:
         f"no run in {folder}; give outputs/SWEEP or outputs/SWEEP/RUN_KEY "
         "(`python launch.py` makes one)"
     )
+
+
+def find_sweep(name: str, output_dir: Path) -> Path:
+    """The folder of a sweep, given as a folder or by name.
+
+    Raises `UserError` where there is none, with the nearest names.
+    """
+    for folder in (Path(name), output_dir / name):
+        if folder.is_dir():
+            return folder
+    there = sorted({path.parent.parent.name for path in output_dir.glob("*/*/config.yaml")})
+    listed = f"; {output_dir} has {', '.join(there)}" if there else ""
+    raise UserError(f"no sweep {name!r} in {output_dir}{did_you_mean(name, there)}{listed}")
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from crl_exp import curves, feature_figures, figures, heat_map, table_csv, table_latex, tables
 from crl_exp.comparison import SweepComparison
-from crl_exp.errors import UserError, did_you_mean
 from crl_exp.feature_credit import (
     CREDIT_COLUMNS,
     ITEM_COLUMNS,
@@ -20,7 +19,7 @@ from crl_exp.feature_credit import (
     item_lines,
 )
 from crl_exp.feature_use import metric_lines
-from crl_exp.records import Record, find_records
+from crl_exp.records import Record, find_records, find_sweep
 from crl_exp.report_files import Files
 from crl_exp.report_page import page
 from crl_exp.report_parts import Part, SweepParts, compare_parts
@@ -40,19 +39,6 @@ FIGURES = {
     "diversity": feature_figures.diversity,
     "correlation": feature_figures.correlation,
 }
-
-
-def find_sweep(name: str, output_dir: Path) -> Path:
-    """The folder of a sweep, given as a folder or by name.
-
-    Raises `UserError` where there is none, with the nearest names.
-    """
-    for folder in (Path(name), output_dir / name):
-        if folder.is_dir():
-            return folder
-    there = sorted({path.parent.parent.name for path in output_dir.glob("*/*/config.yaml")})
-    listed = f"; {output_dir} has {', '.join(there)}" if there else ""
-    raise UserError(f"no sweep {name!r} in {output_dir}{did_you_mean(name, there)}{listed}")
 
 
 def write_report(parts: SweepParts, folder: Path) -> list[Path]:

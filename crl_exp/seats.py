@@ -51,7 +51,8 @@ class Seat:
 
     def __init__(self, work: Callable[[], dict[str, Any] | None], number: int):
         self.work = work
-        self.outcome: Outcome | None = None
+        self.outcome: Outcome = None
+        self.over = False
         self.question: Question | None = None
         self.stopped: BaseException | None = None
         self.at_work = False
@@ -69,6 +70,7 @@ class Seat:
         except BaseException as error:  # the pack's caller is told, whatever it is
             self.outcome = error
         finally:
+            self.over = True
             self.back.set()
 
     @staticmethod
@@ -100,7 +102,7 @@ class Seat:
         finally:
             self.rng = torch.get_rng_state()
             torch.set_rng_state(before)
-        if self.outcome is not None:
+        if self.over:
             self.thread.join()
 
     def end(self, error: BaseException) -> None:
@@ -108,7 +110,7 @@ class Seat:
         self.stopped = error
         if self.at_work:
             self._await(self.back)
-        if self.outcome is None:
+        if not self.over:
             if self.question is not None:
                 self.question.fault = error
             self.go_on()
@@ -177,14 +179,13 @@ class Pack:
             while working:
                 for seat in working:
                     seat.go_on()
-                working = [seat for seat in working if seat.outcome is None]
+                working = [seat for seat in working if not seat.over]
                 self._answer([seat.question for seat in working if seat.question is not None])
         except BaseException as error:
             for seat in working:
                 seat.end(error)
             raise
-        outcomes = [seat.outcome for seat in self.seats]
-        return [outcome for outcome in outcomes if outcome is not None]
+        return [seat.outcome for seat in self.seats]
 
     def _answer(self, questions: list[Question]) -> None:
         kinds: dict[tuple, list[Question]] = {}

@@ -20,8 +20,7 @@ from crl_exp.heartbeat import PHASES
 from crl_exp.labels import labels
 from crl_exp.launcher.states import in_work, states_of
 from crl_exp.launcher.sweep_file import SweepFile
-from crl_exp.records import Record, find_records
-from crl_exp.report import find_sweep
+from crl_exp.records import Record, find_records, find_sweep
 
 # Table columns don't fit a narrow terminal; where there is none, this many characters.
 WIDTH = 150

@@ -88,7 +88,7 @@ class Uploader:
             self._input(record, sent)
             whole = self._journals(record, sent, run, reading or Reading(), at_most)
             self._result(record, sent)
-            self._artifacts(record.path, sent, (*ARTIFACTS, "status.json") if over else ARTIFACTS)
+            self.artifacts(record.path, sent, (*ARTIFACTS, "status.json") if over else ARTIFACTS)
             self._status(record, run)
         return whole
 
@@ -177,7 +177,9 @@ class Uploader:
 
     # --- files ---
 
-    def _artifacts(self, folder: Path, sent: Sent, patterns: tuple[str, ...]) -> None:
+    def artifacts(self, folder: Path, sent: Sent, patterns: tuple[str, ...]) -> int:
+        """Send files that MLflow hasn't got as they are now; returns how many it was sent."""
+        count = 0
         known: dict[str, str] = sent.record.setdefault("artifacts", {})
         stats: dict[str, list[int]] = sent.record.setdefault("artifact_stats", {})
         for path, inside in files(folder, patterns):
@@ -189,8 +191,10 @@ class Uploader:
             if known.get(name) != now:
                 run_id = sent.record["run_id"]
                 _stored(name, self.client.log_artifact, run_id, str(path), inside)
+                count += 1
             known[name], stats[name] = now, stat
             sent.save()
+        return count
 
     # --- a sweep ---
 
@@ -212,7 +216,7 @@ class Uploader:
         self.parent(sweep)
         with self.runs.noted(sweep) as sent:
             run_id = sent.record["run_id"]
-            self._artifacts(sweep, sent, SWEEP_ARTIFACTS)
+            self.artifacts(sweep, sent, SWEEP_ARTIFACTS)
             records = [Record(path.parent) for path in sweep.glob("*/config.yaml")]
             now = status_of_all({status_of(record) for record in records})
             self.runs.set_status(run_id, now, max(map(ended, records), default=time.time()))

@@ -41,6 +41,10 @@ def launched(kind: str, overrides: Sequence[str], conf: Path = CONF, **values: A
         return launch(loader, master, jobs, settings(kind, **values), grown=False)
 
 
+def tiny(folder: Path, *overrides: str) -> list[str]:
+    return ["+debug=tiny", f"output_dir={folder}", "sweep_name=s", *overrides]
+
+
 def states(folder: Path) -> dict[str, str]:
     """What each run's status.json says, by key."""
     return {record.key: record.status.get("state", "") for record in find_records(folder)}

@@ -22,7 +22,7 @@ from crl_exp.launcher.sweep_file import SweepFile, alive, this_process
 from crl_exp.launcher.typed import typed_sweep
 from crl_exp.records import Record
 from crl_exp.runs import RunDirectory
-from tests.launching import launched, points_of, settings
+from tests.launching import launched, points_of, settings, tiny
 from tests.tiny_run import ROOT
 
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
@@ -33,10 +33,6 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRL_EXP_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def tiny(folder: Path, *overrides: str) -> list[str]:
-    return ["+debug=tiny", f"output_dir={folder}", "sweep_name=s", *overrides]
 
 
 # --- composition ---

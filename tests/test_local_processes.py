@@ -17,7 +17,7 @@ from crl_exp.errors import UserError
 from crl_exp.launcher.cancel import cancel
 from crl_exp.launcher.retry import retry
 from crl_exp.records import find_records
-from tests.launching import attempts, figures, launched, over, states, told, until
+from tests.launching import attempts, figures, launched, over, states, tiny, told, until
 from tests.tiny_run import ROOT
 
 pytestmark = pytest.mark.slow
@@ -28,10 +28,6 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRL_EXP_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def tiny(folder: Path, *overrides: str) -> list[str]:
-    return ["+debug=tiny", f"output_dir={folder}", "sweep_name=s", *overrides]
 
 
 def told_states(folder: Path) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from crl_exp.experiment import run_experiment
 from crl_exp.generation import Job
 from crl_exp.learner import NonFiniteError
 from crl_exp.packing import pack_key, run_pack
+from crl_exp.preemption import Preempted
 from crl_exp.runs import RunDirectory
 from crl_exp.seats import Pack, Seat
 from crl_exp.tasks.jsonl import JsonLines
@@ -230,6 +233,40 @@ def test_an_interrupt_ends_all_runs_and_is_recorded(tiny_files, tmp_path, monkey
         assert json.loads((folder / "status.json").read_text())["state"] == "cancelled"
         assert (folder / "journal.jsonl").exists() and not (folder / "result.json").exists()
     assert not [t for t in threading.enumerate() if t.name.startswith("run ")]
+
+
+def test_a_run_that_is_left_alone_has_ended_too(tiny_files, tmp_path) -> None:
+    """resume=retry leaves what was never started; the other of the pack isn't kept waiting."""
+    left, done = configs(tiny_files, tmp_path, [["seed=0"], ["seed=1"]])
+    left.resume = "retry"
+    first, second = run_pack([left, done])
+    assert first is None and isinstance(second, dict)
+    assert not (RunDirectory(left).path / "status.json").exists()
+
+
+def test_a_pack_that_is_asked_to_end_is_saved_and_goes_on(tiny_files, tmp_path) -> None:
+    variants = [["seed=0"], ["seed=1"]]
+    straight, warned = (configs(tiny_files, tmp_path / name, variants) for name in "ab")
+    run_pack(straight)
+    asked: list[int] = []
+
+    def at_its_second_update(self, step: int, metrics) -> None:
+        if step == 2 and not asked:
+            asked.append(step)
+            os.kill(os.getpid(), signal.SIGUSR2)
+        log(self, step, metrics)
+
+    log = RunDirectory.log
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDirectory, "log", at_its_second_update)
+        with pytest.raises(Preempted):
+            run_pack(warned)
+    for config in warned:
+        run = RunDirectory(config)
+        assert run.status()["state"] == "preempted" and run.load_checkpoint() is not None
+    run_pack(warned)
+    for one, other in zip(straight, warned, strict=True):
+        close(told(RunDirectory(other).path), told(RunDirectory(one).path))
 
 
 def test_an_interrupt_while_one_works_ends_those_that_have_not_begun(monkeypatch) -> None:

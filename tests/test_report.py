@@ -14,8 +14,8 @@ from rich.console import Console
 from crl_exp import table_cells, tables
 from crl_exp.comparison import SweepComparison, compare_runs
 from crl_exp.errors import UserError
-from crl_exp.records import find_records
-from crl_exp.report import find_sweep, main
+from crl_exp.records import find_records, find_sweep
+from crl_exp.report import main
 from crl_exp.runs import RunDirectory
 from tests.synthetic import config, figures, finish, finished_run, result
 

@@ -14,8 +14,7 @@ from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.states import in_work, states_of
 from crl_exp.launcher.submit import abandon_unreleased
 from crl_exp.launcher.sweep_file import SweepFile, locked
-from crl_exp.records import Record, find_records
-from crl_exp.report import find_sweep
+from crl_exp.records import Record, find_records, find_sweep
 from crl_exp.run_status import HeldError, RunStatus
 
 PATIENCE_SECONDS = 120.0

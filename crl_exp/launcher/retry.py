@@ -13,8 +13,7 @@ from crl_exp.launcher.settings import SlurmSettings, changed, make_settings
 from crl_exp.launcher.states import is_started, states_of
 from crl_exp.launcher.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.sweep_file import SweepFile, locked
-from crl_exp.records import Record, find_records
-from crl_exp.report import find_sweep
+from crl_exp.records import Record, find_records, find_sweep
 from crl_exp.run_keys import frozen_config
 from crl_exp.runs import RunDirectory
 
