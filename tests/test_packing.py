@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import DictConfig
 
 from crl_exp import lab as labs
+from crl_exp import preemption
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
@@ -322,3 +327,122 @@ def test_each_run_has_its_own_global_random_numbers() -> None:
     for seed, outcome in zip((3, 4), outcomes, strict=True):
         torch.manual_seed(seed)
         assert isinstance(outcome, dict) and torch.equal(outcome["drawn"], torch.rand(12))
+
+
+# --- one of them ---
+
+
+def test_one_that_is_cancelled_ends_alone_and_goes_on_later(tiny_files, tmp_path) -> None:
+    """It is saved after its step; whoever ran the pack isn't told to end."""
+    variants = [["seed=0"], ["seed=1"]]
+    straight, cut = (configs(tiny_files, tmp_path / name, variants) for name in "ab")
+    run_pack(straight)
+    first = RunDirectory(cut[0])
+    log = RunDirectory.log
+
+    def cancelled_at_its_second_update(self, step: int, metrics) -> None:
+        if step == 2 and self.key == first.key:
+            self.cancel_path.touch()
+        log(self, step, metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDirectory, "log", cancelled_at_its_second_update)
+        cancelled, done = run_pack(cut)
+    assert isinstance(cancelled, Preempted) and cancelled.cancelled and isinstance(done, dict)
+    assert first.status()["state"] == "cancelled" and first.load_checkpoint() is not None
+    assert RunDirectory(cut[1]).status()["state"] == "done"
+    again = run_pack(cut[:1])
+    assert isinstance(again[0], dict) and again[0]["packed"] == 2, "its time was shared once"
+    for one, other in zip(straight, cut, strict=True):
+        close(told(RunDirectory(other).path), told(RunDirectory(one).path))
+
+
+def test_one_that_another_process_has_is_left_alone(tiny_files, tmp_path) -> None:
+    held, free = configs(tiny_files, tmp_path, [["seed=0"], ["seed=1"]])
+    with RunDirectory(held).held():
+        first, second = run_pack([held, free])
+    assert first is None and isinstance(second, dict)
+    assert not (RunDirectory(held).path / "status.json").exists()
+
+
+def test_all_are_at_work_before_anything_is_loaded(tiny_files, tmp_path, monkeypatch) -> None:
+    """Else a run would be said to be queued for as long as the first one warms up."""
+    packed = configs(tiny_files, tmp_path, [["seed=0"], ["seed=1"], ["method=none"]])
+    seen: list[tuple[set[str], bool]] = []
+    lab = labs.Lab.__init__
+
+    def looked(self, *arguments, **more):
+        states = {RunDirectory(config).status().get("state", "") for config in packed}
+        phases = [RunDirectory(config).path / "heartbeat.json" for config in packed]
+        seen.append((states, all(path.exists() for path in phases)))
+        lab(self, *arguments, **more)
+
+    monkeypatch.setattr(labs.Lab, "__init__", looked)
+    run_pack(packed)
+    assert seen[0] == ({"running"}, True)
+
+
+def test_a_warmup_that_cannot_be_shared_is_made_by_each(tiny_files, tmp_path, caplog) -> None:
+    """The SAE of one run's layer can't be loaded: that run fails, the other warms up by itself."""
+    folder = tmp_path / "saes"
+    shutil.copytree(tiny_files.root / "saes", folder)
+    next((folder / "blocks.2.hook_resid_post").glob("*.safetensors")).unlink()
+    more = [f"sae.folder={folder}", f"sae.name={tmp_path.name}"]
+    variants = [["layers.layer=1"], ["layers.layer=2"]]
+    forget()
+    good, bad = run_pack(configs(tiny_files, tmp_path / "out", variants, *more))
+    assert isinstance(good, dict)
+    assert isinstance(bad, UserError) and "layer 2" in str(bad)
+    assert "each run warms up alone" in caplog.text
+
+
+def test_an_interrupt_reaches_one_that_never_asks(monkeypatch) -> None:
+    """A warmup, say: it is told where it could be saved, and isn't waited for to its end."""
+    fired: list[int] = []
+    steps: list[int] = []
+
+    def work(make) -> dict[str, Any]:
+        while len(steps) < 10**6:
+            steps.append(1)
+            preemption.check()
+        return {}
+
+    def interrupted(event) -> None:
+        if threading.current_thread() is threading.main_thread() and not fired:
+            fired.append(1)
+            while len(steps) < 5:
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+        waits(event)
+
+    waits = Seat._await
+    monkeypatch.setattr(Seat, "_await", staticmethod(interrupted))
+    pack = Pack()
+    seat = pack.seat(work)
+    with pytest.raises(KeyboardInterrupt):
+        pack.play()
+    assert isinstance(seat.outcome, KeyboardInterrupt) and len(steps) < 10**6
+
+
+def test_numpys_and_pythons_random_numbers_are_each_runs_own(tmp_path) -> None:
+    """A checkpoint sets them; that must not reach the others."""
+
+    def work(make, seed: int) -> dict[str, Any]:
+        np.random.seed(seed)
+        random.seed(seed)
+        torch.manual_seed(seed)
+        drawn = []
+        for _ in range(2):
+            pack.seats[seed].pause()
+            drawn.append((np.random.rand(), random.random(), float(torch.rand(()))))
+        return {"drawn": drawn}
+
+    pack = Pack()
+    for seed in (0, 1):
+        pack.seat(lambda make, seed=seed: work(make, seed))
+    for seed, outcome in enumerate(pack.play()):
+        np.random.seed(seed)
+        random.seed(seed)
+        torch.manual_seed(seed)
+        alone = [(np.random.rand(), random.random(), float(torch.rand(()))) for _ in range(2)]
+        assert isinstance(outcome, dict) and outcome["drawn"] == alone
