@@ -39,7 +39,7 @@ def alone(keys: set[str], folder: Path, *overrides: str) -> dict[str, Path]:
 
 GRIDS = (
     "[{method: crl, layers.layer: [3, 12], seed: [0, 1]}, {method: [corrsteer_a, none]},"
-    " {seed: 5, algorithm.lr_policy: 1e37}]"
+    " {seed: 5, algorithm.lr_policy: 1e37, algorithm.n_updates: 8}]"
 )
 
 
@@ -52,7 +52,7 @@ def test_a_packed_sweep_equals_its_runs_alone(tmp_path):
     done = typed(*tiny(folder.parent, sweep), *settings)
     assert done.returncode == 1 and "1 of 7 jobs failed" in done.stdout + done.stderr, done.stderr
     assert "packed: 7 runs in 2 jobs, 4 at most in one" in done.stdout
-    assert "7 runs in 2 packs are shared by 1 processes" in done.stdout
+    assert "7 runs in 2 jobs are shared by 1 processes" in done.stdout
     (bad,) = [record for record in find_records(folder) if record.config["seed"] == 5]
     assert bad.state == "failed" and "Traceback" in bad.status["traceback"]
     good = {record.key for record in find_records(folder)} - {bad.key}

@@ -133,7 +133,7 @@ def test_the_estimate_counts_a_packs_time_once(tmp_path):
 def test_what_was_submitted_is_told_by_jobs(tmp_path):
     part = {"job": "76", "workers": [], "runs": list("abc"), "packs": [["a", "b"], ["c"]]}
     said = submitted_text({"parts": [part]}, tmp_path)
-    assert "3 runs in 2 packs are queued as SLURM job 76_[0-1]" in said
+    assert "3 runs in 2 jobs are queued as SLURM job 76_[0-1]" in said
 
 
 # --- who is ended with whom ---

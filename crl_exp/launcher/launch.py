@@ -126,7 +126,7 @@ def submitted_text(submission: dict, folder: Path) -> str:
     lines = []
     for part in submission["parts"]:
         n, n_jobs = len(part["runs"]), len(part["packs"])
-        runs = f"{n} runs" if n == n_jobs else f"{n} runs in {n_jobs} packs"
+        runs = f"{n} runs" if n == n_jobs else f"{n} runs in {n_jobs} jobs"
         if part["job"]:
             lines.append(f"  {runs} are queued as SLURM job {part['job']}_[0-{n_jobs - 1}]")
         else:

@@ -57,7 +57,8 @@ def pack_lines(packs: Sequence[Sequence[Startable]]) -> list[str]:
     if not asked:
         return []
     n, most = sum(map(len, asked)), max(map(len, asked))
-    lines = [f"  packed: {n} runs in {len(asked)} jobs, {most} at most in one"]
+    jobs = "1 job" if len(asked) == 1 else f"{len(asked)} jobs"
+    lines = [f"  packed: {n} runs in {jobs}, {most} at most in one"]
     common = [_common(pack[0]) for pack in asked]
     if apart := _different(common):
         groups = len({content_key(one) for one in common})
