@@ -14,16 +14,16 @@ from tests.test_packing import close, told
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.usefixtures("tiny_cache")]
 SWEEP = [
-    "+debug=tiny", "method=crl", "layers.layer=3,12", "seed=0,1", "algorithm.n_updates=40",
+    "+debug=tiny", "method=crl", "layers.layer=3,12", "seed=0,1", "algorithm.n_updates=150",
     "sweep_name=s",
 ]  # fmt: skip
 
 
 def trains(folder: Path, keys: list[str]) -> bool:
+    # Not by the heartbeat, which is slower than these runs.
     records = [Record(folder / key) for key in keys]
     return all(
-        record.status.get("state") == "running" and record.heartbeat.get("phase") == "train"
-        for record in records
+        record.status.get("state") == "running" and len(record.journal) > 5 for record in records
     )
 
 
@@ -46,9 +46,9 @@ def test_a_packed_sweep_that_is_requeued_and_cancelled_in_part(cluster, tmp_path
     assert [states(folder)[key] for key in keys] == ["done"] * 3 + ["cancelled"]
     assert [attempts(folder)[key] for key in keys] == [2, 2, 1, 1]
     assert (folder / keys[3] / "checkpoint.pt").exists(), "it was saved"
-    points = points_of(*SWEEP, f"output_dir={tmp_path / 'here'}")
+    points = points_of(*SWEEP, f"output_dir={tmp_path / 'here'}")[:3]
     assert all(isinstance(outcome, dict) for outcome in run_pack([p.config for p in points]))
-    for point in points[:3]:
+    for point in points:
         close(told(folder / point.key), told(point.run.path))
         result = Record(folder / point.key).result
         assert result is not None and result["packed"] == 2
