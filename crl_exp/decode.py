@@ -27,6 +27,21 @@ COMPACT_BELOW = 0.75
 """Ended rows leave once the living ones are at most this share: each time the cache is copied."""
 
 
+def first_site(controller: Controller, n_layers: int) -> int:
+    """The first residual that it may change; where it changes none, the last there is."""
+    return (
+        min(controller.sites.values(), default=n_layers - 1)
+        if controller.steers
+        else (n_layers - 1)
+    )
+
+
+def start_layer(controller: Controller, new_tokens: int, n_layers: int) -> int:
+    """The first decoder layer that runs at all: with one token to write, the one after the first
+    steered residual."""
+    return first_site(controller, n_layers) + 1 if new_tokens == 1 else 0
+
+
 @dataclass
 class Part:
     """A job's rows in one batch: of these positions among its items, which are n_rows in all."""
@@ -76,15 +91,11 @@ class Decoding:
         for part, context in zip(self.parts, self.contexts, strict=True):
             part.controller.begin(context)
         lm, prompt = self.lm, self.prompt
-        steered = [
-            site
-            for part in self.parts
-            if part.controller.steers
-            for site in part.controller.sites.values()
-        ]
         # Up to the first steered residual the last prompt token is as the store has it.
-        top = min(steered, default=lm.n_layers - 1)
-        first_layer = top + 1 if max_new_tokens == 1 else 0
+        top = min(first_site(part.controller, lm.n_layers) for part in self.parts)
+        first_layer = min(
+            start_layer(part.controller, max_new_tokens, lm.n_layers) for part in self.parts
+        )
         cache = prompt.cache(first_layer, with_last=top + 1, room=max_new_tokens)
         now = Running(prompt.last_B, prompt.position_B, prompt.key_BT, prompt.valid_BT, cache)
         for index in range(max_new_tokens):

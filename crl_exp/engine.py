@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from crl_exp.batching import BatchSize, batches, bytes_to_decode
-from crl_exp.decode import Decoding, Part
+from crl_exp.decode import Decoding, Part, start_layer
 from crl_exp.errors import UserError
 from crl_exp.generation import Generation, Job, cut_at, joined
 from crl_exp.models import LanguageModel
@@ -24,6 +24,8 @@ from crl_exp.prompts import Progress, PromptBatch, PromptStore, common_prefix
 
 log = logging.getLogger(__name__)
 AUTO_ITEMS = 128
+ENOUGH_ROWS = {"cpu": 32, "cuda": 256}
+"""From about so many rows on, a layer takes as long as its arithmetic and not as reading it."""
 
 
 @dataclass
@@ -157,7 +159,9 @@ class Engine:
         size = self.batch_size.rows(
             bytes_to_decode(self.lm, longest + new_tokens), self.lm.device
         )  # fmt: skip
-        self.batch_size.play(batches(lengths, size), play)
+        starts = [start_layer(job.controller, new_tokens, self.lm.n_layers) for job in jobs]
+        enough = ENOUGH_ROWS.get(self.lm.device.type, ENOUGH_ROWS["cuda"])
+        self.batch_size.play(batches(lengths, size, starts, enough), play)
         for result in results:
             texts = self.lm.tokenizer.batch_decode(result.tokens, skip_special_tokens=True)
             result.texts = [cut_at(text, stop) for text in texts]
