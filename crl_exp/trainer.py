@@ -26,8 +26,9 @@ from crl_exp.watch import watch_choices
 
 Play = Callable[[PolicyController, list[int]], tuple[Generation, Tensor]]
 """Answers these training prompts under the controller: the recorded generation and rewards [B]."""
-Validate = Callable[[PolicyController], float]
-"""Mean reward of the greedy policy on the validation split."""
+Validate = Callable[[PolicyController, list[float]], float]
+"""Mean reward of the greedy policy on the validation split. The list has the rewards of the items
+answered so far, and grows: a validation that was cut off goes on from there."""
 
 
 class Trainer:
@@ -52,6 +53,7 @@ class Trainer:
         self.queue: list[int] = []
         self.step = 0
         self.unvalidated = False
+        self.validated: list[float] = []  # rewards of a validation that isn't at its end
         self.best_score = float("-inf")
         self.best_step = 0
         self.best_agents = self._averaged_states()
@@ -82,14 +84,14 @@ class Trainer:
         self.run.save_checkpoint(self._state())
 
     def _validate_or_save(self, validate: Validate) -> None:
-        """Validate after an update; asked to end in the middle of it, save the update without."""
+        """Validate after an update; asked to end in the middle of it, save how far it got."""
         self.unvalidated = True
         try:
             self._validate(validate)
         except Preempted:
             self._save()
             raise
-        self.unvalidated = False
+        self.unvalidated, self.validated = False, []
 
     def _update(self, play: Play) -> dict[str, float]:
         started = time.perf_counter()
@@ -121,7 +123,7 @@ class Trainer:
         if not every or (self.step % every and self.step != self.algorithm.n_updates):
             return
         averaged = {layer: learner.averaged for layer, learner in self.learners.items()}
-        score = validate(PolicyController(averaged, self.decay))
+        score = validate(PolicyController(averaged, self.decay), self.validated)
         self.run.log(self.step, {"validation_reward": score})
         if score > self.best_score:
             self.best_score, self.best_step = score, self.step
@@ -137,6 +139,7 @@ class Trainer:
         return {
             "step": self.step,
             "unvalidated": self.unvalidated,
+            "validated": self.validated,
             "learners": {layer: learner.state() for layer, learner in self.learners.items()},
             "best": {
                 "score": self.best_score, "step": self.best_step, "agents": self.best_agents,
@@ -148,7 +151,7 @@ class Trainer:
 
     def _restore(self, state: dict) -> None:
         self.step, self.queue = state["step"], state["queue"]
-        self.unvalidated = state["unvalidated"]
+        self.unvalidated, self.validated = state["unvalidated"], state["validated"]
         for layer, learner in self.learners.items():
             learner.load(state["learners"][layer])
         best = state["best"]

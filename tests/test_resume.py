@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from crl_exp import lab
+from crl_exp.preemption import Preempted
 from tests.tiny_run import ROOT, run_small
 
 UPDATES = 200
@@ -179,3 +183,34 @@ def test_a_run_killed_after_training_trains_no_more(finished, copied):
     run_small(overrides)
     assert (folder / "journal.jsonl").read_bytes() == before, "times too: nothing was done again"
     assert outcome(folder) == outcome(finished[1])
+
+
+def test_asked_to_end_at_every_batch_none_is_answered_twice(tiny_files, tmp_path, monkeypatch):
+    """Warmup, updates, validations of two batches, evaluation: each attempt answers one batch."""
+    sizes = ["task.n_train=8", "task.n_validation=8", "task.n_test=8", "engine.batch_size=4"]
+    common = [*tiny_files.overrides(), *sizes, "noise=gaussian"]
+    answered: list[Any] = []
+    interrupting = True
+
+    plain = lab.Lab.answer
+
+    def answer(self, controller, split, items, record=False):
+        answered.append((type(controller).__name__, split, list(items)))
+        if interrupting:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return plain(self, controller, split, items, record)
+
+    monkeypatch.setattr(lab.Lab, "answer", answer)
+    monkeypatch.setattr(lab, "_SHARED", {})
+    n_batches = 2 + 2 * (1 + 2) + 4 * 2
+    for n in range(n_batches):
+        with pytest.raises(Preempted):
+            run_small([*common, f"output_dir={tmp_path / 'broken'}"])
+        assert len(answered) == n + 1
+    _, folder = run_small([*common, f"output_dir={tmp_path / 'broken'}"])
+    lab._SHARED.clear()
+    interrupted, answered[:] = answered[:], []
+    interrupting = False
+    _, straight = run_small([*common, f"output_dir={tmp_path / 'straight'}"])
+    assert interrupted == answered and len(answered) == n_batches
+    assert outcome(folder) == outcome(straight)
