@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 from pathlib import Path
 
@@ -20,12 +19,6 @@ from crl_exp.runs import RunDirectory
 from tests.synthetic import config, figures, finish, finished_run, result
 
 SHUFFLED = {"task.shuffle_labels": True}
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    """Hundreds of small files are written here, none of which has to outlive the machine."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def compared(folder: Path) -> SweepComparison:

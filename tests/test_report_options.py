@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,6 @@ from crl_exp.option_names import CONF, option_name, typed
 from crl_exp.records import find_records
 from crl_exp.report import main
 from tests.synthetic import config, finished_run
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def option(group: str, name: str, **changes) -> dict:

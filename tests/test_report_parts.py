@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 from pathlib import Path
 
@@ -17,11 +16,6 @@ from crl_exp.report_parts import SweepParts, best_rows, compare_parts
 from crl_exp.runs import RunDirectory, write_json
 from crl_exp.statistics import share_interval
 from tests.synthetic import config, finished_run
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def parts_of(folder: Path, *by: str) -> SweepParts:

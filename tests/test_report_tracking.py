@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,6 @@ from tests.mlflow_reading import children, client, runs, with_database
 from tests.synthetic import config, finished_run
 
 SECTION = {"enabled": True, "uri": None, "experiment": "crl_exp"}
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture
