@@ -143,7 +143,8 @@ class RunDirectory(RunStatus):
             self.clear()
         freeze(self.config, self.path / "config.yaml")
         self.cancel_path.unlink(missing_ok=True)
-        self.progress.seconds = read_heartbeat(self.path / "heartbeat.json").get("seconds", {})
+        told = read_heartbeat(self.path / "heartbeat.json")
+        self.progress.seconds, self.progress.packed = told.get("seconds", {}), told.get("packed", 1)
         self.set_status("running", attempts=before.get("attempts", 0) + 1, started=time.time())
 
     # --- journal: one JSON object a line, {"step": …, "metrics": {…}} ---
