@@ -16,9 +16,11 @@ from typing import Any, Protocol
 import torch
 
 from crl_exp.batching import BatchSize, batches, bytes_to_decode
-from crl_exp.decode import Decoding, Part, start_layer
+from crl_exp.controllers.team import Teams
+from crl_exp.decode import Decoding
 from crl_exp.errors import UserError
 from crl_exp.generation import Generation, Job, cut_at, joined
+from crl_exp.lineup import Part, start_layer
 from crl_exp.models import LanguageModel
 from crl_exp.prompts import Progress, PromptBatch, PromptStore, common_prefix
 
@@ -148,9 +150,10 @@ class Engine:
             raise UserError("nothing to generate: a job has no items")
         new_tokens = 1 if choices else max_new_tokens
         results = [Generation([[] for _ in job.items], []) for job in jobs]
+        teams = Teams()
 
         def play(rows: list[tuple[int, int]]) -> None:
-            self._play(prompts, jobs, rows, results, new_tokens, choices, record, stop)
+            self._play(prompts, jobs, rows, results, new_tokens, choices, record, stop, teams)
             if progress:
                 progress(len(rows))
 
@@ -178,6 +181,7 @@ class Engine:
         choices: Sequence[int] | None,
         record: bool,
         stop: Sequence[str],
+        teams: Teams,
     ) -> None:
         """Decode one batch of (job, position among its items) and take its answers into results."""
         parts: dict[int, Part] = {}
@@ -187,7 +191,7 @@ class Engine:
             part.items.append(job.items[at])
             part.row_B.append(at)
         prompt = prompts.batch([item for part in parts.values() for item in part.items])
-        batch = Decoding(self.lm, prompt, list(parts.values()), record, stop)
+        batch = Decoding(self.lm, prompt, list(parts.values()), record, stop, teams)
         batch.run(new_tokens, choices)
         for (index, at), tokens in zip(rows, batch.tokens, strict=True):
             results[index].tokens[at] = tokens
