@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from crl_exp import figure_style, report
 from tests.sharing import Sharing, long_ones_first
 from tests.tiny_run import TinyFiles, make_files
 
@@ -37,3 +38,16 @@ def tiny_files(tmp_path_factory) -> TinyFiles:
 def no_fsync(monkeypatch) -> None:
     """Thousands of small files are written here, none of which has to outlive the machine."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture
+def quick_figures(monkeypatch) -> None:
+    """Figures of few pixels, and in PDF files no fonts."""
+    monkeypatch.setitem(figure_style.STYLE, "savefig.dpi", 40)
+    monkeypatch.setitem(figure_style.STYLE, "pdf.use14corefonts", True)
+
+
+@pytest.fixture
+def quick_reports(quick_figures, monkeypatch) -> None:
+    """And not sent to MLflow, which tests/test_report_tracking.py tries."""
+    monkeypatch.setattr(report, "attach", lambda records, folder: None)

@@ -37,6 +37,7 @@ def test_headline_compares_the_chosen_ones(tmp_path):
     assert "+12.0 [-0.7, 24.7] points (seeds: 2, n = 1500)" in told
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_unfinished_runs_are_listed_with_their_state(tmp_path, capsys):
     finished_run(config(tmp_path), 0.1)
     bad = RunDirectory(config(tmp_path, seed=1))
@@ -114,6 +115,7 @@ def refusal_run(folder: Path, method: str, delta: float, benign: float) -> None:
         finish(run, result(run, test, figures(delta, n=50), sets))
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_refusals_of_harmful_and_benign_prompts_side_by_side(tmp_path):
     refusal_run(tmp_path, "corrsteer_s", 0.1, 0.08)
     text = tables.markdown(compared(tmp_path))

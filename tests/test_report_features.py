@@ -21,6 +21,7 @@ from crl_exp.runs import RunDirectory, write_json
 from tests.synthetic import config, finished_run
 from tests.tiny_run import run_small
 
+pytestmark = pytest.mark.usefixtures("quick_reports")
 LINK = "https://www.neuronpedia.org/tiny/18-res/9"
 
 

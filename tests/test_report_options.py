@@ -16,6 +16,8 @@ from crl_exp.records import find_records
 from crl_exp.report import main
 from tests.synthetic import config, finished_run
 
+pytestmark = pytest.mark.usefixtures("quick_reports")
+
 
 def option(group: str, name: str, **changes) -> dict:
     """Keys of a config as they are with `GROUP=NAME`."""

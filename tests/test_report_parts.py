@@ -17,6 +17,8 @@ from crl_exp.runs import RunDirectory, write_json
 from crl_exp.statistics import share_interval
 from tests.synthetic import config, finished_run
 
+pytestmark = pytest.mark.usefixtures("quick_reports")
+
 
 def parts_of(folder: Path, *by: str) -> SweepParts:
     return compare_parts(find_records(folder / "demo"), by)
