@@ -95,6 +95,7 @@ class PackPlace(Place):
     def begun(self, run: RunDirectory) -> None:
         """Let the others begin too, before the first one loads: all are at work from then on."""
         self.seat.cancel_path = run.cancel_path
+        log.info("begun, one of %d together", self.packed)
         self.seat.pause()
 
     def warming_up(self, lab: Lab) -> None:

@@ -66,7 +66,7 @@ def test_a_packed_sweep_equals_its_runs_alone(tmp_path):
             result = Record(folder / key).result
             assert result is not None and result["packed"] == len(pack)
     log = "".join(path.read_text() for path in (folder / "logs").glob("*_log.err"))
-    assert all(f"run {key}: crl_exp." in log for key in good | {bad.key})
+    assert all(f"run {key}: crl_exp.packing: begun" in log for key in good | {bad.key})
     for key, path in alone(good, tmp_path / "alone", sweep).items():
         close(told(folder / key), told(path))
 
