@@ -17,9 +17,11 @@ OF_ACTS = frozenset({"feature_acts", "seen", "importance"})
 
 
 class Memory:
-    """One layer's memory of a batch of rows."""
+    """One layer's memory of a batch of rows. key_B: of their random numbers, the same at all
+    tokens (`draws.layer_keys`)."""
 
     def __init__(self) -> None:
+        self.key_B: Tensor | None = None
         self.seen_BC: Tensor | None = None
         self.total_BC: Tensor | None = None
         self.count_B1: Tensor | None = None
@@ -33,8 +35,7 @@ class Memory:
 
     def keep(self, index_R: Tensor) -> None:
         """Only these rows stay."""
-        for name in ("seen_BC", "total_BC", "count_B1", "past_B"):
-            held = getattr(self, name)
+        for name, held in vars(self).items():
             setattr(self, name, None if held is None else held[index_R])
 
     def see(self, acts_BC: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ Shapes: G members, R rows of the member that has most, N rows of all, D d_model,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,64 +25,82 @@ from crl_exp.stages.base import Observation
 if TYPE_CHECKING:
     from crl_exp.policy import PolicyController
 
-LOGITS_TOGETHER = 2**26
-"""Numbers of one tensor [G, R, C]: 256 MiB in float32, of which there are some ten."""
+LOGITS_TOGETHER = {"cuda": 2**26, "cpu": 2**17}
+"""Numbers of one tensor [G, R, C]. A GPU wants few large kernels: 256 MiB in float32, of which
+there are some ten. On a CPU, what a core's cache doesn't hold costs more than more calls do."""
 
 
 class PolicyTeam(Team):
-    """Members of one `PolicyController.kin` at one layer. Their weights are stacked here, once."""
+    """Members of one `PolicyController.kin` at one layer. Their weights are stacked once."""
 
     def __init__(self, members: Sequence[PolicyController], layer: int):
-        self.members, self.layer = members, layer
+        self.layer = layer
         self.agents = [member.agents[layer] for member in members]
         self.first = self.agents[0]
-        # One alone is called as it is.
-        self.stacked: Any = stack_module_state(self.agents) if len(members) > 1 else None
+        self.seeds = [member.seed for member in members]
+        self.decay, self.progress = members[0].decay, members[0].progress
+
+    @cached_property
+    def stacked(self) -> Any:
+        """Parameters and buffers by name, each [G, …]."""
+        return stack_module_state(self.agents)
+
+    @property
+    def explores(self) -> bool:
+        return self.seeds[0] is not None
 
     @torch.no_grad()
     def act(self, x_ND: Tensor, context: StepContext, sizes: Sequence[int]) -> Action:
         first, memory = self.first, Memory.of(self.layer, context)
         held = first.remember(x_ND, memory, lambda: first.prompt_means(context))
         token_index = torch.full((), context.token_index, device=x_ND.device)
-        places = Places.of(sizes, x_ND.device)
-        key_N = self._keys(context.row_B.to(x_ND.device), sizes)
-        made = self._made(x_ND, held, token_index, key_N, places)
+        rows = {"x_BD": x_ND, **held}
+        if self.explores:
+            if memory.key_B is None:
+                memory.key_B = self._keys(context.row_B.to(x_ND.device), sizes)
+            rows["key_B"] = memory.key_B
+        made = self._made(rows, sizes, token_index)
         memory.note(made.pop("length_B", None))
-        return self._action(made, held, self.members[0].decay.at(context.token_index))
+        return self._action(made, held, self.decay.at(context.token_index))
 
-    def _keys(self, row_N: Tensor, sizes: Sequence[int]) -> Tensor | None:
-        if self.members[0].seed is None:
-            return None
-        parts = zip(self.members, row_N.split(list(sizes)), strict=True)
-        return torch.cat([layer_keys(m.seed or 0, row_R, self.layer) for m, row_R in parts])
+    def _keys(self, row_N: Tensor, sizes: Sequence[int]) -> Tensor:
+        parts = zip(self.seeds, row_N.split(list(sizes)), strict=True)
+        return torch.cat([layer_keys(seed or 0, row_R, self.layer) for seed, row_R in parts])
 
     def _made(
-        self,
-        x_ND: Tensor,
-        held: dict[str, Tensor],
-        token_index: Tensor,
-        key_N: Tensor | None,
-        places: Places,
+        self, rows: dict[str, Tensor], sizes: Sequence[int], token_index: Tensor
     ) -> dict[str, Tensor]:
-        """`LayerAgent.forward` for every row, by its own member."""
-        progress = self.members[0].progress
-        if self.stacked is None:
-            return self.first(x_ND, held, token_index, key_N, progress)
+        """`LayerAgent.forward` for every row, by its own member. rows: its arguments, [N, …]."""
 
-        def one(state: Any, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-            x_RD, key_R = rows.pop("x_ND"), rows.pop("key_N", None)
-            return functional_call(self.first, state, (x_RD, rows, token_index, key_R, progress))
+        def decide(agent: Callable[..., dict[str, Tensor]], rows: dict[str, Tensor]):
+            held = {name: rows[name] for name in rows.keys() - {"x_BD", "key_B"}}
+            return agent(rows["x_BD"], held, token_index, rows.get("key_B"), self.progress)
 
-        rows = {"x_ND": x_ND, **held} | ({} if key_N is None else {"key_N": key_N})
+        if len(self.agents) == 1:
+            return decide(self.first, rows)
+        x_ND = rows["x_BD"]
+        together = LOGITS_TOGETHER["cuda" if x_ND.is_cuda else "cpu"]
+        chunk = together // (max(sizes) * len(self.first.allowed_C))
+        if chunk <= 1:
+            split = {name: tensor.split(list(sizes)) for name, tensor in rows.items()}
+            each = [
+                decide(agent, {name: parts[g] for name, parts in split.items()})
+                for g, agent in enumerate(self.agents)
+            ]
+            return {name: torch.cat([made[name] for made in each]) for name in each[0]}
+
+        def stacked(state: Any, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+            return decide(lambda *given: functional_call(self.first, state, given), rows)
+
+        places = Places.of(sizes, x_ND.device)
         padded = {name: places.padded(tensor) for name, tensor in rows.items()}
-        chunk = max(1, LOGITS_TOGETHER // (places.most * len(self.first.allowed_C)))
-        made = torch.vmap(one, chunk_size=chunk)(self.stacked, padded)
+        made = torch.vmap(stacked, chunk_size=chunk)(self.stacked, padded)
         return {name: places.flat(tensor) for name, tensor in made.items()}
 
     def _action(self, made: dict[str, Tensor], held: dict[str, Tensor], decay: float) -> Action:
         coefficient_NK = made["coefficient_BK"] * decay
         notes: dict[str, Tensor] = {}
-        if self.members[0].seed is not None:  # what the update computes the distribution from again
+        if self.explores:  # what the update computes the distribution from again
             observed = {**made, **held}
             names = [f.name for f in fields(Observation) if f.name in observed]
             notes = {name: observed[name] for name in [*names, "choice_BK"]}
