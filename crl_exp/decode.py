@@ -10,31 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from crl_exp.cache import Running
-from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.controllers.base import Action
+from crl_exp.controllers.team import Teams
 from crl_exp.errors import UserError
 from crl_exp.generation import Step, cut_at
+from crl_exp.lineup import Lineup, Part, Troop, first_site, start_layer
 from crl_exp.models import LanguageModel
-from crl_exp.prompt_acts import PromptActs
 from crl_exp.prompts import PromptBatch
 
 COMPACT_BELOW = 0.75
 """Ended rows leave once the living ones are at most this share: each time the cache is copied."""
-
-
-@dataclass
-class Part:
-    """A job's rows in one batch: of these positions among its items, which are n_rows in all."""
-
-    controller: Controller
-    items: list[int]
-    row_B: list[int]
-    n_rows: int
 
 
 class Decoding:
@@ -45,26 +35,13 @@ class Decoding:
 
     def __init__(
         self, lm: LanguageModel, prompt: PromptBatch, parts: list[Part], record: bool,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] = (), teams: Teams | None = None,
     ):  # fmt: skip
         self.lm, self.prompt, self.parts, self.record = lm, prompt, parts, record
         self.stop = list(stop)
         n_rows = len(prompt.items)
-        self.rows: list[slice] = []  # of the rows still in the batch
-        self.contexts: list[StepContext] = []
-        at = 0
-        for part in parts:
-            rows = slice(at, at + len(part.items))
-            at = rows.stop
-            self.rows.append(rows)
-            self.contexts.append(
-                StepContext(
-                    0, list(part.items), torch.empty(0),
-                    prompt=PromptActs(prompt.store, prompt.items[rows]),
-                    row_B=torch.tensor(part.row_B, device=lm.device), n_rows=part.n_rows,
-                )
-            )  # fmt: skip
-        self.job_rows = [list(part.row_B) for part in parts]  # a copy of `row_B` on the CPU
+        self.lineup = Lineup(prompt, parts, teams or Teams(), lm.device)
+        self.job_rows = [list(part.row_B) for part in parts]  # of the rows still there
         self.place_R = list(range(n_rows))  # of the rows still there: their place in the batch
         self.alive_R = torch.ones(n_rows, dtype=torch.bool, device=lm.device)
         self.tokens: list[list[int]] = [[] for _ in range(n_rows)]
@@ -73,18 +50,14 @@ class Decoding:
     def run(self, max_new_tokens: int, choices: Sequence[int] | None) -> None:
         """Answer every row, greedily. Raises `UserError` where the model can't take that many."""
         self._check_room(max_new_tokens)
-        for part, context in zip(self.parts, self.contexts, strict=True):
+        for part, context in zip(self.parts, self.lineup.contexts, strict=True):
             part.controller.begin(context)
         lm, prompt = self.lm, self.prompt
-        steered = [
-            site
-            for part in self.parts
-            if part.controller.steers
-            for site in part.controller.sites.values()
-        ]
         # Up to the first steered residual the last prompt token is as the store has it.
-        top = min(steered, default=lm.n_layers - 1)
-        first_layer = top + 1 if max_new_tokens == 1 else 0
+        top = min(first_site(part.controller, lm.n_layers) for part in self.parts)
+        first_layer = min(
+            start_layer(part.controller, max_new_tokens, lm.n_layers) for part in self.parts
+        )
         cache = prompt.cache(first_layer, with_last=top + 1, room=max_new_tokens)
         now = Running(prompt.last_B, prompt.position_B, prompt.key_BT, prompt.valid_BT, cache)
         for index in range(max_new_tokens):
@@ -108,7 +81,7 @@ class Decoding:
                 break
             if index + 1 < max_new_tokens:
                 self._drop_ended(now)
-        for part, context in zip(self.parts, self.contexts, strict=True):
+        for part, context in zip(self.parts, self.lineup.contexts, strict=True):
             part.controller.end(context)
 
     def _check_room(self, max_new_tokens: int) -> None:
@@ -126,68 +99,57 @@ class Decoding:
         if len(index_R) > COMPACT_BELOW * len(self.alive_R):
             return
         now.keep(index_R)
-        at = 0
-        for part, context in enumerate(self.contexts):
-            alive = self.alive_R[self.rows[part]]
-            context.alive_B = alive
-            index_J = alive.nonzero()[:, 0]
-            context.keep(index_J)
+        for part, rows in enumerate(self.lineup.rows):
+            index_J = self.alive_R[rows].nonzero()[:, 0]
             self.job_rows[part] = [self.job_rows[part][i] for i in index_J.tolist()]
-            self.rows[part] = slice(at, at + len(context.items))
-            at = self.rows[part].stop
+        self.lineup.keep(self.alive_R)
         self.place_R = [self.place_R[i] for i in index_R.tolist()]
         self.alive_R = self.alive_R[index_R]
 
     def _show_prompt_residuals(self) -> None:
         """Controllers that only look get the stored residuals, which no other one can change."""
-        for index, part in enumerate(self.parts):
-            if part.controller.steers:
-                continue
-            for layer, site in part.controller.sites.items():
-                self._act(index, layer, self.prompt.residual(site)[self.rows[index]], 0)
+        for site, troops in self.lineup.at(steering=False).items():
+            for troop in troops:
+                self._act(troop, self.prompt.residual(site)[troop.rows], 0)
 
     @contextmanager
     def _hooks(self, token_index: int) -> Iterator[None]:
         """Controllers at their layers for one forward pass; always removed."""
-        sites: dict[int, list[tuple[int, int]]] = {}
-        for index, part in enumerate(self.parts):
-            if token_index == 0 and not part.controller.steers:
-                continue
-            if self.rows[index].start == self.rows[index].stop:
-                continue
-            for layer, site in part.controller.sites.items():
-                sites.setdefault(site, []).append((index, layer))
+        sites = self.lineup.at(steering=True)
+        if token_index > 0:
+            for site, troops in self.lineup.at(steering=False).items():
+                sites.setdefault(site, []).extend(troops)
         handles = []
         try:
-            for site, who in sites.items():
-                handles.append(self.lm.hook(site, self._steer(who, token_index)))
+            for site, troops in sites.items():
+                handles.append(self.lm.hook(site, self._steer(troops, token_index)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _steer(self, who: list[tuple[int, int]], token_index: int) -> Callable[[Tensor], Tensor]:
+    def _steer(self, troops: list[Troop], token_index: int) -> Callable[[Tensor], Tensor]:
         def steer(hidden_RTD: Tensor) -> Tensor:
             steered_RTD = hidden_RTD
-            for index, layer in who:
-                rows = self.rows[index]
-                action = self._act(index, layer, hidden_RTD[rows, -1], token_index)
-                if action is None or not self.parts[index].controller.steers:
+            for troop in troops:
+                action = self._act(troop, hidden_RTD[troop.rows, -1], token_index)
+                if action is None or not self.lineup.steers(troop):
                     continue
                 if steered_RTD is hidden_RTD:
                     steered_RTD = hidden_RTD.clone()
-                steered_RTD[rows, -1] += action.delta_BD.to(hidden_RTD.dtype)
+                steered_RTD[troop.rows, -1] += action.delta_BD.to(hidden_RTD.dtype)
             return steered_RTD
 
         return steer
 
-    def _act(self, index: int, layer: int, x_BD: Tensor, token_index: int) -> Action | None:
-        context = self.contexts[index]
-        context.token_index, context.alive_B = token_index, self.alive_R[self.rows[index]]
-        action = self.parts[index].controller.act(layer, x_BD, context)
+    def _act(self, troop: Troop, x_ND: Tensor, token_index: int) -> Action | None:
+        action = self.lineup.act(troop, x_ND, token_index, self.alive_R)
         if self.record and action is not None:
-            rows = list(self.job_rows[index])
-            self.steps[index].append(Step(layer, token_index, rows, context.alive_B, action))
+            for index, part in zip(troop.parts, troop.slices(), strict=True):
+                alive = self.alive_R[self.lineup.rows[index]]
+                own = action if len(troop.parts) == 1 else action.part(part)
+                rows = list(self.job_rows[index])
+                self.steps[index].append(Step(troop.layer, token_index, rows, alive, own))
         return action
 
     def _next(self, hidden_BD: Tensor, choices: Sequence[int] | None) -> Tensor:
@@ -195,7 +157,7 @@ class Decoding:
         return best_B if choices is None else torch.as_tensor(choices, device=best_B.device)[best_B]
 
     def _note_tokens(self, token_index: int, token_R: Tensor) -> None:
-        for index, rows in enumerate(self.rows):
+        for index, rows in enumerate(self.lineup.rows):
             for step in reversed(self.steps[index]):
                 if step.token_index != token_index:
                     break

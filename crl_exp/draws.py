@@ -23,10 +23,15 @@ class Draws:
     seed: of the rollout. row_B: each row's position among its job's items.
     """
 
-    def __init__(self, seed: int, row_B: Tensor, layer: int = 0, token_index: int = 0):
-        self.key_B = _mix(row_B.long() + _signed(seed * GOLDEN))
-        self.key_B = _mix(self.key_B + _signed((layer + 1) * GOLDEN))
-        self.key_B = _mix(self.key_B + _signed((token_index + 1) * GOLDEN))
+    def __init__(self, seed: int, row_B: Tensor, layer: int = 0, token_index: int | Tensor = 0):
+        self.key_B = _later(layer_keys(seed, row_B, layer), token_index)
+
+    @classmethod
+    def at(cls, key_B: Tensor, token_index: Tensor) -> Draws:
+        """Of rows that may belong to several rollouts. key_B: `layer_keys`. token_index: []."""
+        draws = cls.__new__(cls)
+        draws.key_B = _later(key_B, token_index)
+        return draws
 
     def uniform(self, n: int) -> Tensor:
         """[B, N], evenly between 0 and 1 and never either of them."""
@@ -44,6 +49,17 @@ class Draws:
         """[B, N] of mean 0 and deviation 1 (Box and Muller 1958)."""
         radius_BN = (-2 * self.uniform(n).log()).sqrt()
         return radius_BN * (2 * math.pi * self.uniform(n)).cos()
+
+
+def layer_keys(seed: int, row_B: Tensor, layer: int) -> Tensor:
+    """What all numbers of a rollout's rows at one layer are made from [B], whatever the token."""
+    return _mix(_mix(row_B.long() + _signed(seed * GOLDEN)) + _signed((layer + 1) * GOLDEN))
+
+
+def _later(key_B: Tensor, token_index: int | Tensor) -> Tensor:
+    if isinstance(token_index, int):
+        return _mix(key_B + _signed((token_index + 1) * GOLDEN))
+    return _mix(key_B + (token_index.long() + 1) * _signed(GOLDEN))  # the same modulo 2^64
 
 
 def _mix(x: Tensor) -> Tensor:

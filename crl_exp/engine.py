@@ -16,14 +16,18 @@ from typing import Any, Protocol
 import torch
 
 from crl_exp.batching import BatchSize, batches, bytes_to_decode
-from crl_exp.decode import Decoding, Part
+from crl_exp.controllers.team import Teams
+from crl_exp.decode import Decoding
 from crl_exp.errors import UserError
 from crl_exp.generation import Generation, Job, cut_at, joined
+from crl_exp.lineup import Part, start_layer
 from crl_exp.models import LanguageModel
 from crl_exp.prompts import Progress, PromptBatch, PromptStore, common_prefix
 
 log = logging.getLogger(__name__)
 AUTO_ITEMS = 128
+ENOUGH_ROWS = {"cpu": 32, "cuda": 256}
+"""From about so many rows on, a layer takes as long as its arithmetic and not as reading it."""
 
 
 @dataclass
@@ -146,9 +150,10 @@ class Engine:
             raise UserError("nothing to generate: a job has no items")
         new_tokens = 1 if choices else max_new_tokens
         results = [Generation([[] for _ in job.items], []) for job in jobs]
+        teams = Teams()
 
         def play(rows: list[tuple[int, int]]) -> None:
-            self._play(prompts, jobs, rows, results, new_tokens, choices, record, stop)
+            self._play(prompts, jobs, rows, results, new_tokens, choices, record, stop, teams)
             if progress:
                 progress(len(rows))
 
@@ -157,7 +162,9 @@ class Engine:
         size = self.batch_size.rows(
             bytes_to_decode(self.lm, longest + new_tokens), self.lm.device
         )  # fmt: skip
-        self.batch_size.play(batches(lengths, size), play)
+        starts = [start_layer(job.controller, new_tokens, self.lm.n_layers) for job in jobs]
+        enough = ENOUGH_ROWS.get(self.lm.device.type, ENOUGH_ROWS["cuda"])
+        self.batch_size.play(batches(lengths, size, starts, enough), play)
         for result in results:
             texts = self.lm.tokenizer.batch_decode(result.tokens, skip_special_tokens=True)
             result.texts = [cut_at(text, stop) for text in texts]
@@ -174,6 +181,7 @@ class Engine:
         choices: Sequence[int] | None,
         record: bool,
         stop: Sequence[str],
+        teams: Teams,
     ) -> None:
         """Decode one batch of (job, position among its items) and take its answers into results."""
         parts: dict[int, Part] = {}
@@ -183,7 +191,7 @@ class Engine:
             part.items.append(job.items[at])
             part.row_B.append(at)
         prompt = prompts.batch([item for part in parts.values() for item in part.items])
-        batch = Decoding(self.lm, prompt, list(parts.values()), record, stop)
+        batch = Decoding(self.lm, prompt, list(parts.values()), record, stop, teams)
         batch.run(new_tokens, choices)
         for (index, at), tokens in zip(rows, batch.tokens, strict=True):
             results[index].tokens[at] = tokens

@@ -6,6 +6,8 @@ the first token. Shapes: B rows, R rows that stay, C allowed features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,11 @@ OF_ACTS = frozenset({"feature_acts", "seen", "importance"})
 
 
 class Memory:
-    """One layer's memory of a batch of rows."""
+    """One layer's memory of a batch of rows. key_B: of their random numbers, the same at all
+    tokens (`draws.layer_keys`)."""
 
     def __init__(self) -> None:
+        self.key_B: Tensor | None = None
         self.seen_BC: Tensor | None = None
         self.total_BC: Tensor | None = None
         self.count_B1: Tensor | None = None
@@ -31,8 +35,7 @@ class Memory:
 
     def keep(self, index_R: Tensor) -> None:
         """Only these rows stay."""
-        for name in ("seen_BC", "total_BC", "count_B1", "past_B"):
-            held = getattr(self, name)
+        for name, held in vars(self).items():
             setattr(self, name, None if held is None else held[index_R])
 
     def see(self, acts_BC: Tensor) -> Tensor:
@@ -41,9 +44,13 @@ class Memory:
         self.seen_BC = active_BC if self.seen_BC is None else self.seen_BC | active_BC
         return self.seen_BC
 
-    def weigh(self, acts_BC: Tensor, prompt_mean_BC: Tensor, prompt_tokens_B: Tensor) -> Tensor:
-        """Mean activation of each feature over the prompt's tokens and the steered ones so far."""
+    def weigh(self, acts_BC: Tensor, prompt_means: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+        """Mean activation of each feature over the prompt's tokens and the steered ones so far.
+
+        prompt_means: gives the prompts' means [B, C] and numbers of tokens [B]; called once.
+        """
         if self.total_BC is None or self.count_B1 is None:
+            prompt_mean_BC, prompt_tokens_B = prompt_means()
             self.count_B1 = prompt_tokens_B[:, None].to(acts_BC.dtype)
             self.total_BC = prompt_mean_BC * self.count_B1
         self.total_BC, self.count_B1 = self.total_BC + acts_BC, self.count_B1 + 1
@@ -55,8 +62,8 @@ class Memory:
             self.past_B = torch.full((n_rows,), -torch.inf, device=device)
         return self.past_B
 
-    def note(self, noted: dict[str, Tensor]) -> None:
-        """Take in what the stages noted at this token."""
-        if "length_B" in noted:
+    def note(self, length_B: Tensor | None) -> None:
+        """Take in what the stages noted at this token: ‖logits‖, where one asks for it later."""
+        if length_B is not None:
             assert self.past_B is not None
-            self.past_B = torch.logaddexp(self.past_B, noted["length_B"])
+            self.past_B = torch.logaddexp(self.past_B, length_B)

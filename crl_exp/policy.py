@@ -6,19 +6,21 @@ Shapes: B rows, D d_model, F d_sae, C features that may be steered (allowed), K 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from crl_exp import selection
 from crl_exp.coefficients import Decay
-from crl_exp.controllers.base import Action, Controller, StepContext, slots
+from crl_exp.controllers.base import Action, Controller, StepContext
 from crl_exp.draws import Draws
 from crl_exp.generation import Generation
 from crl_exp.memory import OF_ACTS, Memory
 from crl_exp.networks import Distribution, PolicyConfig, mlp
 from crl_exp.online import OnlineCorrelation, pooled, steps_of
+from crl_exp.policy_team import PolicyTeam
 from crl_exp.saes import Encoder, LayerSAE
 from crl_exp.stages.base import Observation, Pipeline, Shape, StageContext
 from crl_exp.warmup import LayerStatistics, WarmupConfig
@@ -95,37 +97,89 @@ class LayerAgent(nn.Module):
         """Observation [B, D], with the mean and deviation measured in stage 1."""
         return (x_BD.float() - self.mean_D) / self.std_D
 
-    def observe(self, x_BD: Tensor, context: StepContext) -> Observation:
-        """What the distribution at this token depends on; remembered where a stage needs it."""
-        needs, memory = self.pipeline.needs, Memory.of(self.layer, context)
-        seen = Observation(
-            self.standardise(x_BD),
-            torch.full((len(x_BD),), context.token_index, device=x_BD.device),
-        )
-        if needs & OF_ACTS or self.online is not None:
+    def remember(
+        self, x_BD: Tensor, memory: Memory, prompt_means: Callable[[], tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The optional parts of the observation, where a stage needs them (`Stage.needs`).
+
+        prompt_means: mean activations over the prompts; see `Memory.weigh`.
+        """
+        needs, held = self.pipeline.needs, {}
+        if self.reads_acts:
             if self.encode is None:
                 self.encode = self.sae[0].encoder(self.allowed_C)
             acts_BC = self.encode(x_BD)
             if "feature_acts" in needs or self.online is not None:
-                seen.feature_acts_BC = acts_BC
+                held["feature_acts_BC"] = acts_BC
             if "seen" in needs:
-                seen.seen_BC = memory.see(acts_BC)
+                held["seen_BC"] = memory.see(acts_BC)
             if "importance" in needs:
-                seen.importance_BC = memory.weigh(acts_BC, *self.prompt_means(context))
+                held["importance_BC"] = memory.weigh(acts_BC, prompt_means)
         if "past" in needs:
-            seen.past_B = memory.past(len(x_BD), x_BD.device)
-        return seen
+            held["past_B"] = memory.past(len(x_BD), x_BD.device)
+        return held
+
+    @property
+    def reads_acts(self) -> bool:
+        """Whether SAE activations play a part."""
+        return bool(self.pipeline.needs & OF_ACTS) or self.online is not None
 
     def prompt_means(self, context: StepContext) -> tuple[Tensor, Tensor]:
         """Mean activations [B, C] over the prompts and their numbers of tokens [B]; read once."""
         assert context.prompt is not None
         return context.prompt.means(self.sae[0], self.allowed_C)
 
+    def setting(self) -> tuple:
+        """Of two agents with the same setting, parameters and buffers alone may differ in value."""
+        allowed = self.allowed_C.cpu().numpy().tobytes() if self.reads_acts else None
+        return (
+            id(self.sae[0].sae), self.k, self.critic_kind, self.norm_mean, self.norm_std, allowed,
+            self.online is None, repr(self.policy), repr(self.critic), self.pipeline.setting(),
+            tuple((name, t.shape, t.dtype) for name, t in self.state_dict().items()),
+        )  # fmt: skip
+
+    def forward(
+        self,
+        x_BD: Tensor,
+        held: dict[str, Tensor],
+        token_index: Tensor,
+        key_B: Tensor | None,
+        progress: float | Tensor,
+    ) -> dict[str, Tensor]:
+        """Choose features at these residuals: a function of tensors alone.
+
+        held: of `remember`. token_index: []. key_B: of the exploration's draws
+        (`draws.layer_keys`); None: the top features. Returns the fields of the observation that
+        aren't in `held`, and choice_BK, feature_idx_BK, coefficient_BK, log_prob_B and, where there
+        is a critic, value_B; and length_B where a stage wants it remembered.
+        """
+        noted: dict[str, Tensor] = {}
+        obs_BD, token_index_B = self.standardise(x_BD), token_index.expand(len(x_BD))
+        at = Observation(obs_BD, token_index_B, **held)
+        now = self.distribution(at, noted=noted)
+        if key_B is None:
+            choice_BK = selection.greedy(now.logits_BC, self.k)
+        else:
+            draws, explored = Draws.at(key_B, token_index), now
+            if self.pipeline.explores:
+                explored = self.distribution(at, True, progress, draws)
+            choice_BK = selection.sample(explored.logits_BC, self.k, draws)
+        picked_BK = choice_BK.clamp(min=0)
+        made = {
+            "obs_BD": obs_BD, "token_index_B": token_index_B, "choice_BK": choice_BK,
+            "feature_idx_BK": self.allowed_C[picked_BK].masked_fill(choice_BK < 0, -1),
+            "coefficient_BK": self.coefficient_C[picked_BK],
+            "log_prob_B": selection.log_prob(now.logits_BC, choice_BK),
+        }  # fmt: skip
+        if now.value_B is not None:
+            made["value_B"] = now.value_B
+        return made | noted
+
     def distribution(
         self,
         at: Observation,
         explore: bool = False,
-        progress: float = 0.0,
+        progress: float | Tensor = 0.0,
         draws: Draws | None = None,
         noted: dict[str, Tensor] | None = None,
     ) -> Distribution:
@@ -179,34 +233,13 @@ class PolicyController(Controller):
             if "importance" in agent.pipeline.needs:
                 agent.prompt_means(context)
 
-    @torch.no_grad()
+    def kin(self, layer: int) -> Hashable:
+        explored = None if self.seed is None else self.progress
+        return PolicyController, self.agents[layer].setting(), repr(self.decay), explored
+
+    @staticmethod
+    def team(members: Sequence[Controller], layer: int) -> PolicyTeam:
+        return PolicyTeam([m for m in members if isinstance(m, PolicyController)], layer)
+
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action:
-        agent = self.agents[layer]
-        at, noted = agent.observe(x_BD, context), {}
-        now = agent.distribution(at, noted=noted)
-        if self.seed is None:
-            choice_BK = selection.greedy(now.logits_BC, agent.k)
-        else:
-            row_B = context.row_B.to(x_BD.device)
-            draws = Draws(self.seed, row_B, layer, context.token_index)
-            explored = now
-            if agent.pipeline.explores:
-                explored = agent.distribution(at, True, self.progress, draws)
-            choice_BK = selection.sample(explored.logits_BC, agent.k, draws)
-        Memory.of(layer, context).note(noted)
-        coefficient_BK = agent.coefficient_C[choice_BK.clamp(min=0)]
-        coefficient_BK = coefficient_BK * self.decay.at(context.token_index)
-        feature_idx_BK = agent.allowed_C[choice_BK.clamp(min=0)].masked_fill(choice_BK < 0, -1)
-        notes: dict[str, Tensor] = {}
-        if self.seed is not None:  # what the update computes the distribution from again
-            recorded = {f.name: getattr(at, f.name) for f in fields(at)}
-            notes = {name: tensor for name, tensor in recorded.items() if tensor is not None}
-            notes["choice_BK"] = choice_BK
-        return Action(
-            delta_BD=slots(feature_idx_BK, coefficient_BK, agent.sae[0].W_dec_FD),
-            feature_idx_BK=feature_idx_BK,
-            coefficient_BK=coefficient_BK,
-            log_prob_B=selection.log_prob(now.logits_BC, choice_BK),
-            value_B=now.value_B,
-            notes=notes,
-        )
+        return self.team([self], layer).act(x_BD, context, [len(x_BD)])

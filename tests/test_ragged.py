@@ -12,10 +12,11 @@ from crl_exp import decode
 from crl_exp.coefficients import Decay
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.observer import Observer
-from crl_exp.decode import Decoding, Part
+from crl_exp.decode import Decoding
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.generation import Generation, Job, Step
 from crl_exp.learner import collect
+from crl_exp.lineup import Part
 from crl_exp.models import LanguageModel
 from crl_exp.policy import LayerAgent, PolicyController
 from crl_exp.residual_means import ResidualObserver

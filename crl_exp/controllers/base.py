@@ -7,14 +7,15 @@ Shapes: B rows, R rows that stay, D d_model, K features picked at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from crl_exp.controllers.team import Team
     from crl_exp.prompt_acts import PromptActs
 
 
@@ -51,6 +52,22 @@ class StepContext:
         if self.n_rows == 0:  # the job's rows are these
             self.row_B, self.n_rows = torch.arange(len(self.items)), len(self.items)
 
+    @staticmethod
+    def joined(parts: Sequence[StepContext]) -> StepContext:
+        """One for the rows of several, before the first token; with notes of its own."""
+        prompt = None
+        if parts[0].prompt is not None:
+            items = [item for part in parts if part.prompt for item in part.prompt.items]
+            prompt = replace(parts[0].prompt, items=items)
+        return StepContext(
+            parts[0].token_index,
+            [item for part in parts for item in part.items],
+            torch.cat([part.alive_B for part in parts]),
+            prompt=prompt,
+            row_B=torch.cat([part.row_B for part in parts]),
+            n_rows=sum(part.n_rows for part in parts),
+        )
+
     def keep(self, index_R: Tensor) -> None:
         """Only these rows stay in the batch."""
         self.items = [self.items[i] for i in index_R.tolist()]
@@ -76,7 +93,7 @@ class Action:
     value_B: Tensor | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
 
-    def part(self, index_R: Tensor) -> Action:
+    def part(self, index_R: Tensor | slice) -> Action:
         """These rows, in this order."""
 
         def rows(tensor: Tensor | None) -> Tensor | None:
@@ -125,6 +142,15 @@ class Controller:
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
         """Decide for every row at `layer`; None adds nothing."""
         return None
+
+    def kin(self, layer: int) -> Hashable | None:
+        """Controllers of one kin act as one `team` at this layer. None: by itself, with `act`."""
+        return None
+
+    @staticmethod
+    def team(members: Sequence[Controller], layer: int) -> Team:
+        """One that acts for all of these, who are of one kin. A controller with a kin has one."""
+        raise NotImplementedError
 
     def end(self, context: StepContext) -> None:
         """Called when all answers of a batch are there. A batch that didn't fit into memory is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from crl_exp.coefficients import Decay
 from crl_exp.controllers.base import Action, Controller, StepContext, slots
+from crl_exp.controllers.team import Team, sized
 from crl_exp.saes import LayerSAE
 
 
@@ -44,9 +46,30 @@ class FixedFeatures(Controller):
         digests = [self.saes[layer].digest for layer in self.by_layer]
         return [[asdict(steer) for steer in self.steers], digests, repr(self.decay)]
 
+    def kin(self, layer: int) -> Hashable:
+        n_slots = self.by_layer[layer][0].shape[1]
+        return FixedFeatures, id(self.saes[layer].sae), n_slots, repr(self.decay)
+
+    @staticmethod
+    def team(members: Sequence[Controller], layer: int) -> FixedTeam:
+        return FixedTeam([m for m in members if isinstance(m, FixedFeatures)], layer)
+
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action:
-        feature_idx_1K, coefficient_1K = self.by_layer[layer]
-        feature_idx_BK = feature_idx_1K.expand(len(x_BD), -1)
-        coefficient_BK = coefficient_1K.expand(len(x_BD), -1) * self.decay.at(context.token_index)
-        delta_BD = slots(feature_idx_BK, coefficient_BK, self.saes[layer].W_dec_FD)
-        return Action(delta_BD, feature_idx_BK, coefficient_BK)
+        return FixedTeam([self], layer).act(x_BD, context, [len(x_BD)])
+
+
+class FixedTeam(Team):
+    """Fixed features of several controllers, each row's own, gathered together."""
+
+    def __init__(self, members: Sequence[FixedFeatures], layer: int):
+        pairs = [member.by_layer[layer] for member in members]
+        self.feature_idx_GK = torch.cat([feature_idx_1K for feature_idx_1K, _ in pairs])
+        self.coefficient_GK = torch.cat([coefficient_1K for _, coefficient_1K in pairs])
+        self.W_dec_FD, self.decay = members[0].saes[layer].W_dec_FD, members[0].decay
+
+    def act(self, x_ND: Tensor, context: StepContext, sizes: Sequence[int]) -> Action:
+        feature_idx_NK = sized(self.feature_idx_GK, sizes)
+        coefficient_GK = self.coefficient_GK * self.decay.at(context.token_index)
+        coefficient_NK = sized(coefficient_GK, sizes)
+        delta_ND = slots(feature_idx_NK, coefficient_NK, self.W_dec_FD)
+        return Action(delta_ND, feature_idx_NK, coefficient_NK)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor
 
 from crl_exp.coefficients import Decay
 from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.controllers.team import Team, sized
 
 
 class FixedVectors(Controller):
@@ -20,7 +23,25 @@ class FixedVectors(Controller):
         super().__init__({layer: sites[layer] for layer in vector_D})
         self.vector_D, self.decay = vector_D, decay
 
+    def kin(self, layer: int) -> Hashable:
+        return FixedVectors, repr(self.decay)
+
+    @staticmethod
+    def team(members: Sequence[Controller], layer: int) -> VectorTeam:
+        return VectorTeam([m for m in members if isinstance(m, FixedVectors)], layer)
+
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action:
-        vector_D = self.vector_D[layer].to(x_BD.device) * self.decay.at(context.token_index)
-        none_BK = torch.empty(len(x_BD), 0, device=x_BD.device)
-        return Action(vector_D.expand(len(x_BD), -1), none_BK.long(), none_BK)
+        return VectorTeam([self], layer).act(x_BD, context, [len(x_BD)])
+
+
+class VectorTeam(Team):
+    """Vectors of several controllers, each row's own."""
+
+    def __init__(self, members: Sequence[FixedVectors], layer: int):
+        self.vector_GD = torch.stack([member.vector_D[layer] for member in members])
+        self.decay = members[0].decay
+
+    def act(self, x_ND: Tensor, context: StepContext, sizes: Sequence[int]) -> Action:
+        vector_GD = self.vector_GD.to(x_ND.device) * self.decay.at(context.token_index)
+        none_NK = torch.empty(len(x_ND), 0, device=x_ND.device)
+        return Action(sized(vector_GD, sizes), none_NK.long(), none_NK)

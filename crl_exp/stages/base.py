@@ -79,7 +79,7 @@ class StageContext:
     value_BX: Tensor | None = None
     length_B: Tensor | None = None
     explore: bool = False
-    progress: float = 0.0
+    progress: float | Tensor = 0.0
     draws: Draws | None = None
     barred_BC: Tensor | None = None
     noted: dict[str, Tensor] = field(default_factory=dict)
@@ -126,6 +126,11 @@ class Stage(nn.Module):
     def bind(self, shape: Shape) -> None:
         """Make what depends on sizes, such as learnable parameters. Called once, before use."""
 
+    def setting(self) -> tuple:
+        """Of two stages with the same setting, parameters and buffers alone may differ."""
+        plain = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return type(self), *((name, known_by(value)) for name, value in sorted(plain.items()))
+
     def forward(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         barred_BC = logits_BC.isneginf()
         inside = replace(context, barred_BC=barred_BC)
@@ -157,6 +162,10 @@ class Pipeline(nn.Module):
         for stage in self.stages.values():
             stage.bind(shape)  # type: ignore[operator]
 
+    def setting(self) -> tuple:
+        """Of two pipelines with the same setting, parameters and buffers alone may differ."""
+        return tuple(self.order), *(self.stages[name].setting() for name in self.order)  # type: ignore[operator]
+
     def forward(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         for stage in self.stages.values():
             if stage.stage1:
@@ -165,6 +174,15 @@ class Pipeline(nn.Module):
         for name in self.order:
             logits_BC = self.stages[name](logits_BC, context)
         return logits_BC
+
+
+def known_by(value: Any) -> Any:
+    """Something to compare a setting by: its text, or for a larger thing which one it is."""
+    if isinstance(value, list | tuple):
+        return tuple(known_by(one) for one in value)
+    return (
+        repr(value) if value is None or isinstance(value, bool | int | float | str) else id(value)
+    )
 
 
 def masked_softmax(logits_BC: Tensor, barred_BC: Tensor | None) -> Tensor:

@@ -18,13 +18,16 @@ from crl_exp.stages.base import Stage, StageContext
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-def scheduled(schedule: str, progress: float) -> float:
+def scheduled(schedule: str, progress: float | Tensor) -> float | Tensor:
     """Share of the strength left when this share of the training is done: 1, 1 − p, or
-    (1 + cos πp) / 2."""
+    (1 + cos πp) / 2. progress: a number, or a tensor []."""
     assert schedule in SCHEDULES
     if schedule == "linear":
         return 1 - progress
-    return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * progress)) / 2
+    if schedule == "constant":
+        return 1.0
+    turned = math.pi * progress
+    return (1 + (turned.cos() if isinstance(turned, Tensor) else math.cos(turned))) / 2
 
 
 def _schedule_faults(schedule: str) -> list[str]:

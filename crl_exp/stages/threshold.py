@@ -101,11 +101,16 @@ class LearnableJumpReLU(Stage):
 class _Jump(torch.autograd.Function):
     """JumpReLU with the pseudo-derivative of arXiv 2407.14435 for the threshold."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, z_BC: Tensor, theta_BC: Tensor, bandwidth: float) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(z_BC, theta_BC)
-        ctx.bandwidth = bandwidth
+    def forward(z_BC: Tensor, theta_BC: Tensor, bandwidth: float) -> Tensor:  # type: ignore[override]
         return z_BC * (z_BC > theta_BC)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # type: ignore[override]
+        z_BC, theta_BC, ctx.bandwidth = inputs
+        ctx.save_for_backward(z_BC, theta_BC)
 
     @staticmethod
     def backward(ctx: Any, grad_BC: Tensor):  # type: ignore[override]

@@ -1,0 +1,114 @@
+"""Policies of one shape and setting that act in one go: one matrix product over stacked weights.
+
+Each row goes through its own policy. Everything else (activations, memory, draws, decoder rows) is
+computed for all rows together, as for one policy.
+Shapes: G members, R rows of the member that has most, N rows of all, D d_model, C allowed features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, stack_module_state
+
+from crl_exp.controllers.base import Action, StepContext, slots
+from crl_exp.controllers.team import Places, Team
+from crl_exp.draws import layer_keys
+from crl_exp.memory import Memory
+from crl_exp.stages.base import Observation
+
+if TYPE_CHECKING:
+    from crl_exp.policy import PolicyController
+
+LOGITS_TOGETHER = {"cuda": 2**26, "cpu": 2**17}
+"""Numbers of one tensor [G, R, C]. A GPU wants few large kernels: 256 MiB in float32, of which
+there are some ten. On a CPU, what a core's cache doesn't hold costs more than more calls do."""
+
+
+class PolicyTeam(Team):
+    """Members of one `PolicyController.kin` at one layer. Their weights are stacked once."""
+
+    def __init__(self, members: Sequence[PolicyController], layer: int):
+        self.layer = layer
+        self.agents = [member.agents[layer] for member in members]
+        self.first = self.agents[0]
+        self.seeds = [member.seed for member in members]
+        self.decay, self.progress = members[0].decay, members[0].progress
+
+    @cached_property
+    def stacked(self) -> Any:
+        """Parameters and buffers by name, each [G, …]."""
+        return stack_module_state(self.agents)
+
+    @property
+    def explores(self) -> bool:
+        return self.seeds[0] is not None
+
+    @torch.no_grad()
+    def act(self, x_ND: Tensor, context: StepContext, sizes: Sequence[int]) -> Action:
+        first, memory = self.first, Memory.of(self.layer, context)
+        held = first.remember(x_ND, memory, lambda: first.prompt_means(context))
+        token_index = torch.full((), context.token_index, device=x_ND.device)
+        rows = {"x_BD": x_ND, **held}
+        if self.explores:
+            if memory.key_B is None:
+                memory.key_B = self._keys(context.row_B.to(x_ND.device), sizes)
+            rows["key_B"] = memory.key_B
+        made = self._made(rows, sizes, token_index)
+        memory.note(made.pop("length_B", None))
+        return self._action(made, held, self.decay.at(context.token_index))
+
+    def _keys(self, row_N: Tensor, sizes: Sequence[int]) -> Tensor:
+        parts = zip(self.seeds, row_N.split(list(sizes)), strict=True)
+        return torch.cat([layer_keys(seed or 0, row_R, self.layer) for seed, row_R in parts])
+
+    def _made(
+        self, rows: dict[str, Tensor], sizes: Sequence[int], token_index: Tensor
+    ) -> dict[str, Tensor]:
+        """`LayerAgent.forward` for every row, by its own member. rows: its arguments, [N, …]."""
+
+        def decide(agent: Callable[..., dict[str, Tensor]], rows: dict[str, Tensor]):
+            held = {name: rows[name] for name in rows.keys() - {"x_BD", "key_B"}}
+            return agent(rows["x_BD"], held, token_index, rows.get("key_B"), self.progress)
+
+        if len(self.agents) == 1:
+            return decide(self.first, rows)
+        x_ND = rows["x_BD"]
+        together = LOGITS_TOGETHER["cuda" if x_ND.is_cuda else "cpu"]
+        chunk = together // (max(sizes) * len(self.first.allowed_C))
+        if chunk <= 1:
+            split = {name: tensor.split(list(sizes)) for name, tensor in rows.items()}
+            each = [
+                decide(agent, {name: parts[g] for name, parts in split.items()})
+                for g, agent in enumerate(self.agents)
+            ]
+            return {name: torch.cat([made[name] for made in each]) for name in each[0]}
+
+        def stacked(state: Any, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+            return decide(lambda *given: functional_call(self.first, state, given), rows)
+
+        places = Places.of(sizes, x_ND.device)
+        padded = {name: places.padded(tensor) for name, tensor in rows.items()}
+        made = torch.vmap(stacked, chunk_size=chunk)(self.stacked, padded)
+        return {name: places.flat(tensor) for name, tensor in made.items()}
+
+    def _action(self, made: dict[str, Tensor], held: dict[str, Tensor], decay: float) -> Action:
+        coefficient_NK = made["coefficient_BK"] * decay
+        notes: dict[str, Tensor] = {}
+        if self.explores:  # what the update computes the distribution from again
+            observed = {**made, **held}
+            names = [f.name for f in fields(Observation) if f.name in observed]
+            notes = {name: observed[name] for name in [*names, "choice_BK"]}
+        return Action(
+            delta_BD=slots(made["feature_idx_BK"], coefficient_NK, self.first.sae[0].W_dec_FD),
+            feature_idx_BK=made["feature_idx_BK"],
+            coefficient_BK=coefficient_NK,
+            log_prob_B=made["log_prob_B"],
+            value_B=made.get("value_B"),
+            notes=notes,
+        )
