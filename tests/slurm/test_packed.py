@@ -14,7 +14,7 @@ from tests.test_packing import close, told
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.usefixtures("tiny_cache")]
 SWEEP = [
-    "+debug=tiny", "method=crl", "layers.layer=3,12", "seed=0,1", "algorithm.n_updates=150",
+    "+debug=tiny", "method=crl", "layers.layer=3,12", "seed=0,1", "algorithm.n_updates=100",
     "sweep_name=s",
 ]  # fmt: skip
 
