@@ -27,6 +27,7 @@ from crl_exp.models import LanguageModel
 from crl_exp.run_keys import content_key, run_key
 from crl_exp.runs import RunDirectory
 from crl_exp.seats import Outcome, Pack, Seat
+from crl_exp.sections import Known
 
 log = logging.getLogger(__name__)
 SHARED = ("model", "sae", "task", "engine")
@@ -111,10 +112,11 @@ class PackPlace(Place):
 
 def _wanted_layers(runs: Sequence[DictConfig]) -> Layers:
     wanted: Layers = {}
+    known = Known()
     for config in runs:
         try:
-            exp = configs.experiment(config)
-            layers = configs.validate(exp)
+            exp = configs.experiment(config, known)
+            layers = configs.validate(exp, known)
         except UserError:
             continue  # it is told where this run itself begins
         if not isinstance(exp.method, NoSteering) and not _is_done(config):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from crl_exp.errors import UserError
 from crl_exp.launcher import cancel as cancelling
 from crl_exp.launcher import job, slurm_jobs
+from crl_exp.launcher import retry as retrying
 from crl_exp.launcher.cancel import cancel
 from crl_exp.launcher.estimate import estimate
 from crl_exp.launcher.launch import plan_text, submitted_text
@@ -20,7 +21,7 @@ from crl_exp.launcher.packs import pack_lines, packs_of
 from crl_exp.launcher.plan import Point
 from crl_exp.launcher.submit import _chunks
 from crl_exp.launcher.sweep_file import SweepFile
-from crl_exp.records import find_records
+from crl_exp.records import Record, find_records
 from crl_exp.run_status import RunStatus
 from tests.launching import points_of, settings, tiny
 
@@ -110,6 +111,9 @@ def test_rollouts_that_do_not_fit_are_warned_of(tmp_path):
     assert "Set engine.batch_size=56 or engine.batch_size=auto" in warning
     auto = packed(4, *tiny(tmp_path, f"hydra.sweeper.grids={grids}", "engine.batch_size=auto"))
     assert "warning" not in "".join(pack_lines(packs_of(auto)))
+    by_itself = "[{seed: 2, algorithm: grpo}, {method: [none, corrsteer_a]}]"
+    one = packed(4, *tiny(tmp_path, f"hydra.sweeper.grids={by_itself}"))
+    assert "warning" not in "".join(pack_lines(packs_of(one))), "40 rows are too many alone, too"
 
 
 def test_the_estimate_counts_a_packs_time_once(tmp_path):
@@ -210,6 +214,26 @@ def test_a_run_that_was_submitted_again_has_other_mates(submitted):
     again = {"job": "8", "workers": [], "runs": [b, c], "packs": [[b, c]]}
     sweep.submissions.append({"released": True, "parts": [again]})
     assert sweep.mates(a) == {a} and sweep.mates(b) == {b, c} and sweep.mates("x") == {"x"}
+
+
+def test_a_sweep_that_was_submitted_before_there_were_packs_is_retried(submitted):
+    sweep = SweepFile.read(submitted.folder)
+    (part,) = sweep.submissions[0]["parts"]
+    sweep.submissions[0]["launcher"] = "local_processes"
+    part["settings"] = asdict(settings("local_processes"))
+    del part["packs"], part["settings"]["pack"]
+    record = Record(submitted.a.path)
+    assert retrying._start(record, sweep, []).settings.pack == 1
+    assert retrying._start(record, sweep, ["pack=3"]).settings.pack == 3
+    assert sweep.mates(record.key) == {record.key}
+
+
+def test_a_config_of_another_version_does_not_hinder_the_others(tmp_path):
+    """Retried, it is its own job that says what is wrong with it."""
+    points = packed(2, *tiny(tmp_path, "seed=0,1", "engine.batch_size=8"))
+    assert "warning" in "".join(pack_lines(packs_of(points)))
+    points[0].run.config.policy.breadth = 3
+    assert pack_lines(packs_of(points)) == ["  packed: 2 runs in 1 job, 2 at most in one"]
 
 
 def test_a_job_leaves_out_what_is_no_longer_its_own(submitted, monkeypatch, caplog):

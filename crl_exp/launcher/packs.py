@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Protocol, TypeVar
 
 from crl_exp import config as configs
+from crl_exp.errors import UserError
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings
 from crl_exp.methods import CRL
 from crl_exp.packing import section_keys
@@ -89,9 +90,9 @@ def _too_small(packs: Sequence[Sequence[Startable]]) -> list[str]:
     known, worst = Known(), (0, 0, 0)  # rows of the pack, of the engine, rollouts
     for pack in packs:
         size = pack[0].run.config.engine.batch_size
-        rows = [_rollout_rows(configs.experiment(start.run.config, known)) for start in pack]
-        if isinstance(size, int) and len(pack) > 1 and sum(rows) > size:
-            worst = max(worst, (sum(rows), size, sum(n > 0 for n in rows)))
+        rows = [n for start in pack if (n := _rollout_rows(start, known))]
+        if isinstance(size, int) and len(rows) > 1 and sum(rows) > size:
+            worst = max(worst, (sum(rows), size, len(rows)))
     total, size, n = worst
     if not total:
         return []
@@ -102,8 +103,12 @@ def _too_small(packs: Sequence[Sequence[Startable]]) -> list[str]:
     ]
 
 
-def _rollout_rows(exp: configs.Experiment) -> int:
+def _rollout_rows(start: Startable, known: Known) -> int:
     """Answers that the run asks for at each update of its policy; 0 where it trains none."""
+    try:
+        exp = configs.experiment(start.run.config, known)
+    except UserError:
+        return 0  # retried, but frozen by another version: its job says what is wrong with it
     if not (isinstance(exp.method, CRL) and exp.method.stage2):
         return 0
     return len(exp.algorithm.answered(list(range(exp.algorithm.prompts_per_update))))
