@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from crl_exp.errors import UserError
 from crl_exp.launcher import cancel as cancelling
@@ -232,7 +233,8 @@ def test_a_config_of_another_version_does_not_hinder_the_others(tmp_path):
     """Retried, it is its own job that says what is wrong with it."""
     points = packed(2, *tiny(tmp_path, "seed=0,1", "engine.batch_size=8"))
     assert "warning" in "".join(pack_lines(packs_of(points)))
-    points[0].run.config.policy.breadth = 3
+    plain: Any = OmegaConf.to_container(points[0].run.config)
+    points[0].run.config = OmegaConf.create({**plain, "policy": {"breadth": 3}})
     assert pack_lines(packs_of(points)) == ["  packed: 2 runs in 1 job, 2 at most in one"]
 
 
