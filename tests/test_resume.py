@@ -31,7 +31,7 @@ TRAINING = [
 SIZES = ["task.n_train=24", "task.n_validation=8", "task.n_test=16"]
 KILLS = 10
 # What a run measures of the machine and of the moment, not what it computes.
-OF_THE_MOMENT = ("seconds", "peak_memory_bytes", "git_commit", "git_dirty")
+OF_THE_MOMENT = ("seconds", "peak_memory_bytes", "git_commit", "git_dirty", "git_diff")
 
 
 def outcome(folder: Path) -> dict[str, Any]:
