@@ -89,7 +89,7 @@ def memory_child(subject: Subject, n: int) -> int:
     """
     draw = torch.Generator().manual_seed(0)
     prompts = torch.randint(10, 200, (n, SHORT_PROMPT), generator=draw).tolist()
-    engine = Engine(subject.lm, EngineConfig(batch_size=50, keep_gib=0.0))
+    engine = Engine(subject.lm, EngineConfig(batch_size=50, keep_gib=0.0, decode="eager"))
     store = engine.read(prompts)
 
     def play(observer: Controller, items) -> torch.Tensor:

@@ -65,7 +65,9 @@ class Subject:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.lm, EngineConfig(batch_size=128, keep_gib=self.exp.engine.keep_gib))
+        return Engine(
+            self.lm, EngineConfig(batch_size=128, keep_gib=self.exp.engine.keep_gib, decode="eager")
+        )
 
     @cached_property
     def saes(self) -> dict[int, LayerSAE]:
