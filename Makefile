@@ -12,6 +12,9 @@ HOST ?= 127.0.0.1
 MLFLOW_DIR ?= outputs
 MLFLOW_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that share the tests: as many as there are CPUs, none of its own for a few chosen tests.
+WORKERS ?= $(if $(filter -k% tests/%,$(PYTEST_ARGS)),0,logical)
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
 
 # Nothing here reports home, and MLflow's telemetry has a race that loses points.
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -77,10 +80,10 @@ prefetch: setup ## download what a sweep loads, for offline nodes (SWEEP=name AR
 	$(BIN)/python -m crl_exp prefetch +sweep=$(SWEEP) $(ARGS)
 
 test: assets ## every test that can run here (PYTEST_ARGS='-k name')
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: setup ## the quick tests that need neither network nor assets
-	$(BIN)/python -m pytest -m 'not slow and not assets and not gpu and not slurm' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow and not assets and not gpu and not slurm' $(PYTEST_ARGS)
 
 check: format-check lint types test-fast ## what must pass before a commit
 

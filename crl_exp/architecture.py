@@ -10,6 +10,7 @@ from torch import nn
 from crl_exp.errors import UserError
 from crl_exp.model_config import ModelConfig, cannot_load
 
+_STEERABLE: set[tuple[str, str | None]] = set()  # configs that were found to be, by content
 CHOOSE = "choose a decoder-only transformer (Llama, Gemma-2, Qwen, GPT-2, GPT-NeoX, …) by model=…"
 
 
@@ -46,6 +47,10 @@ def check_architecture(config: ModelConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     read = config.read_config()
+    # Building takes a tenth of a second, and every run of a process asks.
+    asked = (read.to_json_string(use_diff=False), config.attn_implementation)
+    if asked in _STEERABLE:
+        return read.get_text_config()
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -54,4 +59,5 @@ def check_architecture(config: ModelConfig) -> Any:
     except (ValueError, ImportError) as error:
         raise UserError(cannot_load(config, config.path, error)) from error
     find_layers(model)
+    _STEERABLE.add(asked)
     return read.get_text_config()

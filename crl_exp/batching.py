@@ -89,17 +89,32 @@ def _tried(play: Callable[[list[Row]], None], rows: list[Row]) -> str | None:
     return None
 
 
-def batches(lengths: Sequence[Sequence[int]], size: int) -> list[list[tuple[int, int]]]:
+def batches(
+    lengths: Sequence[Sequence[int]], size: int, starts: Sequence[int], enough: int
+) -> list[list[tuple[int, int]]]:
     """Cut the rows of several jobs into batches of (job, position among the job's items).
 
-    lengths: of each job's prompts. Where one batch doesn't hold all, prompts of like length go
+    lengths: of each job's prompts. starts: the layer that each job's rows start at; those of a
+    batch start at its lowest, so that a job with another start begins a new batch once there are
+    `enough` rows in the last. Where one batch doesn't hold all, prompts of like length go
     together, the longest first: what doesn't fit into memory shows at once. Within a batch the
     jobs' order and their items' is kept.
     """
     rows = [(job, at) for job, own in enumerate(lengths) for at in range(len(own))]
-    if len(rows) > size:
-        rows.sort(key=lambda row: (-lengths[row[0]][row[1]], row))
-    return [sorted(rows[at : at + size]) for at in range(0, len(rows), size)]
+    alike: list[list[tuple[int, int]]] = []
+    for row in sorted(rows, key=lambda row: starts[row[0]]):
+        begins = not alike or (
+            starts[row[0]] != starts[alike[-1][-1][0]] and len(alike[-1]) >= min(enough, size)
+        )
+        if begins:
+            alike.append([])
+        alike[-1].append(row)
+    cut: list[list[tuple[int, int]]] = []
+    for group in alike:
+        if len(group) > size:
+            group.sort(key=lambda row: (-lengths[row[0]][row[1]], row))
+        cut += [sorted(group[at : at + size]) for at in range(0, len(group), size)]
+    return cut
 
 
 def bytes_to_decode(lm: LanguageModel, n_tokens: int) -> int:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
 from crl_exp import lab
 from crl_exp.bench_subject import Subject
@@ -29,8 +30,8 @@ SHORT_PROMPT = 4
 
 @contextmanager
 def run_calls(subject: Subject) -> Iterator[Calls]:
-    """Whole runs on the choice task: one, eight variants of it, one for each layer. Each reads its
-    prompts and warms up anew, in a folder of its own; the model is loaded before."""
+    """Whole runs on the choice task: one, eight variants of it, one for each layer. Each call reads
+    the prompts and warms up anew; the model is loaded before."""
     n = 1500 // subject.scale
     sizes = [
         f"task.n_train={n}", f"task.n_validation={max(2, n // 10)}", f"task.n_test={n}",
@@ -46,25 +47,30 @@ def run_calls(subject: Subject) -> Iterator[Calls]:
 
     with tempfile.TemporaryDirectory() as folder:
 
-        def play(layers: list[int], variants: list[list[str]]) -> None:
-            lab._SHARED["prompts"] = {}
-            lab._SHARED["baseline"] = {}
-            out = Path(folder) / str(next(numbers))
-            common = [*sizes, *here, f"output_dir={out}"]
-            configs = [
-                subject.config(*common, f"layers.layer={layer}", *variant)
+        def composed(layers: list[int], variants: list[list[str]]) -> list[DictConfig]:
+            return [
+                subject.config(*sizes, *here, f"layers.layer={layer}", *variant)
                 for layer in layers
                 for variant in variants
             ]
+
+        def play(configs: list[DictConfig]) -> None:
+            lab._SHARED["prompts"] = {}
+            lab._SHARED["baseline"] = {}
+            for config in configs:
+                config.output_dir = str(Path(folder) / str(next(numbers)))
             for outcome in run_pack(configs):
                 if isinstance(outcome, BaseException):
                     raise outcome
 
-        play([subject.layer], variants[:1])  # loads the model
+        one = composed([subject.layer], variants[:1])
+        eight = composed([subject.layer], variants)
+        layers = composed(list(range(subject.lm.n_layers)), variants[:1])
+        play(one)  # loads the model
         yield {
-            "one": lambda: play([subject.layer], variants[:1]),
-            "eight": lambda: play([subject.layer], variants),
-            "layers": lambda: play(list(range(subject.lm.n_layers)), variants[:1]),
+            "one": lambda: play(one),
+            "eight": lambda: play(eight),
+            "layers": lambda: play(layers),
         }
 
 

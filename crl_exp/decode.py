@@ -19,7 +19,7 @@ from crl_exp.controllers.base import Action
 from crl_exp.controllers.team import Teams
 from crl_exp.errors import UserError
 from crl_exp.generation import Step, cut_at
-from crl_exp.lineup import Lineup, Part, Troop
+from crl_exp.lineup import Lineup, Part, Troop, first_site, start_layer
 from crl_exp.models import LanguageModel
 from crl_exp.prompts import PromptBatch
 
@@ -53,15 +53,16 @@ class Decoding:
         for part, context in zip(self.parts, self.lineup.contexts, strict=True):
             part.controller.begin(context)
         lm, prompt = self.lm, self.prompt
-        steered = [
-            site
-            for part in self.parts
-            if part.controller.steers
-            for site in part.controller.sites.values()
-        ]
         # Up to the first steered residual the last prompt token is as the store has it.
+<<<<<<< HEAD
         self.top = top = min(steered, default=lm.n_layers - 1)
         first_layer = top + 1 if max_new_tokens == 1 else 0
+=======
+        top = min(first_site(part.controller, lm.n_layers) for part in self.parts)
+        first_layer = min(
+            start_layer(part.controller, max_new_tokens, lm.n_layers) for part in self.parts
+        )
+>>>>>>> main
         cache = prompt.cache(first_layer, with_last=top + 1, room=max_new_tokens)
         now = Running(prompt.last_B, prompt.position_B, prompt.key_BT, prompt.valid_BT, cache)
         for index in range(max_new_tokens):

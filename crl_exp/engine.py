@@ -20,7 +20,7 @@ from crl_exp.controllers.team import Teams
 from crl_exp.decode import Decoding
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.generation import Generation, Job, cut_at, joined
-from crl_exp.lineup import Part
+from crl_exp.lineup import Part, start_layer
 from crl_exp.models import LanguageModel
 from crl_exp.prompts import Progress, PromptBatch, PromptStore, common_prefix
 from crl_exp.static_decode import CompiledDecoding
@@ -28,7 +28,12 @@ from crl_exp.static_step import Steps
 
 log = logging.getLogger(__name__)
 AUTO_ITEMS = 128
+<<<<<<< HEAD
 DECODE = ("eager", "compiled")
+=======
+ENOUGH_ROWS = {"cpu": 32, "cuda": 256}
+"""From about so many rows on, a layer takes as long as its arithmetic and not as reading it."""
+>>>>>>> main
 
 
 @dataclass
@@ -170,7 +175,9 @@ class Engine:
         size = self.batch_size.rows(
             bytes_to_decode(self.lm, longest + new_tokens), self.lm.device
         )  # fmt: skip
-        self.batch_size.play(batches(lengths, size), play)
+        starts = [start_layer(job.controller, new_tokens, self.lm.n_layers) for job in jobs]
+        enough = ENOUGH_ROWS.get(self.lm.device.type, ENOUGH_ROWS["cuda"])
+        self.batch_size.play(batches(lengths, size, starts, enough), play)
         for result in results:
             texts = self.lm.tokenizer.batch_decode(result.tokens, skip_special_tokens=True)
             result.texts = [cut_at(text, stop) for text in texts]

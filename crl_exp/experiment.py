@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -31,16 +30,31 @@ log = logging.getLogger(__name__)
 VERSIONS = ("crl_exp", "torch", "transformers", "sae-lens", "mlflow", "hydra-core")
 
 
-MakeEngine = Callable[[LanguageModel, EngineConfig], Engine]
+class Place:
+    """Where a run takes place: in this process by itself. `crl_exp.packing` has others.
+
+    packed: runs that share the time.
+    """
+
+    packed = 1
+
+    def engine(self, lm: LanguageModel, config: EngineConfig) -> Engine:
+        return Engine(lm, config)
+
+    def begun(self, run: RunDirectory) -> None:
+        """The run is recorded as running; nothing is loaded yet."""
+
+    def warming_up(self, lab: Lab) -> None:
+        """The run's stage 1 comes next."""
 
 
 def run_experiment(
-    config: DictConfig, skip_finished: bool, make_engine: MakeEngine = Engine, packed: int = 1
+    config: DictConfig, skip_finished: bool, place: Place | None = None
 ) -> dict[str, Any] | None:
     """Run one composed config in its run directory; returns its result.
 
     skip_finished: a finished run's result is returned (in a sweep) instead of being an error.
-    make_engine, packed: of a pack of runs, and how many they are; see `crl_exp.packing`.
+    place: in a pack of runs; see `crl_exp.packing`.
     Returns None where the run is left alone: with resume=retry unless it failed, was lost or
     cancelled, and in a sweep where another process has it.
     Raises `UserError` for whatever the user can mend; asked to end early, `Preempted`.
@@ -58,7 +72,7 @@ def run_experiment(
             if done is not None and not run.anew:
                 _already(run, skip_finished)
                 return done
-            return _attempt(exp, layers, run, make_engine, packed)
+            return _attempt(exp, layers, run, place or Place())
     except HeldError as error:
         if not skip_finished:
             raise
@@ -77,9 +91,7 @@ def _already(run: RunDirectory, skip_finished: bool) -> None:
     log.info("already finished, skipped: %s", run.path)
 
 
-def _attempt(
-    exp: Experiment, layers: list[int], run: RunDirectory, make_engine: MakeEngine, packed: int
-) -> dict[str, Any]:
+def _attempt(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) -> dict[str, Any]:
     # The tracker outlives the directory's status: a failed run belongs in MLflow too.
     with (
         Tracker(run, exp.tracking) as tracker,
@@ -88,22 +100,23 @@ def _attempt(
     ):
         code = note_code(run.path)
         tracker.start()
-        result = _run(exp, layers, run, make_engine) | code | {"packed": packed}
+        run.progress.packed = max(run.progress.packed, place.packed)
+        place.begun(run)
+        result = _run(exp, layers, run, place) | code | {"packed": run.progress.packed}
         write_json(run.result_path, result)
         run.clear_answers()
     return result
 
 
-def _run(
-    exp: Experiment, layers: list[int], run: RunDirectory, make_engine: MakeEngine
-) -> dict[str, Any]:
+def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) -> dict[str, Any]:
     timed = run.progress.timed
     with timed("load"):
-        lab = Lab(exp, layers, run, make_engine)
+        lab = Lab(exp, layers, run, place.engine)
         preemption.check()
     write_json(run.path / "data.json", lab.splits.facts())
     with timed("warmup"):
         if not isinstance(exp.method, NoSteering):
+            place.warming_up(lab)
             lab.statistics()
     with timed("train"):
         controller, layers = exp.layers.prepare(lab)

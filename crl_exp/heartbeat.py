@@ -22,6 +22,7 @@ class Progress:
     """What the heartbeat tells: written by the run, read by the thread.
 
     seconds: spent in each phase so far, that of earlier attempts counted in.
+    packed: most runs that shared one of the attempts' time, 1: none was in a pack.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class Progress:
         self.what, self.done, self.total = "", 0, 0
         self.metrics: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
+        self.packed = 1
         self._since = self._phase_since = time.perf_counter()
         self._first = 0
 
@@ -69,7 +71,7 @@ class Progress:
         return {
             "time": time.time(), "phase": self.phase, "what": self.what, "done": self.done,
             "total": self.total, "left_seconds": self.left_seconds(),
-            "metrics": dict(self.metrics), "seconds": now,
+            "metrics": dict(self.metrics), "seconds": now, "packed": self.packed,
         }  # fmt: skip
 
 

@@ -228,14 +228,16 @@ class Lab:
         key = [self.engine_key, asdict(self.exp.task), controller.identity]
         return _shared("choice", key, ask, keep=1000)
 
-    def training_reward(self, controller: Controller) -> float:
-        """Mean reward on the validation split, in the middle of training."""
-        rewards = []
+    def training_reward(self, controller: Controller, rewards: list[float]) -> float:
+        """Mean reward on the validation split, in the middle of training.
+
+        rewards: of the items answered so far; goes on behind them and adds to them.
+        """
         n = len(self.prompts("validation"))
-        for items in batches(0, n, self.exp.engine.items_together):
+        for items in batches(len(rewards), n, self.exp.engine.items_together):
             preemption.check()
-            rewards.append(self.answer(controller, "validation", items).reward_B)
-        return float(torch.cat(rewards).mean())
+            rewards += self.answer(controller, "validation", items).reward_B.tolist()
+        return float(torch.tensor(rewards).mean())
 
     # --- stage 1 ---
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from crl_exp.option_names import option_names, typed
 from crl_exp.records import Record, flatten
-from crl_exp.runs import NOT_IN_KEY
+from crl_exp.run_keys import NOT_IN_KEY
 
 NAMES = {
     "none": "unsteered",

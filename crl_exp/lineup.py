@@ -29,6 +29,18 @@ class Part:
     n_rows: int
 
 
+def first_site(controller: Controller, n_layers: int) -> int:
+    """The first residual that it may change; where it changes none, the last there is."""
+    changed = controller.sites.values() if controller.steers else ()
+    return min(changed, default=n_layers - 1)
+
+
+def start_layer(controller: Controller, new_tokens: int, n_layers: int) -> int:
+    """The first decoder layer that runs at all: with one token to write, the one after the first
+    steered residual."""
+    return first_site(controller, n_layers) + 1 if new_tokens == 1 else 0
+
+
 @dataclass
 class Troop:
     """Parts that act together at one layer.

@@ -10,7 +10,7 @@ the questions are answered together. So any method is packed, and none knows of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,12 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from crl_exp import config as configs
 from crl_exp import preemption
+from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
-from crl_exp.experiment import run_experiment
+from crl_exp.experiment import Place, run_experiment
 from crl_exp.lab import Lab
 from crl_exp.methods import NoSteering
-from crl_exp.runs import RunDirectory, content_key
-from crl_exp.seats import Outcome, Pack
+from crl_exp.models import LanguageModel
+from crl_exp.run_keys import content_key, run_key
+from crl_exp.runs import RunDirectory
+from crl_exp.seats import Outcome, Pack, Seat
+from crl_exp.sections import Known
 
 log = logging.getLogger(__name__)
 SHARED = ("model", "sae", "task", "engine")
@@ -33,19 +37,25 @@ and decoding, engine."""
 
 def pack_key(config: DictConfig) -> str:
     """Runs with the same key may be packed together."""
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    return content_key({name: plain[name] for name in SHARED})
+    return content_key(section_keys(config))
+
+
+def section_keys(config: DictConfig) -> dict[str, str]:
+    """The content of each section that runs of a pack have in common, as a key."""
+    plain: Any = {name: OmegaConf.to_container(config[name], resolve=True) for name in SHARED}
+    return {name: content_key(plain[name]) for name in SHARED}
 
 
 def run_pack(runs: Sequence[DictConfig], skip_finished: bool = True) -> list[Outcome]:
     """Run composed configs together; returns each one's result, or the exception it ended with, or
     None where `run_experiment` left it alone.
 
-    A run that fails ends alone, with its own status; the others go on. The results are those of
-    running each alone, as far as rounding goes: matrix products of another shape differ in the last
-    bits, so an action or a token can differ only where two candidates are that close. An interrupt
-    ends all runs. Asked to end early, they all end after their step, saved, and `Preempted` is
-    raised. Raises `UserError` where they can't share a model.
+    A run that fails ends alone, with its own status; the others go on. So does one that is
+    cancelled by itself (`RunStatus.cancel_path`), with `Preempted` for its outcome. The results are
+    those of running each alone, as far as rounding goes: matrix products of another shape differ in
+    the last bits, so an action or a token can differ only where two candidates are that close. An
+    interrupt ends all runs. Asked to end early, they all end after their step, saved, and
+    `Preempted` is raised. Raises `UserError` where they can't share a model.
     """
     keys = [pack_key(config) for config in runs]
     if len(set(keys)) > 1:
@@ -53,35 +63,79 @@ def run_pack(runs: Sequence[DictConfig], skip_finished: bool = True) -> list[Out
             f"runs of a pack must have {', '.join(SHARED)} in common; pack those of one pack_key"
         )
     with preemption.guard():  # here: signals come to the main thread, not to those of the runs
-        _share_warmup(runs)
-        pack = Pack()
-        for config in runs:
-            pack.seat(
-                lambda make, config=config: run_experiment(config, skip_finished, make, len(runs))
-            )
+        wanted, pack = _wanted_layers(runs), Pack()
+        packed = sum(not _is_done(config) for config in runs)
+        for number, config in enumerate(runs):
+
+            def work(make: MakeEngine, number: int = number, config: DictConfig = config) -> Any:
+                place = PackPlace(pack.seats[number], make, packed, wanted)
+                return run_experiment(config, skip_finished, place)
+
+            pack.seat(work, run_key(config))
         outcomes = pack.play()
-        for outcome in outcomes:
-            if isinstance(outcome, preemption.Preempted):
-                raise outcome
+        if preemption.asked():
+            _end_together(outcomes)
     return outcomes
 
 
-def _share_warmup(runs: Sequence[DictConfig]) -> None:
-    """Stage 1 for all layers of the runs in one pass; each run then finds its own in the store."""
-    by_warmup: dict[str, tuple[configs.Experiment, DictConfig, set[int]]] = {}
-    for config in runs:
+MakeEngine = Callable[[LanguageModel, EngineConfig], Engine]
+Layers = dict[str, set[int]]
+"""Layers that a pack's runs steer, by what else their stage 1 depends on (`_warmup_key`)."""
+
+
+class PackPlace(Place):
+    """A run's place in a pack. packed: runs that aren't done. layers: that the pack steers."""
+
+    def __init__(self, seat: Seat, make_engine: MakeEngine, packed: int, layers: Layers):
+        self.seat, self.make_engine = seat, make_engine
+        self.packed, self.layers = max(packed, 1), layers
+
+    def engine(self, lm: LanguageModel, config: EngineConfig) -> Engine:
+        return self.make_engine(lm, config)
+
+    def begun(self, run: RunDirectory) -> None:
+        """Let the others begin too, before the first one loads: all are at work from then on."""
+        self.seat.cancel_path = run.cancel_path
+        log.info("begun, one of %d together", self.packed)
+        self.seat.pause()
+
+    def warming_up(self, lab: Lab) -> None:
+        """Stage 1 for all layers of the pack in one pass; each run then finds its own stored."""
+        layers = self.layers.get(_warmup_key(lab.exp), set()) | set(lab.saes)
+        if layers == set(lab.saes):
+            return
         try:
-            exp = configs.experiment(config)
-            layers = configs.validate(exp)
-        except UserError:
-            continue  # it is told where this run itself begins
-        if isinstance(exp.method, NoSteering) or RunDirectory(config).result() is not None:
-            continue
-        same = content_key([asdict(exp.warmup), exp.output_dir])
-        _, _, wanted = by_warmup.setdefault(same, (exp, config, set()))
-        wanted.update(layers)
-    for exp, config, wanted in by_warmup.values():
-        try:
-            Lab(exp, sorted(wanted), RunDirectory(config)).statistics()
+            Lab(lab.exp, sorted(layers), lab.run, lambda lm, config: lab.engine).statistics()
         except Exception as error:  # whatever it is: the run that it concerns meets it again
             log.warning("warmup of all layers at once failed, each run warms up alone: %s", error)
+
+
+def _wanted_layers(runs: Sequence[DictConfig]) -> Layers:
+    wanted: Layers = {}
+    known = Known()
+    for config in runs:
+        try:
+            exp = configs.experiment(config, known)
+            layers = configs.validate(exp, known)
+        except UserError:
+            continue  # it is told where this run itself begins
+        if not isinstance(exp.method, NoSteering) and not _is_done(config):
+            wanted.setdefault(_warmup_key(exp), set()).update(layers)
+    return wanted
+
+
+def _warmup_key(exp: configs.Experiment) -> str:
+    return content_key([asdict(exp.warmup), exp.output_dir])
+
+
+def _is_done(config: DictConfig) -> bool:
+    run = RunDirectory(config)
+    return run.result() is not None and not run.anew
+
+
+def _end_together(outcomes: Sequence[Outcome]) -> None:
+    """Raise the `Preempted` of a run that is to go on, if there is one, so that the job is put
+    back; or else that of one which was cancelled."""
+    ended = [outcome for outcome in outcomes if isinstance(outcome, preemption.Preempted)]
+    for preempted in sorted(ended, key=lambda one: one.cancelled):
+        raise preempted

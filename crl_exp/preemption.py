@@ -44,17 +44,39 @@ class Preempted(SystemExit):
 
 _asked: tuple[int, float] | None = None  # signal and time, of this process
 _guarded = False
+_thread = threading.local()  # wish: of the one run that this thread is
 
 
 def asked() -> bool:
-    """Whether this process has been asked to end."""
-    return _asked is not None
+    """Whether this process, or this thread's run alone, has been asked to end."""
+    return _asked is not None or _own_wish() is not None
 
 
 def check() -> None:
-    """Called where nothing is left to be saved. Raises `Preempted` if the run was asked to end."""
+    """Called where nothing is left to be saved. Raises `Preempted` if the run was asked to end,
+    or what ends this thread's run alone (`alone`)."""
     if _asked is not None:
         raise Preempted(_asked[0])
+    if (wish := _own_wish()) is not None:
+        raise wish
+
+
+Wish = Callable[[], BaseException | None]
+
+
+@contextmanager
+def alone(wish: Wish) -> Iterator[None]:
+    """In this thread, `check` also raises what `wish` returns, if that isn't None."""
+    _thread.wish = wish
+    try:
+        yield
+    finally:
+        del _thread.wish
+
+
+def _own_wish() -> BaseException | None:
+    wish: Wish | None = getattr(_thread, "wish", None)
+    return None if wish is None else wish()
 
 
 @contextmanager

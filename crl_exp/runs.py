@@ -125,7 +125,7 @@ class RunDirectory(RunStatus):
             yield
             self.set_status("done")
         except Preempted as preempted:
-            preempted.cancelled = self.cancel_path.exists()
+            preempted.cancelled = self.cancel_path.exists() or _scancelled(preempted)
             state = "cancelled" if preempted.cancelled else "preempted"
             self._last_word(state, signal=preempted.signal)
             raise
@@ -143,7 +143,8 @@ class RunDirectory(RunStatus):
             self.clear()
         freeze(self.config, self.path / "config.yaml")
         self.cancel_path.unlink(missing_ok=True)
-        self.progress.seconds = read_heartbeat(self.path / "heartbeat.json").get("seconds", {})
+        told = read_heartbeat(self.path / "heartbeat.json")
+        self.progress.seconds, self.progress.packed = told.get("seconds", {}), told.get("packed", 1)
         self.set_status("running", attempts=before.get("attempts", 0) + 1, started=time.time())
 
     # --- journal: one JSON object a line, {"step": …, "metrics": {…}} ---
@@ -195,3 +196,10 @@ class RunDirectory(RunStatus):
         state = self.checkpoint().load()
         self.cut_journal(0 if state is None else state["journal_bytes"])
         return state
+
+
+def _scancelled(preempted: Preempted) -> bool:
+    """Whether SLURM sent the SIGTERM and won't start the job again. scancel can't be told from
+    another end for good, such as a preemption on a cluster that cancels preempted jobs."""
+    job = slurm.job_id()
+    return bool(job and preempted.signal == "SIGTERM" and slurm.ends_for_good(job))

@@ -7,14 +7,16 @@ engine for answers. When every run asks or has ended, the questions are answered
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-
+from crl_exp import preemption
+from crl_exp.checkpoints import rng_state, set_rng_state
 from crl_exp.engine import Engine, EngineConfig, Prompts
 from crl_exp.generation import Generation, Job
 from crl_exp.models import LanguageModel
@@ -47,18 +49,23 @@ class Question:
 
 
 class Seat:
-    """One run's thread. It works between `go_on` and its next question or its end."""
+    """One run's thread. It works between `go_on` and the next time that it gives its turn away, or
+    its end. name: of the thread.
 
-    def __init__(self, work: Callable[[], dict[str, Any] | None], number: int):
+    cancel_path: where this file is, the run alone is asked to end.
+    """
+
+    def __init__(self, work: Callable[[], dict[str, Any] | None], name: str):
         self.work = work
         self.outcome: Outcome = None
         self.over = False
         self.question: Question | None = None
+        self.cancel_path: Path | None = None
         self.stopped: BaseException | None = None
         self.at_work = False
         self.turn, self.back = threading.Event(), threading.Event()
-        self.rng = torch.get_rng_state()
-        self.thread = threading.Thread(target=self._run, name=f"run {number}", daemon=True)
+        self.rng = rng_state()
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
@@ -66,23 +73,37 @@ class Seat:
         try:
             if self.stopped is not None:
                 raise self.stopped
-            self.outcome = self.work()
+            with preemption.alone(self._wish):
+                self.outcome = self.work()
         except BaseException as error:  # the pack's caller is told, whatever it is
             self.outcome = error
         finally:
             self.over = True
             self.back.set()
 
+    def _wish(self) -> BaseException | None:
+        """What this run alone is to end by: an interrupt of the pack, or its own cancellation."""
+        if self.stopped is not None:
+            return self.stopped
+        cancelled = self.cancel_path is not None and self.cancel_path.exists()
+        return preemption.Preempted(signal.SIGTERM) if cancelled else None
+
     @staticmethod
     def _await(event: threading.Event) -> None:
         event.wait()
         event.clear()
 
+    def pause(self) -> None:
+        """Called by the run: give the turn away, until its next one."""
+        self.back.set()
+        self._await(self.turn)
+        if self.stopped is not None:
+            raise self.stopped
+
     def ask(self, question: Question) -> list[Generation]:
         """Called by the run: give the turn away until the answers are there."""
         self.question = question
-        self.back.set()
-        self._await(self.turn)
+        self.pause()
         self.question = None
         if question.fault is not None:
             raise question.fault
@@ -90,29 +111,27 @@ class Seat:
         return question.answers
 
     def go_on(self) -> None:
-        """Called by the pack: let the run work, with torch's global random numbers as it left
+        """Called by the pack: let the run work, with the global random generators as it left
         them."""
-        before = torch.get_rng_state()
-        torch.set_rng_state(self.rng)
+        before = rng_state()
+        set_rng_state(self.rng)
         self.at_work = True
         self.turn.set()
         try:
             self._await(self.back)
             self.at_work = False
         finally:
-            self.rng = torch.get_rng_state()
-            torch.set_rng_state(before)
+            self.rng = rng_state()
+            set_rng_state(before)
         if self.over:
             self.thread.join()
 
     def end(self, error: BaseException) -> None:
-        """Have the run end by this error, where it asks next, or before it begins."""
+        """Have the run end by this error, where it could save itself, asks next or begins."""
         self.stopped = error
         if self.at_work:
             self._await(self.back)
         if not self.over:
-            if self.question is not None:
-                self.question.fault = error
             self.go_on()
 
 
@@ -162,7 +181,7 @@ class Pack:
         self.seats: list[Seat] = []
         self.engine: Engine | None = None
 
-    def seat(self, work: Callable[[Callable], dict[str, Any] | None]) -> None:
+    def seat(self, work: Callable[[Callable], dict[str, Any] | None], name: str = "") -> Seat:
         """Add a run. work: called in its thread with what makes its engine."""
 
         def make(lm: LanguageModel, config: EngineConfig) -> Engine:
@@ -170,8 +189,9 @@ class Pack:
                 self.engine = Engine(lm, config)
             return SeatEngine(seat, self.engine)
 
-        seat = Seat(lambda: work(make), len(self.seats))
+        seat = Seat(lambda: work(make), f"run {name or len(self.seats)}")
         self.seats.append(seat)
+        return seat
 
     def play(self) -> list[Outcome]:
         """Run all to their ends."""

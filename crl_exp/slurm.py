@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 from collections.abc import Iterable
 
@@ -48,6 +49,22 @@ def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
     lines = (line.split() for line in said.stdout.splitlines())
     found = {words[0]: words[1] for words in lines if len(words) == 2}
     return {name: found[name] for name in wanted if name in found}
+
+
+def ends_for_good(name: str) -> bool:
+    """Whether SLURM is ending this process's job for good, as after scancel, and not to start it
+    again: a requeue is counted in the job's Restarts before anything of it is ended.
+
+    False where the job still runs, or SLURM can't be asked.
+    """
+    said = _run(["scontrol", "show", "job", name])
+    if said is None or said.returncode != 0:
+        return False
+    state = re.search(r"\bJobState=(\w+)", said.stdout)
+    counted = re.search(r"\bRestarts=(\d+)", said.stdout)
+    if state is None or counted is None:
+        return False
+    return state[1] != "RUNNING" and int(counted[1]) <= restarts()
 
 
 def requeue(name: str, terminated: bool) -> None:

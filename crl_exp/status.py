@@ -37,7 +37,8 @@ JOURNAL_LINES = 20
 
 @dataclass(frozen=True)
 class Line:
-    """A run as the table shows it. left: seconds to its end, None where nobody can know."""
+    """A run as the table shows it. left: seconds to its end, None where nobody can know. job: which
+    runs that are packed together have in common."""
 
     key: str
     label: str
@@ -47,6 +48,7 @@ class Line:
     left: float | None
     metrics: str
     node: str
+    job: str
     attempts: int
 
 
@@ -80,6 +82,7 @@ def _line(
         left=left_seconds(record, usual) if at_work else None,
         metrics=_metrics(record),
         node=str(status.get("node") or status.get("host") or "") if status.get("started") else "",
+        job=str(status.get("slurm_job_id") or (f"process {status['pid']}" if at_work else "")),
         attempts=status.get("attempts", 0),
     )
 
@@ -148,14 +151,18 @@ def shown(lines: Sequence[Line], sweep: str) -> Table:
     counts = Counter(line.state for line in lines)
     told = ", ".join(f"{n} {state}" for state, n in counts.items())
     table = Table(title=f"{sweep}: {told}", title_justify="left", show_edge=False)
-    for name in ("run", "what", "state", "progress", "left", "last", "node", "tries"):
-        table.add_column(name, no_wrap=name in ("run", "left", "node"))
+    jobs = Counter(line.job for line in lines if line.job)
+    packed = any(n > 1 for n in jobs.values())
+    told_of = ("run", "what", "state", "progress", "left", "last", "node")
+    for name in (*told_of, *["job"] * packed, "tries"):
+        table.add_column(name, no_wrap=name in ("run", "left", "node", "job"))
     for line in lines:
         colour = COLOURS[line.state]
         why = f"\n[dim]{escape(line.why)}[/]" if line.why else ""
         table.add_row(
             line.key, escape(line.label), f"[{colour}]{line.state}[/]{why}", line.progress,
-            duration(line.left), line.metrics, line.node, str(line.attempts or ""),
+            duration(line.left), line.metrics, line.node, *[line.job] * packed,
+            str(line.attempts or ""),
         )  # fmt: skip
     return table
 

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from crl_exp.errors import UserError
 from crl_exp.records import Record
 from crl_exp.tracking_connection import LOCK_SECONDS, PatientClient
-from crl_exp.tracking_content import STATUS, UNFINISHED, run_name
+from crl_exp.tracking_content import STATUS, UNFINISHED, read_json, run_name
 from crl_exp.tracking_state import Sent, begun_anew, life
 
 if TYPE_CHECKING:
@@ -193,3 +193,9 @@ def begun(sweep: Path) -> float:
     """When the first of a sweep's runs was started; now, where none was."""
     runs = (Record(path.parent) for path in sweep.glob("*/status.json"))
     return min((t for run in runs if (t := run.status.get("started"))), default=time.time())
+
+
+def code_of_the_last(records: list[Record]) -> dict[str, Any]:
+    """The code.json of the run that was started last; {} where none was started yet."""
+    last = max(records, key=lambda r: r.status.get("started") or 0.0, default=None)
+    return {} if last is None else read_json(last.path / "code.json") or {}

@@ -30,7 +30,7 @@ from crl_exp.tracking_content import (
     read_json,
     tags,
 )
-from crl_exp.tracking_runs import Runs, ended, status_of, status_of_all
+from crl_exp.tracking_runs import Runs, code_of_the_last, ended, status_of, status_of_all
 from crl_exp.tracking_state import Sent, Tail, digest
 
 if TYPE_CHECKING:
@@ -199,27 +199,28 @@ class Uploader:
     # --- a sweep ---
 
     def parent(self, sweep: Path, code: dict[str, Any] | None = None) -> str:
-        """Id of the sweep's run. code: as in code.json, of the run started last."""
-        from mlflow.entities import RunTag
-
+        """Id of the sweep's run. code: as in code.json, for its tags where it is made now."""
         with self.runs.noted(sweep) as sent:
-            found = _cut(code_tags(code or {}))
-            run_id = self.runs.parent(sent, found)
-            if found and sent.record.get("tags") != digest(found):
-                self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in found.items()])
-                sent.record["tags"] = digest(found)
-                sent.save()
-        return run_id
+            return self.runs.parent(sent, _cut(code_tags(code or {})))
 
     def send_sweep(self, sweep: Path) -> None:
-        """The parent's status and files, such as the code's changes and the report."""
-        self.parent(sweep)
+        """The parent's status, tags and files, such as the code's changes and the report."""
         with self.runs.noted(sweep) as sent:
-            run_id = sent.record["run_id"]
+            run_id = self.runs.parent(sent, {})
             self.artifacts(sweep, sent, SWEEP_ARTIFACTS)
             records = [Record(path.parent) for path in sweep.glob("*/config.yaml")]
+            self._code(sent, code_tags(code_of_the_last(records)))
             now = status_of_all({status_of(record) for record in records})
             self.runs.set_status(run_id, now, max(map(ended, records), default=time.time()))
+
+    def _code(self, sent: Sent, found: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        if found and sent.record.get("tags") != digest(found):
+            tags = [RunTag(key, value) for key, value in _cut(found).items()]
+            self.client.log_batch(sent.record["run_id"], tags=tags)
+            sent.record["tags"] = digest(found)
+            sent.save()
 
 
 def _stored(name: str, call: Callable[..., Any], *arguments: Any) -> None:

@@ -26,8 +26,9 @@ from crl_exp.watch import watch_choices
 
 Play = Callable[[PolicyController, list[int]], tuple[Generation, Tensor]]
 """Answers these training prompts under the controller: the recorded generation and rewards [B]."""
-Validate = Callable[[PolicyController], float]
-"""Mean reward of the greedy policy on the validation split."""
+Validate = Callable[[PolicyController, list[float]], float]
+"""Mean reward of the greedy policy on the validation split. The list has the rewards of the items
+answered so far, and grows: a validation that was cut off goes on from there."""
 
 
 class Trainer:
@@ -52,6 +53,7 @@ class Trainer:
         self.queue: list[int] = []
         self.step = 0
         self.unvalidated = False
+        self.validated: list[float] = []  # rewards of a validation that isn't at its end
         self.best_score = float("-inf")
         self.best_step = 0
         self.best_agents = self._averaged_states()
@@ -66,10 +68,14 @@ class Trainer:
             self.run.progress.known(done)
         pace = Pace(self.checkpoint)
         while self.step < self.algorithm.n_updates or self.unvalidated:
-            if not self.unvalidated:
-                self.step += 1
-                self.run.log(self.step, self._update(play))
-            self._validate_or_save(validate)
+            try:
+                if not self.unvalidated:
+                    self._update(play)
+                self._validate(validate)
+            except Preempted:  # in a validation, or where prompts are read for the first time
+                self._save()
+                raise
+            self.unvalidated, self.validated = False, []
             on_step(1)
             pace.after_step(self._save)
         if pace.unsaved:
@@ -81,47 +87,43 @@ class Trainer:
     def _save(self) -> None:
         self.run.save_checkpoint(self._state())
 
-    def _validate_or_save(self, validate: Validate) -> None:
-        """Validate after an update; asked to end in the middle of it, save the update without."""
-        self.unvalidated = True
-        try:
-            self._validate(validate)
-        except Preempted:
-            self._save()
-            raise
-        self.unvalidated = False
-
-    def _update(self, play: Play) -> dict[str, float]:
-        started = time.perf_counter()
-        progress = (self.step - 1) / self.algorithm.n_updates
+    def _update(self, play: Play) -> None:
+        """One step. Where it is asked to end before the rollout is there, nothing is changed."""
+        started, step = time.perf_counter(), self.step + 1
+        progress, before = self.step / self.algorithm.n_updates, self.explore.get_state()
         controller = PolicyController(self.agents, self.decay, self.explore, progress)
-        played, reward_B = play(controller, self.algorithm.answered(self._next_prompts()))
+        prompts = self._next_prompts()
+        try:
+            played, reward_B = play(controller, self.algorithm.answered(prompts))
+        except Preempted:
+            self.explore.set_state(before)
+            raise
+        self.queue = self.queue[len(prompts) :]
         rolled_out = time.perf_counter()
         metrics = {"reward": float(reward_B.mean())}
         for layer, learner in self.learners.items():
             rollout = collect(layer, played, reward_B, self.algorithm)
-            watched = learner.update(rollout, self.step, self.shuffle)
+            watched = learner.update(rollout, step, self.shuffle)
             if learner.agent.online is not None:
                 learner.follow(played, reward_B)
             watched |= watch_choices(learner.agent, played)
             metrics |= {f"layer_{layer}/{name}": value for name, value in watched.items()}
         metrics["seconds_rollout"] = rolled_out - started
         metrics["seconds_update"] = time.perf_counter() - rolled_out
-        return metrics
+        self.run.log(step, metrics)
+        self.step, self.unvalidated = step, True
 
     def _next_prompts(self) -> list[int]:
         while len(self.queue) < self.algorithm.prompts_per_update:
             self.queue += torch.randperm(self.n_train, generator=self.shuffle).tolist()
-        taken = self.queue[: self.algorithm.prompts_per_update]
-        self.queue = self.queue[self.algorithm.prompts_per_update :]
-        return taken
+        return self.queue[: self.algorithm.prompts_per_update]
 
     def _validate(self, validate: Validate) -> None:
         every = self.algorithm.validate_every
         if not every or (self.step % every and self.step != self.algorithm.n_updates):
             return
         averaged = {layer: learner.averaged for layer, learner in self.learners.items()}
-        score = validate(PolicyController(averaged, self.decay))
+        score = validate(PolicyController(averaged, self.decay), self.validated)
         self.run.log(self.step, {"validation_reward": score})
         if score > self.best_score:
             self.best_score, self.best_step = score, self.step
@@ -137,6 +139,7 @@ class Trainer:
         return {
             "step": self.step,
             "unvalidated": self.unvalidated,
+            "validated": self.validated,
             "learners": {layer: learner.state() for layer, learner in self.learners.items()},
             "best": {
                 "score": self.best_score, "step": self.best_step, "agents": self.best_agents,
@@ -148,7 +151,7 @@ class Trainer:
 
     def _restore(self, state: dict) -> None:
         self.step, self.queue = state["step"], state["queue"]
-        self.unvalidated = state["unvalidated"]
+        self.unvalidated, self.validated = state["unvalidated"], state["validated"]
         for layer, learner in self.learners.items():
             learner.load(state["learners"][layer])
         best = state["best"]

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and how tests are shared among processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from crl_exp import figure_style, report
+from tests.sharing import Sharing, long_ones_first
 from tests.tiny_run import TinyFiles, make_files
 
 
@@ -16,7 +18,36 @@ def pytest_configure() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+def pytest_xdist_make_scheduler(config, log) -> Sharing:
+    config.option.loadscopereorder = False  # it would put the files with most tests first
+    return Sharing(config, log)
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if hasattr(config, "workerinput"):  # in a process of `pytest -n`
+        long_ones_first(items)
+
+
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory) -> TinyFiles:
     """Tiny models, SAEs and a task on disk; tests that change a file work on a copy."""
     return make_files(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch) -> None:
+    """Thousands of small files are written here, none of which has to outlive the machine."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture
+def quick_figures(monkeypatch) -> None:
+    """Figures of few pixels, and in PDF files no fonts."""
+    monkeypatch.setitem(figure_style.STYLE, "savefig.dpi", 40)
+    monkeypatch.setitem(figure_style.STYLE, "pdf.use14corefonts", True)
+
+
+@pytest.fixture
+def quick_reports(quick_figures, monkeypatch) -> None:
+    """And not sent to MLflow, which tests/test_report_tracking.py tries."""
+    monkeypatch.setattr(report, "attach", lambda records, folder: None)

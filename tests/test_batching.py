@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from crl_exp import batching
 from crl_exp.batching import BatchSize, batches, bytes_to_decode, free_bytes
+from crl_exp.coefficients import Decay
 from crl_exp.controllers.base import Unsteered
+from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.controllers.observer import Observer
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
@@ -25,18 +27,52 @@ from tests.tiny_steering import random_sae
 PROMPTS = tiny.prompts(12)
 
 
-@given(
-    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=4),
-    st.integers(1, 30),
-)
-def test_every_row_is_in_one_batch(lengths: list[list[int]], size: int) -> None:
-    found = batches(lengths, size)
+LENGTHS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=4)
+
+
+@given(LENGTHS, st.integers(1, 30), st.data())
+def test_every_row_is_in_one_batch(lengths: list[list[int]], size: int, data) -> None:
+    same = data.draw(st.booleans())
+    starts = [0 if same else data.draw(st.integers(0, 3)) for _ in lengths]
+    found = batches(lengths, size, starts, data.draw(st.integers(1, 9)))
     rows = [row for batch in found for row in batch]
     assert sorted(rows) == [(job, at) for job, own in enumerate(lengths) for at in range(len(own))]
     assert all(batch == sorted(batch) and len(batch) <= size for batch in found)
-    assert all(len(batch) == size for batch in found[:-1])
-    longest = [max(lengths[job][at] for job, at in batch) for batch in found]
-    assert longest == sorted(longest, reverse=True) or len(found) == 1
+    if same:
+        assert all(len(batch) == size for batch in found[:-1])
+        longest = [max(lengths[job][at] for job, at in batch) for batch in found]
+        assert longest == sorted(longest, reverse=True) or len(found) == 1
+
+
+def test_jobs_that_start_at_other_layers_have_batches_of_their_own() -> None:
+    lengths = [[5] * 3, [5] * 3, [5] * 2, [5] * 3]
+    starts = [9, 2, 4, 5]
+    first, third = [(1, 0), (1, 1), (1, 2)], [(0, 0), (0, 1), (0, 2)]
+    second = [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]  # two rows alone aren't worth a batch
+    assert batches(lengths, 100, starts, 3) == [first, second, third]
+    assert len(batches(lengths, 100, starts, 100)) == 1
+    assert [len(batch) for batch in batches(lengths, 2, starts, 3)] == [2, 1, 2, 2, 1, 2, 1]
+
+
+def test_a_job_of_a_late_layer_leaves_out_the_layers_below() -> None:
+    lm, n_rows = tiny.language_model("llama"), []
+    attention = lm.layers[1].get_submodule("self_attn")
+    prompts = tiny.prompts(40)
+    early, late = Steer(0, 1, 3.0), Steer(lm.n_layers - 2, 1, 3.0)
+
+    def job(steer: Steer) -> Job:
+        saes = {steer.layer: random_sae(steer.layer, lm.d_model)}
+        return Job(FixedFeatures([steer], saes, Decay(1.0)), range(40))
+
+    jobs = [job(late), job(early)]
+    engine = Engine(lm, EngineConfig(100, 1.0, "eager"))
+    store = engine.read(prompts)
+    handle = attention.register_forward_hook(lambda *args: n_rows.append(len(args[-1][0])))
+    together = engine.generate(store, jobs, 1, choices=[5, 6, 7])
+    handle.remove()
+    assert n_rows == [40]
+    alone = [engine.generate(store, [job], 1, choices=[5, 6, 7])[0].tokens for job in jobs]
+    assert [one.tokens for one in together] == alone
 
 
 @pytest.fixture

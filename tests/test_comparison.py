@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,12 +17,6 @@ from crl_exp.statistics import compare
 from tests.synthetic import config, figures, finished_run
 
 SHUFFLED = {"task.shuffle_labels": True}
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    """Hundreds of small files are written here, none of which has to outlive the machine."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def compared(folder: Path) -> SweepComparison:

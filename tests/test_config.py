@@ -13,7 +13,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import HydraContext
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp import config as configs
@@ -22,13 +22,14 @@ from crl_exp.errors import UserError
 from crl_exp.experiment import run_experiment
 from crl_exp.runs import run_key
 from hydra_plugins.crl_exp_sweeper.grids import GridSweeper
-from tests.tiny_run import CONF, ROOT, composed, run_small
+from tests.tiny_run import CONF, ROOT, composed, quickly_composed, run_small
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
 # What these name (another model, other data) isn't there in a fast test; they are built, not run.
 NOT_RUN = {"model", "sae", "task", "tracking", "experiment", "sweep"}
 RUN = [pair for pair in OPTIONS if pair[0] not in NOT_RUN]
+BUILT = [pair for pair in OPTIONS if pair not in RUN]
 # Values without a default, which a person has to give; any other is given a word.
 GIVEN = {"sae.id_template": '"layer_{layer}"'}
 
@@ -57,12 +58,15 @@ def given(group: str, option: str) -> list[str]:
     return [f"{key}={GIVEN.get(key, 'given')}" for key in open_keys]
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["/".join(pair) for pair in OPTIONS])
-def test_every_option_composes_and_builds(group, option):
-    config = composed([choosing(group, option), *given(group, option)])
+def build(group: str, config: DictConfig) -> None:
     exp = configs.experiment(config)
     if group in configs.PARTS:
         assert config[group]["_target_"].endswith("." + type(getattr(exp, group)).__name__)
+
+
+@pytest.mark.parametrize(("group", "option"), BUILT, ids=["/".join(pair) for pair in BUILT])
+def test_every_option_composes_and_builds(group, option):
+    build(group, composed([choosing(group, option), *given(group, option)]))
 
 
 @pytest.mark.parametrize("kind", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
@@ -70,6 +74,7 @@ def test_every_option_composes_and_builds(group, option):
 def test_every_option_runs_on_a_tiny_model(group, option, kind, tiny_files, tmp_path):
     """Stage 1, two updates and the evaluation, with the option and everything else as it comes."""
     overrides = [*tiny_files.overrides(kind), choosing(group, option), f"output_dir={tmp_path}"]
+    build(group, quickly_composed(overrides))
     result, folder = run_small(overrides)
     assert result["n"] == 16 and result["p_value"] <= 1
     assert (folder / "interventions.parquet").exists()
@@ -98,7 +103,7 @@ def test_the_ends_of_every_sweep_compose_and_build(name):
     points = sweep_points(name)
     assert len(points) > 1
     for point in (points[0], points[-1]):
-        exp = configs.experiment(composed(point))
+        exp = configs.experiment(quickly_composed(point))
         assert exp.sweep_name == name, "a sweep's runs lie under its own name"
 
 
@@ -106,14 +111,14 @@ def test_the_ends_of_every_sweep_compose_and_build(name):
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_point_of_every_sweep_composes_and_builds(name):
     for point in sweep_points(name):
-        assert configs.experiment(composed(point)).sweep_name == name
+        assert configs.experiment(quickly_composed(point)).sweep_name == name
 
 
 @pytest.mark.assets
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_point_of_every_sweep_fits_its_model_and_saes(name):
     for point in sweep_points(name):
-        assert configs.validate(configs.experiment(composed(point)))
+        assert configs.validate(configs.experiment(quickly_composed(point)))
 
 
 # --- +debug=tiny: any run or sweep, offline ---
@@ -155,7 +160,7 @@ def test_every_point_of_every_sweep_runs_on_a_tiny_model(name, tiny_cache):
     # A sweep over tasks would need their data; tests/test_task_runs.py runs every task.
     tried = ["+debug=tiny", "task=tiny", f"output_dir={tiny_cache}"]
     for i, point in enumerate(sweep_points(name, *tried)):
-        config = composed([*point, *TINY[["llama", "gemma2"][i % 2]]])
+        config = quickly_composed([*point, *TINY[["llama", "gemma2"][i % 2]]])
         key = run_key(OmegaConf.merge(config, {"seed": 0, **SAME}))  # type: ignore[arg-type]
         if key not in seen:
             seen.add(key)
@@ -175,7 +180,7 @@ def test_a_sweep_is_tried_by_the_line_that_the_docs_give(tiny_cache):
 def test_the_command_line_goes_into_every_point():
     plain, given = sweep_points("demo"), sweep_points("demo", "task.n_train=77", "seed=5")
     assert all("task.n_train=77" in point for point in given)
-    assert {config.seed for config in map(composed, given)} == {5}
+    assert {config.seed for config in map(quickly_composed, given)} == {5}
     assert len(given) < len(plain), "seeds of the grid are one point now that the seed is given"
 
 

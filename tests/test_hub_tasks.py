@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from datasets import Dataset
 
@@ -53,6 +55,14 @@ def test_one_file_for_everything(name, tmp_path):
     assert [len(splits.train), len(splits.validation), len(splits.test)] == [24, 8, 16]
     pattern = made(name, data_files=str(tmp_path / "*.parquet")).splits()
     assert pattern.digest() == splits.digest()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_local_files_are_read_without_the_network(kind, tmp_path, monkeypatch):
+    task = on_files("xstest", tmp_path, kind)
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **more: asked.append(address))
+    assert len(task.splits().test) == 16 and asked == []
 
 
 def test_mmlu_asks_as_the_field_does(tmp_path):

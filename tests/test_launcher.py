@@ -113,6 +113,7 @@ def test_a_point_may_have_resources_of_its_own(tmp_path):
         ("mem=lots", "hydra.launcher.mem=lots: must look like 16GB"),
         ("partion=gpu", "did you mean 'partition'"),
         ("gpus=many", "hydra.launcher.gpus"),
+        ("pack=0", "hydra.launcher.pack=0: must be at least 1"),
         ("sbatch.array=1-4", "hydra.launcher.sbatch.array: the launcher sets it itself"),
         ("mem", "mem: must be KEY=VALUE"),
     ],
@@ -174,15 +175,17 @@ def test_a_queued_run_whose_workers_are_gone_is_lost(tmp_path):
 
 def test_the_estimate_is_of_finished_runs_of_the_same_kind(tmp_path):
     points = points_of(*tiny(tmp_path, "method=none,crl", "seed=0,1", "model.device=cuda"))
-    assert "unknown" in str(estimate(points, tmp_path))
+    alone = [[point] for point in points]
+    assert "unknown" in str(estimate(alone, tmp_path))
     names = {"model": "tiny-llama", "task": "tiny", "method": "crl"}
     for i, seconds in enumerate((1800, 3600, 36000)):
         folder = tmp_path / "old" / str(i)
         folder.mkdir(parents=True)
         result = {**names, "seconds": {"load": seconds / 2, "train": seconds / 2}}
         (folder / "result.json").write_text(json.dumps(result))
-    found = estimate(points, tmp_path)
+    found = estimate(alone, tmp_path)
     assert (found.hours, found.gpu_hours, found.known, found.unknown) == (2.0, 2.0, 2, 2)
+    assert "another size" not in str(found)
 
 
 # --- frozen configs ---
@@ -194,7 +197,7 @@ def test_a_config_of_another_version_is_a_clear_error(tmp_path):
     point.run.set_status("queued")
     path = point.run.path / "config.yaml"
     path.write_text(path.read_text().replace("seed: 0", "seed: 1"))
-    assert run_all([point.run.path]) == 1
+    assert run_all([[point.run.path]]) == 1
     status = point.run.status()
     assert status["state"] == "failed" and "another version" in status["error"]
     # A key that this version doesn't have, under the name that such a config would have.
@@ -205,7 +208,7 @@ def test_a_config_of_another_version_is_a_clear_error(tmp_path):
     other.path.mkdir(parents=True)
     OmegaConf.save(config, other.path / "config.yaml")
     other.set_status("queued")
-    assert run_all([other.path]) == 1
+    assert run_all([[other.path]]) == 1
     error = other.status()["error"]
     assert "another version" in error and "policy.breadth" in error and "again" in error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 from pathlib import Path
 
@@ -22,12 +21,6 @@ from tests.synthetic import config, figures, finish, finished_run, result
 SHUFFLED = {"task.shuffle_labels": True}
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    """Hundreds of small files are written here, none of which has to outlive the machine."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-
-
 def compared(folder: Path) -> SweepComparison:
     return compare_runs(find_records(folder / "demo"))
 
@@ -44,6 +37,7 @@ def test_headline_compares_the_chosen_ones(tmp_path):
     assert "+12.0 [-0.7, 24.7] points (seeds: 2, n = 1500)" in told
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_unfinished_runs_are_listed_with_their_state(tmp_path, capsys):
     finished_run(config(tmp_path), 0.1)
     bad = RunDirectory(config(tmp_path, seed=1))
@@ -121,6 +115,7 @@ def refusal_run(folder: Path, method: str, delta: float, benign: float) -> None:
         finish(run, result(run, test, figures(delta, n=50), sets))
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_refusals_of_harmful_and_benign_prompts_side_by_side(tmp_path):
     refusal_run(tmp_path, "corrsteer_s", 0.1, 0.08)
     text = tables.markdown(compared(tmp_path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,12 +21,8 @@ from crl_exp.runs import RunDirectory, write_json
 from tests.synthetic import config, finished_run
 from tests.tiny_run import run_small
 
+pytestmark = pytest.mark.usefixtures("quick_reports")
 LINK = "https://www.neuronpedia.org/tiny/18-res/9"
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def feature(idx: int, correlation: float, **more) -> dict:

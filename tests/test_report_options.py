@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,7 @@ from crl_exp.records import find_records
 from crl_exp.report import main
 from tests.synthetic import config, finished_run
 
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+pytestmark = pytest.mark.usefixtures("quick_reports")
 
 
 def option(group: str, name: str, **changes) -> dict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 from pathlib import Path
 
@@ -18,10 +17,7 @@ from crl_exp.runs import RunDirectory, write_json
 from crl_exp.statistics import share_interval
 from tests.synthetic import config, finished_run
 
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+pytestmark = pytest.mark.usefixtures("quick_reports")
 
 
 def parts_of(folder: Path, *by: str) -> SweepParts:

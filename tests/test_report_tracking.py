@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,8 @@ from crl_exp.tracking_report import attach_report
 from tests.mlflow_reading import children, client, runs, with_database
 from tests.synthetic import config, finished_run
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
 SECTION = {"enabled": True, "uri": None, "experiment": "crl_exp"}
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture
@@ -81,7 +76,7 @@ def test_mlflow_away_is_warned_of_and_the_report_is_there(tmp_path, caplog):
 
 
 def test_a_sweep_that_mlflow_does_not_have(tmp_path, caplog):
-    run = finished_run(config(tmp_path), 0.1)
+    run = finished_run(config(with_database(tmp_path)), 0.1)
     assert attach_report(run.path.parent, SECTION) is None
     assert f"crl_exp sync {run.path.parent}" in caplog.text
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from crl_exp import lab
+from crl_exp.engine import Engine
+from crl_exp.preemption import Preempted
 from tests.tiny_run import ROOT, run_small
 
 UPDATES = 200
@@ -26,7 +31,7 @@ TRAINING = [
 SIZES = ["task.n_train=24", "task.n_validation=8", "task.n_test=16"]
 KILLS = 10
 # What a run measures of the machine and of the moment, not what it computes.
-OF_THE_MOMENT = ("seconds", "peak_memory_bytes", "git_commit", "git_dirty")
+OF_THE_MOMENT = ("seconds", "peak_memory_bytes", "git_commit", "git_dirty", "git_diff")
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -179,3 +184,49 @@ def test_a_run_killed_after_training_trains_no_more(finished, copied):
     run_small(overrides)
     assert (folder / "journal.jsonl").read_bytes() == before, "times too: nothing was done again"
     assert outcome(folder) == outcome(finished[1])
+
+
+@pytest.mark.parametrize(("where", "n_attempts"), [("batch", 16), ("prompts", 5)])
+def test_asked_to_end_no_batch_is_answered_twice(
+    where, n_attempts, tiny_files, tmp_path, monkeypatch
+):
+    """In warmup, updates, validations of two batches and evaluation. Asked at every batch: each
+    attempt answers one. Or where an attempt reads the prompts of a second split: each has one."""
+    sizes = ["task.n_train=8", "task.n_validation=8", "task.n_test=8", "engine.batch_size=4"]
+    common = [*tiny_files.overrides(), *sizes, "noise=gaussian"]
+    answered: list[Any] = []
+    seen = {"batch": 0, "prompts": 0}
+    ends_at = {"batch": {"batch": 1}, "prompts": {"prompts": 2}}[where]
+
+    def count(what: str) -> None:
+        seen[what] += 1
+        if seen[what] == ends_at.get(what):
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    def answer(self, controller, split, items, record=False, plain=lab.Lab.answer):
+        made = plain(self, controller, split, items, record)
+        answered.append((type(controller).__name__, split, list(items)))
+        count("batch")
+        return made
+
+    def read(self, prompts, progress=None, plain=Engine.read):
+        if len(prompts) == 8:  # those of a split: the model is checked by others
+            count("prompts")
+        return plain(self, prompts, progress)
+
+    def attempt(name: str) -> Path:
+        monkeypatch.setattr(lab, "_SHARED", {})  # as in a process of its own
+        seen.update(batch=0, prompts=0)
+        return run_small([*common, f"output_dir={tmp_path / name}"])[1]
+
+    monkeypatch.setattr(lab.Lab, "answer", answer)
+    monkeypatch.setattr(Engine, "read", read)
+    for _ in range(n_attempts):
+        with pytest.raises(Preempted):
+            attempt("broken")
+    folder = attempt("broken")
+    interrupted, answered[:] = answered[:], []
+    ends_at.clear()
+    straight = attempt("straight")
+    assert interrupted == answered and len(answered) == 2 + 2 * (1 + 2) + 4 * 2
+    assert outcome(folder) == outcome(straight)

@@ -87,6 +87,27 @@ def _cancelled(run: RunDirectory) -> None:
         raise Preempted(signal.SIGTERM)
 
 
+@pytest.mark.parametrize(
+    ("said", "sent", "state"),
+    [
+        ("JobState=COMPLETING Restarts=1", signal.SIGTERM, "cancelled"),  # scancel
+        ("JobState=COMPLETING Restarts=2", signal.SIGTERM, "preempted"),  # scontrol requeue
+        ("JobState=RUNNING Restarts=1", signal.SIGTERM, "preempted"),  # scancel --signal=TERM
+        ("JobState=COMPLETING Restarts=1", signal.SIGUSR2, "preempted"),  # its own requeue
+        ("Invalid job id specified", signal.SIGTERM, "preempted"),
+    ],
+)
+def test_scancel_and_requeue_are_told_apart(run, tmp_path, monkeypatch, said, sent, state):
+    """In the second start of a job, so after one restart."""
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    program(tmp_path, "scontrol", f'test "$*" = "show job 5" && echo "JobId=5 {said}"')
+    with pytest.raises(Preempted) as ended, run.opened():
+        raise Preempted(sent)
+    assert run.status()["state"] == state and ended.value.cancelled == (state == "cancelled")
+
+
 def test_a_heartbeat_comes_at_once_and_again(tmp_path, monkeypatch):
     monkeypatch.setattr("crl_exp.heartbeat.HEARTBEAT_SECONDS", 0.05)
     path, progress = tmp_path / "heartbeat.json", Progress()

@@ -64,6 +64,18 @@ def test_every_run_is_told(sweep, capsys, monkeypatch):
     assert said.index("layer 18") < said.index("layer 12") < said.index("layer 15"), "by state"
 
 
+def test_runs_that_share_a_job_are_shown_with_it(sweep, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    told = ["status", "demo", "--output-dir", str(sweep.parent)]
+    assert main(told) == 0
+    assert "7_3" not in capsys.readouterr().out, "each run has a job of its own"
+    mate = RunDirectory(config(sweep.parent, layers=(3,)))
+    mate.freeze()
+    mate.set_status("queued", host="login", slurm_job_id="7_3")
+    assert main(told) == 0
+    assert capsys.readouterr().out.count("7_3") == 2
+
+
 def test_the_time_left_is_by_journal_and_by_runs_that_are_done(tmp_path, monkeypatch):
     now = 1_000_000.0
     monkeypatch.setattr("crl_exp.status.time.time", lambda: now)

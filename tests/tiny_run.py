@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
@@ -20,6 +22,7 @@ from crl_exp import config as configs
 from crl_exp.cli import register
 from crl_exp.experiment import run_experiment
 from crl_exp.lab import Lab
+from crl_exp.launcher.compose import Composer
 from crl_exp.runs import RunDirectory
 from crl_exp.tasks.base import Task
 from tests import tiny
@@ -113,16 +116,30 @@ def write_task(path: Path, n: int, seed: int = 0, answers: Sequence[str] = ("yes
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
-    """A config as `launch.py` gets it."""
+    """A config as `launch.py` gets it, every file read anew."""
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=list(overrides))
 
 
+@functools.cache
+def composer() -> Composer:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        return Composer(loader, loader.load_configuration("config", [], RunMode.RUN))
+
+
+def quickly_composed(overrides: Sequence[str]) -> DictConfig:
+    """The same config as the launchers get it, the files of each choice of options read once."""
+    return composer().config(overrides)[0]
+
+
 def small(overrides: Sequence[str]) -> DictConfig:
     """A composed config made small, except where the overrides say otherwise."""
-    plain = composed(overrides)
+    plain = quickly_composed(overrides)
     typed = {override.split("=")[0] for override in overrides}
     for key, value in SMALL.items():
         if key not in typed and OmegaConf.select(plain, key) is not None:

@@ -1,6 +1,11 @@
-"""The controller of stage 1: it looks and adds nothing. Shapes: B rows, D d_model, F d_sae."""
+"""The controller of stage 1: it looks and adds nothing.
+
+Shapes: B rows, D d_model, F d_sae, R living rows of a token, N tokens of a batch of answers.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -8,9 +13,15 @@ from torch import Tensor
 from crl_exp.controllers.base import Action, Controller, StepContext
 from crl_exp.saes import LayerSAE
 
+ENCODED_TOGETHER = 2**24
+"""Activations that are made at once, as numbers: 64 MiB in float32."""
+
 
 class Observer(Controller):
     """Looks at every steered position, pools the activations of each row, and adds nothing.
+
+    What is seen is encoded once the answers are there, many tokens in one product: a few rows at a
+    time would read the whole encoder for each token.
 
     pooled_BF: by layer, one row for each item of the job. seen_ND: by layer, the residuals of all
         living rows and tokens.
@@ -26,35 +37,54 @@ class Observer(Controller):
         self.seen_ND: dict[int, list[Tensor]] = {layer: [] for layer in saes}
 
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
-        x_BD = x_BD[context.alive_B]
-        _Seen.of(layer, context).x_ND.append(x_BD.float())
-        if self.pooling == "last_prompt" and context.token_index > 0:
-            return None
-        acts_BF = self.saes[layer].encode(x_BD)
-        if layer not in self.pooled_BF:
-            self.pooled_BF[layer] = acts_BF.new_zeros(context.n_rows, acts_BF.shape[1])
-            self.count_B[layer] = acts_BF.new_zeros(context.n_rows)
-        pooled_BF, count_B = self.pooled_BF[layer], self.count_B[layer]
-        rows = context.row_B.to(acts_BF.device)[context.alive_B]
-        if context.token_index == 0:
-            pooled_BF[rows], count_B[rows] = acts_BF, 1.0
-        elif self.pooling == "max":
-            pooled_BF[rows] = torch.maximum(pooled_BF[rows], acts_BF)
-        else:
-            count_B[rows] += 1
-            pooled_BF[rows] += (acts_BF - pooled_BF[rows]) / count_B[rows, None]
+        alive_B = context.alive_B
+        rows_R = context.row_B[alive_B]
+        _Seen.of(layer, context).tokens.append((x_BD[alive_B].float(), rows_R))
         return None
 
     def end(self, context: StepContext) -> None:
-        for layer in self.saes:
-            self.seen_ND[layer] += _Seen.of(layer, context).x_ND
+        for layer, sae in self.saes.items():
+            tokens = _Seen.of(layer, context).tokens
+            self.seen_ND[layer] += [x_RD for x_RD, _ in tokens]
+            pooled = tokens[:1] if self.pooling == "last_prompt" else tokens
+            for index, (acts_RF, rows_R) in enumerate(encoded(sae, pooled)):
+                self._pool(layer, index, acts_RF, rows_R.to(acts_RF.device), context.n_rows)
+
+    def _pool(self, layer: int, index: int, acts_RF: Tensor, rows_R: Tensor, n_rows: int) -> None:
+        """Take in the activations of the rows that were there at one token, in order."""
+        if layer not in self.pooled_BF:
+            self.pooled_BF[layer] = acts_RF.new_zeros(n_rows, acts_RF.shape[1])
+            self.count_B[layer] = acts_RF.new_zeros(n_rows)
+        pooled_BF, count_B = self.pooled_BF[layer], self.count_B[layer]
+        if index == 0:
+            pooled_BF[rows_R], count_B[rows_R] = acts_RF, 1.0
+        elif self.pooling == "max":
+            pooled_BF[rows_R] = torch.maximum(pooled_BF[rows_R], acts_RF)
+        else:
+            count_B[rows_R] += 1
+            pooled_BF[rows_R] += (acts_RF - pooled_BF[rows_R]) / count_B[rows_R, None]
+
+
+def encoded(sae: LayerSAE, tokens: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each token's residuals [R, D] as activations [R, F], with its rows; several at once."""
+    most = max(1, ENCODED_TOGETHER // sae.d_sae)
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for token in [*tokens, None]:
+        n_waiting = sum(len(x_RD) for x_RD, _ in waiting)
+        if waiting and (token is None or n_waiting + len(token[0]) > most):
+            acts_NF = sae.encode(torch.cat([x_RD for x_RD, _ in waiting]))
+            sizes = [len(x_RD) for x_RD, _ in waiting]
+            yield from zip(acts_NF.split(sizes), [rows_R for _, rows_R in waiting], strict=True)
+            waiting = []
+        if token is not None:
+            waiting.append(token)
 
 
 class _Seen:
-    """One layer's residuals of a batch of rows, until its answers are there."""
+    """One layer's residuals of a batch of rows, and whose they are, until its answers are there."""
 
     def __init__(self) -> None:
-        self.x_ND: list[Tensor] = []
+        self.tokens: list[tuple[Tensor, Tensor]] = []
 
     @staticmethod
     def of(layer: int, context: StepContext) -> _Seen:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from crl_exp.errors import UserError
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m crl_exp cancel",
         description="End a sweep's queued and running runs. A running one ends after its step, "
-        "saved; `retry` goes on from there.",
+        "saved; `retry` goes on from there. Other runs of its job go on.",
     )
     parser.add_argument("sweep", help="a sweep, its folder or the folder of one run")
     parser.add_argument("--now", action="store_true", help="do not let running ones save")
@@ -37,7 +38,10 @@ def main(argv: list[str]) -> int:
 
 
 def cancel(folder: Path, now: bool, patience: float = PATIENCE_SECONDS) -> int:
-    """Ask, and look again until nothing is at work: a run may start while it is being cancelled."""
+    """Ask, and look again until nothing is at work: a run may start while it is being cancelled.
+
+    Raises `UserError` where `now` would kill runs beside the one that is meant.
+    """
     sweep_folder = folder.parent if (folder / "config.yaml").exists() else folder
     told: dict[str, str] = {}
     deadline = time.monotonic() + patience
@@ -45,37 +49,73 @@ def cancel(folder: Path, now: bool, patience: float = PATIENCE_SECONDS) -> int:
         with locked(sweep_folder):
             sweep = SweepFile.read(sweep_folder)
             abandon_unreleased(sweep)
-            records = find_records(folder)
-            states = states_of(records, sweep)
-            left = [r for r in records if in_work(states[r.key][0], r)]
-            _end([r for r in left if told.get(r.key) != states[r.key][0]], states, now)
-            told |= {r.key: states[r.key][0] for r in left}
+            every = find_records(sweep_folder)
+            states = states_of(every, sweep)
+            at_work = {r.key: r for r in every if in_work(states[r.key][0], r)}
+            left = {key: r for key, r in at_work.items() if folder in (r.path, sweep_folder)}
+            changed = [key for key in left if told.get(key) != states[key][0]]
+            mates = {key: [at_work[k] for k in sweep.mates(key) if k in at_work] for key in changed}
+            _end([Ending(left[key], mates[key], set(left), states) for key in changed], now)
+            told |= {key: states[key][0] for key in left}
         if not left:
             print(f"{len(told)} runs cancelled")
             return 0
         if time.monotonic() > deadline:
-            keys = ", ".join(record.key for record in left)
+            keys = ", ".join(left)
             print(f"told to end, but still at work: {keys}. `cancel --now` doesn't wait for them")
             return 1
         time.sleep(POLL_SECONDS)
 
 
-def _end(records: list[Record], states: dict[str, tuple[str, str]], now: bool) -> None:
-    running, others, pids = [], [], []
-    for record in records:
+@dataclass(frozen=True)
+class Ending:
+    """A run that is to end. mates: those at work that share its job, itself among them. ends: keys
+    of all that are to end. states: of all runs."""
+
+    record: Record
+    mates: list[Record]
+    ends: set[str]
+    states: dict[str, tuple[str, str]]
+
+    @property
+    def running(self) -> bool:
+        return self.states[self.record.key][0] == "running"
+
+    @property
+    def job_runs(self) -> bool:
+        return any(self.states[mate.key][0] == "running" for mate in self.mates)
+
+    @property
+    def others(self) -> list[str]:
+        """Runs of its job that go on."""
+        return [mate.key for mate in self.mates if mate.key not in self.ends]
+
+
+def _end(endings: list[Ending], now: bool) -> None:
+    """Jobs of which all runs are to end are told so; else a run sees its `cancel_path`."""
+    for one in endings:
+        if now and one.running and one.others:
+            raise UserError(
+                f"{one.record.path} shares its process with {', '.join(one.others)}, which --now "
+                "would kill too: cancel it without --now"
+            )
+    warned, over, pids = set(), set(), set()
+    for one in endings:
+        record = one.record
         RunStatus(record.path, anew=False).cancel_path.touch()
-        job, is_running = record.status.get("slurm_job_id"), states[record.key][0] == "running"
-        if job:
-            (running if is_running and not now else others).append(job)
-        elif is_running:
-            pids.append(_pid_here(record))
-    slurm_jobs.cancel(running, "TERM")
-    slurm_jobs.cancel(others)
+        if one.others:
+            continue
+        if job := record.status.get("slurm_job_id"):
+            (warned if one.job_runs and not now else over).add(job)
+        elif one.running:
+            pids.add(_pid_here(record))
+    slurm_jobs.cancel(sorted(warned), "TERM")
+    slurm_jobs.cancel(sorted(over))
     for pid in pids:
         os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
-    for record in records:
-        if states[record.key][0] != "running":
-            _say_cancelled(record)
+    for one in endings:
+        if not one.running:
+            _say_cancelled(one.record)
 
 
 def _pid_here(record: Record) -> int:

@@ -1,22 +1,27 @@
-"""`python -m crl_exp run RUN_DIRECTORY …`: a run from its frozen config. What a job does."""
+"""`python -m crl_exp run RUN_DIRECTORY …`: runs from their frozen configs. What a job does."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from crl_exp import config as configs
+from crl_exp import slurm
 from crl_exp.errors import UserError
 from crl_exp.experiment import run_experiment
-from crl_exp.launcher.local_workers import next_run
+from crl_exp.launcher.local_workers import next_job
+from crl_exp.packing import pack_key, run_pack
+from crl_exp.preemption import Preempted
 from crl_exp.run_keys import frozen_config
 from crl_exp.run_status import RunStatus
+from crl_exp.seats import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -25,41 +30,110 @@ def main(argv: list[str]) -> int:
     """Returns 1 where a run failed; the others are run all the same."""
     parser = argparse.ArgumentParser(
         prog="python -m crl_exp run",
-        description="Run directories from the configs frozen in them. A finished run is skipped, "
+        description="Run directories from the configs frozen in them; several together, their rows "
+        "in one batch, where they share model, SAEs, task and engine. A finished run is skipped, "
         "one that was cut off goes on from its checkpoint.",
     )
     parser.add_argument("directories", nargs="*", type=Path, metavar="RUN_DIRECTORY")
     parser.add_argument("--list", type=Path, help="a file of directories, shared with others")
+    parser.add_argument(
+        "--queued", action="store_true", help="in a job: leave out runs that it is not to run "
+        "(any more): cancelled, failed in an earlier start, or submitted again",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     if bool(arguments.directories) == bool(arguments.list):
         raise UserError("give run directories, or --list FILE")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    taken = _queued(arguments.list) if arguments.list else arguments.directories
-    return run_all(taken)
+    _tell_runs_apart()
+    if arguments.list:
+        return run_all(_queued(arguments.list))
+    if arguments.queued:
+        return _run_own(arguments.directories)
+    return run_all([arguments.directories])
 
 
-def _queued(list_path: Path) -> Iterator[Path]:
-    """Directories of a list, each for one process only; those cancelled meanwhile left out."""
-    while (path := next_run(list_path)) is not None:
-        if RunStatus(path, anew=False).status().get("state") == "queued":
-            yield path
+def _tell_runs_apart() -> None:
+    """Log lines of a packed run begin with its key: its thread is named by it."""
+
+    def named(record: logging.LogRecord) -> bool:
+        name = threading.current_thread().name
+        record.run = f"{name}: " if name.startswith("run ") else ""
+        return True
+
+    handler = logging.StreamHandler()
+    handler.addFilter(named)
+    form = "%(asctime)s %(run)s%(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, handlers=[handler])
 
 
-def run_all(directories: Iterable[Path]) -> int:
-    """Run one after another; returns 1 where one failed."""
-    code = 0
+def _queued(list_path: Path) -> Iterator[list[Path]]:
+    """Packs of a list, each for one process only; runs cancelled meanwhile are left out."""
+    while (job := next_job(list_path)) is not None:
+        yield [
+            path for path in job if RunStatus(path, anew=False).status().get("state") == "queued"
+        ]
+
+
+def _run_own(directories: Sequence[Path]) -> int:
+    """This SLURM job's runs that are still its own to run."""
+    wanted, code = [], 0
+    for path in directories:
+        status = RunStatus(path, anew=False).status()
+        state, own = status.get("state"), status.get("slurm_job_id") == slurm.job_id()
+        if own and state in ("queued", "preempted", "running"):  # running: its node was lost
+            wanted.append(path)
+        else:
+            log.info("left out, %s: %s", state if own else "submitted again", path)
+            code |= own and state == "failed"  # as its first start would have ended
+    return max(int(code), run_all([wanted]))
+
+
+def run_all(packs: Iterable[Sequence[Path]]) -> int:
+    """Run one pack after another; returns 1 where a run failed."""
+    return max((_run_together(pack) for pack in packs), default=0)
+
+
+def _run_together(directories: Sequence[Path]) -> int:
+    """Run these together as far as they can be; returns 1 where one failed."""
+    failed = False
+    alike: dict[str, list[tuple[Path, DictConfig]]] = {}
     for path in directories:
         log.info("run %s", path)
         try:
-            run_experiment(_checked(path), skip_finished=True)
+            config = _checked(path)
         except Exception as error:
-            code = 1
-            _record(path, error)
-            if isinstance(error, UserError):
-                log.error("%s", error)
-            else:
-                log.exception("%s failed", path)
-    return code
+            failed |= _is_failure(path, error)
+        else:
+            alike.setdefault(pack_key(config), []).append((path, config))
+    if len(alike) > 1:
+        log.info("of %d kinds that can't share a model: one kind after another", len(alike))
+    for runs in alike.values():
+        for (path, _), outcome in zip(runs, _outcomes([run[1] for run in runs]), strict=True):
+            failed |= _is_failure(path, outcome)
+    return int(failed)
+
+
+def _outcomes(runs: Sequence[DictConfig]) -> Sequence[Outcome]:
+    if len(runs) > 1:
+        return run_pack(runs)
+    try:
+        return [run_experiment(runs[0], skip_finished=True)]
+    except Exception as error:
+        return [error]
+
+
+def _is_failure(path: Path, outcome: Outcome) -> bool:
+    """Whether a run failed, which is then logged, and recorded if it couldn't do that itself."""
+    if isinstance(outcome, Preempted):
+        log.info("cancelled, saved: %s", path)  # it alone: else the whole process would have ended
+        return False
+    if not isinstance(outcome, BaseException):
+        return False
+    _record(path, outcome)
+    if isinstance(outcome, UserError):
+        log.error("%s failed: %s", path, outcome)
+    else:
+        log.error("%s failed", path, exc_info=outcome)
+    return True
 
 
 def _checked(path: Path) -> DictConfig:
@@ -76,7 +150,7 @@ def _checked(path: Path) -> DictConfig:
     return config
 
 
-def _record(path: Path, error: Exception) -> None:
+def _record(path: Path, error: BaseException) -> None:
     """Keep an error that came before the run could record it itself."""
     run = RunStatus(path, anew=False)
     if not path.is_dir() or run.status().get("state") not in ("queued", "preempted"):

@@ -14,6 +14,7 @@ from crl_exp import config as configs
 from crl_exp.errors import UserError
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.estimate import estimate
+from crl_exp.launcher.packs import pack_lines, packs_of
 from crl_exp.launcher.plan import Point, Settings, check, compose_points, folder_of
 from crl_exp.launcher.settings import SlurmSettings
 from crl_exp.launcher.states import is_started, states_of
@@ -112,9 +113,11 @@ def plan_text(
     lines += [f"  left alone: {n} {state}" for state, n in sorted(left.items())]
     lines += [f"  again: {n} {state}" for state, n in sorted(again.items())]
     if starting:
-        gpus = sum(point.settings.gpus_asked for point in starting)
+        packs = packs_of(starting)
+        lines += pack_lines(packs)
+        gpus = sum(pack[0].settings.gpus_asked for pack in packs)
         lines.append(f"  GPUs, if all ran at once: {gpus}")
-        lines.append(f"  estimate: {estimate(starting, folder.parent)}")
+        lines.append(f"  estimate: {estimate(packs, folder.parent)}")
     return "\n".join(lines)
 
 
@@ -122,11 +125,12 @@ def submitted_text(submission: dict, folder: Path) -> str:
     """Where the runs are now and how to follow them."""
     lines = []
     for part in submission["parts"]:
-        n = len(part["runs"])
+        n, n_jobs = len(part["runs"]), len(part["packs"])
+        runs = f"{n} runs" if n == n_jobs else f"{n} runs in {n_jobs} jobs"
         if part["job"]:
-            lines.append(f"  {n} runs are queued as SLURM job {part['job']}_[0-{n - 1}]")
+            lines.append(f"  {runs} are queued as SLURM job {part['job']}_[0-{n_jobs - 1}]")
         else:
-            lines.append(f"  {n} runs are shared by {len(part['workers'])} processes in turn")
+            lines.append(f"  {runs} are shared by {len(part['workers'])} processes in turn")
     name = folder.name if folder.parent == Path("outputs").absolute() else folder
     lines.append("to type next:")
     for command in ("status", "retry", "cancel", "report"):

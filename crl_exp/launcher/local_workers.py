@@ -1,8 +1,8 @@
-"""Runs as processes of this machine: a few workers, each taking the next directory of a list.
+"""Jobs as processes of this machine: a few workers, each taking the next line of a list.
 
 A worker is a submitit job that outlives the launching process. It starts one Python process after
-another for its runs; such a process keeps the model for the next run, and where it dies (killed,
-out of memory) only the run that it was at is lost: the worker starts another for the rest.
+another for its jobs; such a process keeps the model for the next job, and where it dies (killed,
+out of memory) only the run or pack that it was at is lost: the worker starts another for the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import shlex
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from filelock import FileLock
 from submitit import LocalExecutor
 
 from crl_exp.errors import UserError
+from crl_exp.launcher.lists import read_list, write_list
 from crl_exp.launcher.settings import LocalSettings
 from crl_exp.launcher.sweep_file import this_process
 
@@ -37,24 +37,23 @@ def check_gpus(settings: LocalSettings) -> None:
     wanted, there = settings.parallel * settings.gpus, torch.cuda.device_count()
     if wanted > there:
         raise UserError(
-            f"hydra.launcher.parallel={settings.parallel} runs at a time need {wanted} GPUs, but "
+            f"hydra.launcher.parallel={settings.parallel} jobs at a time need {wanted} GPUs, but "
             f"there are {there} here; set hydra.launcher.parallel=…, or model.device=cpu"
         )
 
 
-def start_workers(settings: LocalSettings, runs: list[Path], folder: Path) -> list[dict[str, Any]]:
+def start_workers(
+    settings: LocalSettings, jobs: list[list[Path]], folder: Path
+) -> list[dict[str, Any]]:
     """Start at most `parallel` workers for these run directories; returns their processes.
 
-    folder: the sweep's.
+    jobs: the directories of each. folder: the sweep's.
     """
-    lists = folder / ".submitted"
-    lists.mkdir(exist_ok=True)
-    list_path = lists / f"{uuid.uuid4().hex}.txt"
-    list_path.write_text("".join(f"{run.absolute()}\n" for run in runs))
+    list_path = write_list(folder, jobs)
     python = settings.python or shlex.quote(sys.executable)
     command = f"{python} -u -m crl_exp.launcher.local_workers {shlex.quote(str(list_path))}"
     workers = []
-    for i in range(min(settings.parallel, len(runs))):
+    for i in range(min(settings.parallel, len(jobs))):
         executor = LocalExecutor(folder / "logs", python=python)
         gpus = settings.gpus or 0
         executor.update_parameters(
@@ -89,18 +88,18 @@ def _detached(log_path: Path) -> Iterator[None]:
             os.close(copy)
 
 
-def next_run(list_path: Path) -> Path | None:
-    """The next directory of a list that no worker has taken; None at its end."""
+def next_job(list_path: Path) -> list[Path] | None:
+    """The directories on the next line of a list that no worker has taken; None at its end."""
     with FileLock(f"{list_path}.lock"):
-        runs, n = list_path.read_text().splitlines(), n_taken(list_path)
-        if n == len(runs):
+        jobs, n = read_list(list_path), n_taken(list_path)
+        if n == len(jobs):
             return None
         _taken(list_path).write_text(str(n + 1))
-    return Path(runs[n])
+    return jobs[n]
 
 
 def n_taken(list_path: Path) -> int:
-    """How many directories of a list have been taken."""
+    """How many lines of a list have been taken."""
     path = _taken(list_path)
     return int(path.read_text()) if path.exists() else 0
 
@@ -112,7 +111,7 @@ def _taken(list_path: Path) -> Path:
 def main(name: str) -> int:
     """A worker: processes one after another until the list is done. Returns the exit code."""
     list_path = Path(name)
-    n = len(list_path.read_text().splitlines())
+    n = len(read_list(list_path))
     while (before := n_taken(list_path)) < n:
         ended = subprocess.call([sys.executable, "-u", "-m", "crl_exp", "run", "--list", name])
         if n_taken(list_path) == before:

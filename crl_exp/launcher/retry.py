@@ -9,6 +9,7 @@ from pathlib import Path
 from crl_exp.errors import UserError
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.launch import submitted_text
+from crl_exp.launcher.packs import pack_lines, packs_of
 from crl_exp.launcher.settings import SlurmSettings, changed, make_settings
 from crl_exp.launcher.states import is_started, states_of
 from crl_exp.launcher.submit import Start, abandon_unreleased, submit
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("sweep", help="name of a sweep in the output folder, or its folder")
     parser.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE",
-        help="other settings of the launcher this time: mem=64GB time=24:00:00 partition=long",
+        help="other settings of the launcher this time: mem=64GB time=24:00:00 pack=1",
     )  # fmt: skip
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     arguments = parser.parse_args(argv)
@@ -60,6 +61,7 @@ def retry(folder: Path, overrides: list[str]) -> list[str]:
         if any(isinstance(start.settings, SlurmSettings) for start in starts):
             slurm_jobs.check_slurm()
         _go_back(sweep.submissions[-1]["cwd"])
+        print("\n".join([f"{len(starts)} runs to start", *pack_lines(packs_of(starts))]))
         print(submitted_text(submit(starts, sweep), folder))
     return [record.key for record in again]
 
@@ -69,7 +71,9 @@ def _start(record: Record, sweep: SweepFile, overrides: list[str]) -> Start:
     # A run that was begun by hand in this folder is started as the others were.
     submission = found[0] if found else sweep.submissions[-1]
     part = found[1] if found else submission["parts"][-1]
-    settings = changed(make_settings(submission["launcher"], part["settings"]), overrides)
+    # A sweep may have been submitted before there were packs.
+    values = {"pack": 1, **part["settings"]}
+    settings = changed(make_settings(submission["launcher"], values), overrides)
     return Start(RunDirectory(frozen_config(record.path)), settings)
 
 

@@ -22,7 +22,9 @@ MEMORY = re.compile(r"\d+(\.\d+)?[KMGT]?B?", re.IGNORECASE)
 class LaunchSettings:
     """What both launchers are told.
 
-    gpus: of each run; null: one where model.device is a CUDA device, else none.
+    gpus: of each job; null: one where model.device is a CUDA device, else none.
+    pack: runs that one job holds at most; it runs them together (`crl_exp.packing`). Only runs of
+        the same model, SAEs, task, engine and launcher settings share one.
     setup: shell lines that are run before Python, such as `module load cuda`.
     python: the interpreter of the jobs, as a shell command; null: the one that launches.
     wait: stay until all runs have ended, with a live table, and hand their results to the sweeper.
@@ -30,15 +32,19 @@ class LaunchSettings:
     """
 
     gpus: int | None
+    pack: int
     setup: list[str]
     python: str | None
     wait: bool
     extend: bool
 
     def faults(self) -> list[str]:
+        found = []
         if self.gpus is not None and self.gpus < 0:
-            return [f"hydra.launcher.gpus={self.gpus}: must be 0 or more, or null"]
-        return []
+            found.append(f"hydra.launcher.gpus={self.gpus}: must be 0 or more, or null")
+        if self.pack < 1:
+            found.append(f"hydra.launcher.pack={self.pack}: must be at least 1, one run a job")
+        return found
 
     def for_device(self, device: str) -> Any:
         """These settings with the number of GPUs made plain."""
@@ -47,15 +53,15 @@ class LaunchSettings:
 
 @dataclass
 class SlurmSettings(LaunchSettings):
-    """`hydra/launcher=slurm`: each run is a task of a job array. null: the cluster's own default.
+    """`hydra/launcher=slurm`: each job is a task of a job array. null: the cluster's own default.
 
     partition, account, qos, constraint: as sbatch has them.
     gres: instead of `gpus`, e.g. gpu:a100:1.
-    cpus: of each run. mem: of each run, e.g. 16GB. time: limit of each start, in minutes or as
-        [DAYS-]HH:MM:SS; a run that reaches it is queued again and goes on from its checkpoint.
-    signal_seconds: the run is told to save so long before the limit.
-    requeue: after the loss of a node or a preemption SLURM starts the run again.
-    array_parallelism: runs of one array at a time.
+    cpus: of each job. mem: of each job, e.g. 16GB. time: limit of each start, in minutes or as
+        [DAYS-]HH:MM:SS; a job that reaches it is queued again and goes on from its checkpoints.
+    signal_seconds: the job is told to save so long before the limit.
+    requeue: after the loss of a node or a preemption SLURM starts the job again.
+    array_parallelism: jobs of one array at a time.
     max_array_size: longest array; null: what `scontrol show config` says.
     sbatch: more of sbatch's options by their long names, {reservation: mine, exclusive: true}.
     """
@@ -101,16 +107,16 @@ class SlurmSettings(LaunchSettings):
 
     @property
     def gpus_asked(self) -> int:
-        """GPUs of one run, those of `gres` counted."""
+        """GPUs of one job, those of `gres` counted."""
         counted = re.findall(r"gpu(?::[^:,]+)??(?::(\d+))?(?=,|$)", self.gres or "")
         return (self.gpus or 0) + sum(int(n or 1) for n in counted)
 
 
 @dataclass
 class LocalSettings(LaunchSettings):
-    """`hydra/launcher=local_processes`: this machine, some runs at a time.
+    """`hydra/launcher=local_processes`: this machine, some jobs at a time.
 
-    parallel: runs at a time.
+    parallel: jobs at a time.
     """
 
     parallel: int

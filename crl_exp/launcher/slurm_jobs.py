@@ -1,4 +1,4 @@
-"""Job arrays by submitit and sbatch: each task runs one directory of a list.
+"""Job arrays by submitit and sbatch: each task runs the directories on its line of a list.
 
 An array is submitted held and released once everything about it is written, so that no task starts
 before its directory is ready, and a refusal leaves nothing behind.
@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import uuid
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -22,6 +21,7 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from crl_exp.errors import UserError
+from crl_exp.launcher.lists import write_list
 from crl_exp.launcher.settings import SlurmSettings
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,10 @@ ASKING_SECONDS = 60.0
 MAX_ARRAY_SIZE = 1001
 # Run by the batch script, in bash. Where a node doesn't see the folder its log can't be written
 # either; the run is then lost, and `status` says that its job is gone.
-TAKE_DIRECTORY = """RUN_DIRECTORY=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {list_path})
-if [ ! -r "$RUN_DIRECTORY/config.yaml" ]; then
-    echo "$(hostname) can't read $RUN_DIRECTORY/config.yaml:" \\
+TAKE_DIRECTORIES = """LINE=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {list_path})
+IFS=$'\\t' read -r -a RUN_DIRECTORIES <<< "$LINE"
+if [ ! -r "${{RUN_DIRECTORIES[0]}}/config.yaml" ]; then
+    echo "$(hostname) can't read ${{RUN_DIRECTORIES[0]}}/config.yaml:" \\
         "output_dir must be on a file system that all nodes share" >&2
     exit 66
 fi"""
@@ -58,24 +59,23 @@ def max_array_size(settings: SlurmSettings) -> int:
     return min(limit, settings.max_array_size or limit)
 
 
-def submit_held(settings: SlurmSettings, runs: list[Path], folder: Path) -> str:
-    """Submit an array for these run directories, held; returns its job id.
+def submit_held(settings: SlurmSettings, jobs: list[list[Path]], folder: Path) -> str:
+    """Submit an array whose tasks run these directories each, held; returns its job id.
 
     folder: the sweep's. Raises `UserError` with sbatch's own words where it refuses.
     """
-    lists = folder / ".submitted"
-    lists.mkdir(exist_ok=True)
-    list_path = lists / f"{uuid.uuid4().hex}.txt"
-    list_path.write_text("".join(f"{run.absolute()}\n" for run in runs))
+    list_path = write_list(folder, jobs)
     python = settings.python or shlex.quote(sys.executable)
     executor = SlurmExecutor(folder / "logs", python=python)
     executor.folder.mkdir(parents=True, exist_ok=True)
     executor.update_parameters(**_sbatch_parameters(settings, list_path, folder.name))
-    executor.parameters["map_count"] = len(runs)
+    executor.parameters["map_count"] = len(jobs)
     try:
         with redirect_stderr(StringIO()):  # submitit prints what its exception says too
             # Not `submit`, which pickles a function: the job is a command that anyone can type.
-            job = executor._submit_command(f'{python} -u -m crl_exp run "$RUN_DIRECTORY"')
+            job = executor._submit_command(
+                f'{python} -u -m crl_exp run --queued "${{RUN_DIRECTORIES[@]}}"'
+            )
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         list_path.unlink()
         said = str(error).strip() or repr(error.__cause__ or error)
@@ -89,7 +89,7 @@ def submit_held(settings: SlurmSettings, runs: list[Path], folder: Path) -> str:
 def _sbatch_parameters(settings: SlurmSettings, list_path: Path, name: str) -> dict[str, Any]:
     """What submitit's executor takes."""
     requeue = "requeue" if settings.requeue else "no-requeue"
-    take = TAKE_DIRECTORY.format(list_path=shlex.quote(str(list_path)))
+    take = TAKE_DIRECTORIES.format(list_path=shlex.quote(str(list_path)))
     given = {
         "job_name": name,
         "partition": settings.partition,
@@ -105,7 +105,7 @@ def _sbatch_parameters(settings: SlurmSettings, list_path: Path, name: str) -> d
         "array_parallelism": settings.array_parallelism,
         # Since SLURM 22.05 srun doesn't take over the batch job's --cpus-per-task.
         "srun_args": [f"--cpus-per-task={settings.cpus}"],
-        "setup": [*settings.setup, *take.splitlines(), "export RUN_DIRECTORY"],
+        "setup": [*settings.setup, *take.splitlines()],
         "additional_parameters": {**settings.sbatch, "hold": True, requeue: True},
     }
     return {key: value for key, value in given.items() if value is not None}

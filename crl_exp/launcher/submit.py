@@ -9,12 +9,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from crl_exp.code_state import code_state
 from crl_exp.files import write_atomic
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.local_workers import check_gpus, start_workers
+from crl_exp.launcher.packs import packs_of
 from crl_exp.launcher.plan import Settings
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings, kind_of
 from crl_exp.launcher.sweep_file import SweepFile
@@ -31,6 +33,13 @@ class Start:
     run: RunDirectory
     settings: Settings
 
+    def __str__(self) -> str:
+        return self.run.key
+
+
+Pack = Sequence[Start]
+"""The runs of one job."""
+
 
 def submit(starts: Sequence[Start], sweep: SweepFile) -> dict[str, Any]:
     """Start these runs; returns the submission, which is then the last of `sweep`.
@@ -45,11 +54,12 @@ def submit(starts: Sequence[Start], sweep: SweepFile) -> dict[str, Any]:
     }  # fmt: skip
     sweep.submissions.append(submission)
     before = {start.run.path: _status_text(start.run) for start in starts}
+    packs = packs_of(starts)
     try:
         if isinstance(starts[0].settings, SlurmSettings):
-            _to_slurm(starts, sweep, submission["parts"])
+            _to_slurm(packs, sweep, submission["parts"])
         else:
-            _to_workers(starts, sweep, submission["parts"])
+            _to_workers(packs, sweep, submission["parts"])
     except BaseException:
         slurm_jobs.cancel([part["job"] for part in submission["parts"] if part["job"]])
         for start in starts:
@@ -62,44 +72,51 @@ def submit(starts: Sequence[Start], sweep: SweepFile) -> dict[str, Any]:
     return submission
 
 
-def _to_slurm(starts: Sequence[Start], sweep: SweepFile, parts: list[dict[str, Any]]) -> None:
+def _to_slurm(packs: Sequence[Pack], sweep: SweepFile, parts: list[dict[str, Any]]) -> None:
     ids: dict[str, str | None] = {}
-    for chunk in _chunks(starts):
-        settings = chunk[0].settings
+    for chunk in _chunks(packs):
+        settings = chunk[0][0].settings
         assert isinstance(settings, SlurmSettings)
-        job = slurm_jobs.submit_held(settings, [s.run.path for s in chunk], sweep.folder)
+        job = slurm_jobs.submit_held(settings, _paths(chunk), sweep.folder)
         parts.append(_part(chunk, job=job))
         sweep.write()  # now: jobs left held by a launcher that was killed must be known
-        ids |= {start.run.key: f"{job}_{i}" for i, start in enumerate(chunk)}
-    _queue(starts, ids)
+        ids |= {start.run.key: f"{job}_{i}" for i, pack in enumerate(chunk) for start in pack}
+    _queue([start for pack in packs for start in pack], ids)
     slurm_jobs.release([part["job"] for part in parts])
 
 
-def _to_workers(starts: Sequence[Start], sweep: SweepFile, parts: list[dict[str, Any]]) -> None:
+def _to_workers(packs: Sequence[Pack], sweep: SweepFile, parts: list[dict[str, Any]]) -> None:
     # One set of workers, whatever the runs' own settings: `parallel` is of the machine.
+    starts = [start for pack in packs for start in pack]
     most = max((start.settings for start in starts), key=lambda settings: settings.gpus_asked)
     assert isinstance(most, LocalSettings)
     check_gpus(most)
     _queue(starts, dict.fromkeys((start.run.key for start in starts), None))
-    part = _part(starts, workers=[]) | {"settings": asdict(most)}
-    part["workers"] = start_workers(most, [start.run.path for start in starts], sweep.folder)
+    part = _part(packs, workers=[]) | {"settings": asdict(most)}
+    part["workers"] = start_workers(most, _paths(packs), sweep.folder)
     parts.append(part)
 
 
-def _part(chunk: Sequence[Start], job: str | None = None, workers: Any = ()) -> dict[str, Any]:
+def _paths(packs: Sequence[Pack]) -> list[list[Path]]:
+    return [[start.run.path for start in pack] for pack in packs]
+
+
+def _part(chunk: Sequence[Pack], job: str | None = None, workers: Any = ()) -> dict[str, Any]:
+    packs = [[start.run.key for start in pack] for pack in chunk]
     return {
-        "job": job, "workers": list(workers), "settings": asdict(chunk[0].settings),
-        "runs": [start.run.key for start in chunk],
+        "job": job, "workers": list(workers), "settings": asdict(chunk[0][0].settings),
+        "runs": [key for pack in packs for key in pack], "packs": packs,
     }  # fmt: skip
 
 
-def _chunks(starts: Sequence[Start]) -> list[list[Start]]:
-    """Runs of the same resources together, in arrays that the cluster takes."""
-    groups: dict[str, list[Start]] = {}
-    for start in starts:
-        groups.setdefault(content_key(asdict(start.settings)), []).append(start)
-    assert isinstance(starts[0].settings, SlurmSettings)
-    size = slurm_jobs.max_array_size(starts[0].settings)
+def _chunks(packs: Sequence[Pack]) -> list[list[Pack]]:
+    """Jobs of the same resources together, in arrays that the cluster takes."""
+    groups: dict[str, list[Pack]] = {}
+    for pack in packs:
+        groups.setdefault(content_key(asdict(pack[0].settings)), []).append(pack)
+    asked = packs[0][0].settings
+    assert isinstance(asked, SlurmSettings)
+    size = slurm_jobs.max_array_size(asked)
     return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 

@@ -2,7 +2,8 @@
 
 `points` are the overrides of each run by its key, in the sweep's order. `submissions` hold the
 time, the folder they were made in, the code and, for each job array or set of local workers, its
-settings and its runs. The truth about a run is in its own directory; this is the way to its job.
+settings, its runs and which of them share a job (`packs`). The truth about a run is in its own
+directory; this is the way to its job.
 """
 
 from __future__ import annotations
@@ -75,6 +76,14 @@ class SweepFile:
                 if key in part["runs"]:
                     return submission, part
         return None
+
+    def mates(self, key: str) -> set[str]:
+        """Runs that share a job with this one, itself among them."""
+        found = self.part_of(key)
+        packs = found[1].get("packs", []) if found else []
+        pack = next((pack for pack in packs if key in pack), [key])
+        # One of them may have been submitted again, by itself.
+        return {key, *(other for other in pack if self.part_of(other) == found)}
 
     def overrides(self, key: str) -> str:
         return " ".join(self.points.get(key, []))

@@ -1,7 +1,8 @@
 """Rows of a data set: from the Hugging Face hub, or from local files with the same columns.
 
 `datasets` does the reading and honours HF_HUB_OFFLINE and HF_DATASETS_OFFLINE. Local files are
-streamed, so that a file that changes is never read from an old copy in a cache.
+streamed, so that a file that changes is never read from an old copy in a cache, and nothing is
+asked of the network for them.
 """
 
 from __future__ import annotations
@@ -159,9 +160,11 @@ def _paths(chosen: Any) -> list[Path]:
 
 
 def _from_file(path: Path) -> tuple[str, list[dict[str, Any]]]:
-    from datasets import Features, Value, load_dataset
+    from datasets import Features, Value, config, load_dataset
     from datasets.exceptions import DatasetsError
 
+    # Else each reading is counted at Hugging Face, which takes seconds without a connection.
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
         raise UserError(f"task.data_files: {path} must end in {', '.join(KINDS)}")

@@ -138,10 +138,10 @@ def test_a_job_that_is_scancelled_is_not_put_back(cluster, tmp_path):
     (record,) = find_records(run.folder)
     until(lambda: Record(record.path).heartbeat.get("phase") == "train", 3 * MINUTES)
     cluster.run("scancel", record.status["slurm_job_id"])
-    until(lambda: over(run.folder))
-    assert set(states(run.folder).values()) == {"cancelled"}
-    assert (record.path / "checkpoint.pt").exists(), "it was saved"
     until(lambda: not cluster.queue())
+    assert told(run.folder)[record.key][0] == "cancelled"
+    assert (record.path / "checkpoint.pt").exists(), "it was saved"
+    assert retry(run.folder, []) == [record.key]
 
 
 def test_a_yaml_file_edited_after_submission_changes_nothing(cluster, tmp_path):
