@@ -7,6 +7,8 @@ Shapes: D d_model, F d_sae, C features that may be steered.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,19 @@ class Subject:
         agent = self.agent(mask)
         draw = torch.Generator(self.device).manual_seed(seed) if explore else None
         return PolicyController({self.layer: agent}, self.exp.decay, draw)
+
+
+@contextmanager
+def never_ending(subject: Subject) -> Iterator[None]:
+    """No token ends an answer, so that all are equally long."""
+    lm = subject.lm
+    kept = lm.model.generation_config.eos_token_id, lm.tokenizer.eos_token_id  # type: ignore[union-attr]
+    lm.model.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    lm.tokenizer.eos_token_id = None
+    try:
+        yield
+    finally:
+        lm.model.generation_config.eos_token_id, lm.tokenizer.eos_token_id = kept  # type: ignore[union-attr]
 
 
 def gemma_shaped(device: torch.device) -> LanguageModel:

@@ -54,15 +54,10 @@ class Decoding:
             part.controller.begin(context)
         lm, prompt = self.lm, self.prompt
         # Up to the first steered residual the last prompt token is as the store has it.
-<<<<<<< HEAD
-        self.top = top = min(steered, default=lm.n_layers - 1)
-        first_layer = top + 1 if max_new_tokens == 1 else 0
-=======
-        top = min(first_site(part.controller, lm.n_layers) for part in self.parts)
+        self.top = top = min(first_site(part.controller, lm.n_layers) for part in self.parts)
         first_layer = min(
             start_layer(part.controller, max_new_tokens, lm.n_layers) for part in self.parts
         )
->>>>>>> main
         cache = prompt.cache(first_layer, with_last=top + 1, room=max_new_tokens)
         now = Running(prompt.last_B, prompt.position_B, prompt.key_BT, prompt.valid_BT, cache)
         for index in range(max_new_tokens):

@@ -28,12 +28,9 @@ from crl_exp.static_step import Steps
 
 log = logging.getLogger(__name__)
 AUTO_ITEMS = 128
-<<<<<<< HEAD
 DECODE = ("eager", "compiled")
-=======
 ENOUGH_ROWS = {"cpu": 32, "cuda": 256}
 """From about so many rows on, a layer takes as long as its arithmetic and not as reading it."""
->>>>>>> main
 
 
 @dataclass

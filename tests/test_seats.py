@@ -39,7 +39,9 @@ def test_a_fault_within_a_shared_call_is_its_own_runs(caplog) -> None:
     for controller in (Unsteered(), Exploding(), Unsteered()):
         pack.seat(lambda make, controller=controller: work(make, controller))
     first, fault, last = pack.play()
-    alone = Engine(lm, EngineConfig(8, 1.0, "eager")).generate(store, [Job(Unsteered(), [0, 1, 2])], 2)
+    alone = Engine(lm, EngineConfig(8, 1.0, "eager")).generate(
+        store, [Job(Unsteered(), [0, 1, 2])], 2
+    )
     assert first == last == {"tokens": alone[0].tokens}
     assert isinstance(fault, KeyError)
     assert "planned" in caplog.text and "one by one" in caplog.text
