@@ -169,9 +169,9 @@ class Engine:
 
         lengths = [[len(prompts.prompts[item]) for item in job.items] for job in jobs]
         longest = max(max(own) for own in lengths)
-        size = self.batch_size.rows(
-            bytes_to_decode(self.lm, longest + new_tokens), self.lm.device
-        )  # fmt: skip
+        row = bytes_to_decode(self.lm, longest + new_tokens)
+        # A graph's own cache has room for up to twice as many rows.
+        size = self.batch_size.rows(row if self.compiled is None else 2 * row, self.lm.device)
         starts = [start_layer(job.controller, new_tokens, self.lm.n_layers) for job in jobs]
         enough = ENOUGH_ROWS.get(self.lm.device.type, ENOUGH_ROWS["cuda"])
         self.batch_size.play(batches(lengths, size, starts, enough), play)

@@ -124,31 +124,23 @@ class Place:
         self.team = troop.team.captured()
         self.row_P = torch.zeros(n_places, dtype=torch.long, device=device)
         self.place_B = torch.zeros(n_rows, dtype=torch.long, device=device)
-        self.memory: dict[str, dict[str, Tensor]] = {
-            name: {
-                key: held.new_zeros(n_places, *held.shape[1:])
-                for key, held in vars(notes).items()
-                if held is not None
-            }
-            for name, notes in troop.context.state.items()
+        # Another layer's memory, in the same context, is that layer's place's.
+        self.memory = {
+            name: held.new_zeros(n_places, *held.shape[1:])
+            for name, held in Memory.of(troop.layer, troop.context).held().items()
         }
 
     @staticmethod
     def setting(troop: Troop, n_rows: int) -> tuple:
         """Of two places with the same, the tensors alone differ."""
         assert troop.team is not None
-        notes = [
-            (name, key, held.shape[1:])
-            for name, one in troop.context.state.items()
-            for key, held in vars(one).items()
-            if held is not None
-        ]
+        memory = Memory.of(troop.layer, troop.context).held()
+        notes = [(name, held.shape[1:]) for name, held in memory.items()]
         most = min(padded_rows(max(troop.sizes)), n_rows)
         return troop.layer, troop.team.setting, most, tuple(notes)
 
     def tensors(self) -> list[Tensor]:
-        held = [tensor for notes in self.memory.values() for tensor in notes.values()]
-        return [self.row_P, self.place_B, *self.team.tensors(), *held]
+        return [self.row_P, self.place_B, *self.team.tensors(), *self.memory.values()]
 
     def fill(self, troop: Troop, rows: Sequence[slice]) -> None:
         """Take over a troop. rows: of the batch, each member's."""
@@ -160,17 +152,16 @@ class Place:
         self.row_P[own_P] = row_N
         self.place_B.fill_(len(self.row_P))  # one past the last: nothing is added
         self.place_B[row_N] = own_P
-        for name, notes in self.memory.items():
-            for key, held in notes.items():
-                held.zero_()
-                held[own_P] = getattr(troop.context.state[name], key)
+        memory = Memory.of(self.layer, troop.context)
+        for name, held in self.memory.items():
+            held.zero_()
+            held[own_P] = getattr(memory, name)
 
     def release(self, troop: Troop) -> None:
         """Give the troop its memory back."""
-        own_P = self._own(troop.sizes)
-        for name, notes in self.memory.items():
-            for key, held in notes.items():
-                setattr(troop.context.state[name], key, held[own_P])
+        own_P, memory = self._own(troop.sizes), Memory.of(self.layer, troop.context)
+        for name, held in self.memory.items():
+            setattr(memory, name, held[own_P])
 
     def _own(self, sizes: Sequence[int]) -> Tensor:
         own = [torch.arange(size) + i * self.most for i, size in enumerate(sizes)]
@@ -178,18 +169,15 @@ class Place:
 
     def act(self, x_BD: Tensor, token_index: Tensor) -> tuple[Tensor, Action]:
         """What is added to each row of the frame [B, D], and the action at each place."""
-        state = {}
-        for name, notes in self.memory.items():
-            state[name] = Memory()
-            for key, held in notes.items():
-                setattr(state[name], key, held)
         x_PD = x_BD[self.row_P]
         alive_P = torch.ones_like(self.row_P, dtype=torch.bool)
-        context = StepContext(token_index, [], alive_P, state, None, self.row_P, len(x_PD))
+        context = StepContext(token_index, [], alive_P, {}, None, self.row_P, len(x_PD))
+        memory = Memory.of(self.layer, context)
+        for name, held in self.memory.items():
+            setattr(memory, name, held)
         action = self.team.act(x_PD, context, self.sizes)
-        for name, notes in self.memory.items():
-            for key, held in notes.items():
-                if (now := getattr(state[name], key)) is not held:
-                    held.copy_(now)
+        for name, held in self.memory.items():
+            if (now := getattr(memory, name)) is not held:
+                held.copy_(now)
         nothing_1D = torch.zeros_like(action.delta_BD[:1])
         return torch.cat([action.delta_BD, nothing_1D])[self.place_B], action

@@ -26,9 +26,10 @@ KEPT_STEPS = 16
 """Compiled steps that are kept, the last used ones; each has its frame's cache."""
 
 
-def compile_options(device: torch.device) -> dict[str, Any]:
-    """How `torch.compile` is called."""
-    return {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+def compiled(graph: torch.fx.GraphModule, device: torch.device) -> Callable:
+    """With CUDA graphs on a GPU; by C++ on a CPU."""
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return torch.compile(graph, fullgraph=True, dynamic=False, mode=mode)
 
 
 def check_machine(device: torch.device) -> None:
@@ -107,8 +108,7 @@ class CompiledStep:
         for tensor in held:
             torch._dynamo.mark_static_address(tensor)
         self.held = held
-        options = compile_options(held[0].device)
-        self.compiled = torch.compile(graph, fullgraph=True, dynamic=False, **options)
+        self.compiled = compiled(graph, held[0].device)
 
     def __call__(self) -> Made:
         """The next token of every row; the frame is then ready for the one after."""
