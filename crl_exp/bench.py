@@ -87,7 +87,7 @@ def run(subject: Subject, only: list[str]) -> tuple[list[Measured], dict[str, st
     left_out: dict[str, str] = {}
     for group in GROUPS:
         wanted = [f for f in group.figures if not only or {f.name, group.name} & set(only)]
-        why = {f.name: missing for f in wanted if (missing := f.missing(subject))}
+        why = {f.name: missing for f in wanted if (missing := f.missing(subject, bool(only)))}
         left_out |= why
         figures = [f for f in wanted if f.name not in why]
         if figures:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from crl_exp.bench_runs import floor_calls, memory_calls, memory_child, run_calls
-from crl_exp.bench_subject import Subject
+from crl_exp.bench_runs import floor_calls, memory_calls, memory_child, run_calls, static_calls
+from crl_exp.bench_subject import Subject, never_ending
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.generation import Generation, Job
 from crl_exp.learner import LayerLearner, collect
@@ -30,8 +30,8 @@ VARIANTS, BATCH_EACH, CHOICE_PROMPTS = 8, 16, 50
 
 @dataclass
 class Figure:
-    """Seconds of `top` over seconds of `bottom`. needs: cuda, text (a model that answers a task),
-    package, or nothing."""
+    """Seconds of `top` over seconds of `bottom`. needs: cuda, graphs (cuda; where the row is asked
+    for by name a CPU will do), text (a model that answers a task), package, or nothing."""
 
     name: str
     what: str
@@ -41,10 +41,12 @@ class Figure:
     at_least: bool = False
     needs: str = ""
 
-    def missing(self, subject: Subject) -> str | None:
-        """Why it can't be measured here."""
+    def missing(self, subject: Subject, named: bool = False) -> str | None:
+        """Why it can't be measured here. named: the rows were asked for by name."""
         if self.needs == "cuda" and not torch.cuda.is_available():
             return "there is no NVIDIA GPU"
+        if self.needs == "graphs" and not torch.cuda.is_available() and not named:
+            return "there is no NVIDIA GPU; --only static measures it on this CPU, which compiles"
         if self.needs == "text" and subject.name == "gemma":
             return "the random model answers no task; --subject smollm2 measures it"
         if self.needs == "package" and importlib.util.find_spec(PACKAGE) is None:
@@ -103,19 +105,6 @@ def rates(subject: Subject) -> Iterator[Calls]:
 def answer(subject: Subject, controller: Controller, ids: list[list[int]], n_tokens: int) -> None:
     engine = subject.engine
     engine.generate(engine.read(ids), [Job(controller, range(len(ids)))], n_tokens)
-
-
-@contextmanager
-def never_ending(subject: Subject) -> Iterator[None]:
-    """No token ends an answer, so that all are equally long."""
-    lm = subject.lm
-    kept = lm.model.generation_config.eos_token_id, lm.tokenizer.eos_token_id  # type: ignore[union-attr]
-    lm.model.generation_config.eos_token_id = None  # type: ignore[union-attr]
-    lm.tokenizer.eos_token_id = None
-    try:
-        yield
-    finally:
-        lm.model.generation_config.eos_token_id, lm.tokenizer.eos_token_id = kept  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -239,6 +228,10 @@ GROUPS = [
         Figure("warmup_memory", "peak memory of warmup, 4,000 answers / 100", "large", "small",
                1.05, needs="text"),
     ], rounds=1),
+    Group("static", static_calls, [
+        Figure("static", "decoding one token by a policy, compiled / eager", "compiled", "eager",
+               1.0, needs="graphs"),
+    ], rounds=3, warm_ups=1),
     Group("floor", floor_calls, [
         Figure("decode_floor", "decoding one token of 64 rows, steered / reading weights and cache "
                "once", "decode", "floor", 2.0, needs="cuda"),

@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 
 from crl_exp import lab
-from crl_exp.bench_subject import Subject
+from crl_exp.bench_subject import Subject, never_ending
 from crl_exp.controllers.base import Controller
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.generation import Job
@@ -95,7 +95,7 @@ def memory_child(subject: Subject, n: int) -> int:
     """
     draw = torch.Generator().manual_seed(0)
     prompts = torch.randint(10, 200, (n, SHORT_PROMPT), generator=draw).tolist()
-    engine = Engine(subject.lm, EngineConfig(batch_size=50, keep_gib=0.0))
+    engine = Engine(subject.lm, EngineConfig(batch_size=50, keep_gib=0.0, decode="eager"))
     store = engine.read(prompts)
 
     def play(observer: Controller, items) -> torch.Tensor:
@@ -106,6 +106,28 @@ def memory_child(subject: Subject, n: int) -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def static_calls(subject: Subject) -> Iterator[Calls]:
+    """One decoding step under a policy, `engine.decode` compiled and eager. The warm-up round
+    compiles."""
+    ids, controller = subject.prompts(subject.n_prompts), subject.policy("none")
+    short, long = 4, 4 + subject.new_tokens
+
+    def step(decode: str) -> Callable[[], float]:
+        engine = Engine(subject.lm, EngineConfig(128, subject.exp.engine.keep_gib, decode))
+        store = engine.read(ids)
+
+        def answer(n_tokens: int) -> float:
+            started = time.perf_counter()
+            engine.generate(store, [Job(controller, range(len(ids)))], n_tokens)
+            return time.perf_counter() - started
+
+        return lambda: (answer(long) - answer(short)) / (long - short)
+
+    with never_ending(subject):
+        yield {"compiled": step("compiled"), "eager": step("eager")}
 
 
 @contextmanager

@@ -7,6 +7,8 @@ Shapes: D d_model, F d_sae, C features that may be steered.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,9 @@ class Subject:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.lm, EngineConfig(batch_size=128, keep_gib=self.exp.engine.keep_gib))
+        return Engine(
+            self.lm, EngineConfig(batch_size=128, keep_gib=self.exp.engine.keep_gib, decode="eager")
+        )
 
     @cached_property
     def saes(self) -> dict[int, LayerSAE]:
@@ -136,6 +140,19 @@ class Subject:
         agent = self.agent(mask)
         draw = torch.Generator(self.device).manual_seed(seed) if explore else None
         return PolicyController({self.layer: agent}, self.exp.decay, draw)
+
+
+@contextmanager
+def never_ending(subject: Subject) -> Iterator[None]:
+    """No token ends an answer, so that all are equally long."""
+    lm = subject.lm
+    kept = lm.model.generation_config.eos_token_id, lm.tokenizer.eos_token_id  # type: ignore[union-attr]
+    lm.model.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    lm.tokenizer.eos_token_id = None
+    try:
+        yield
+    finally:
+        lm.model.generation_config.eos_token_id, lm.tokenizer.eos_token_id = kept  # type: ignore[union-attr]
 
 
 def gemma_shaped(device: torch.device) -> LanguageModel:

@@ -97,5 +97,6 @@ class Decay:
         ok = 0 < self.gamma <= 1
         return [] if ok else [f"decay.gamma={self.gamma}: must be in (0, 1]; 1 is no decay"]
 
-    def at(self, token_index: int) -> float:
+    def at(self, token_index: int | Tensor) -> float | Tensor:
+        """γ^t. token_index: t, a number or a tensor []."""
         return self.gamma**token_index

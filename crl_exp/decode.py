@@ -54,35 +54,41 @@ class Decoding:
             part.controller.begin(context)
         lm, prompt = self.lm, self.prompt
         # Up to the first steered residual the last prompt token is as the store has it.
-        top = min(first_site(part.controller, lm.n_layers) for part in self.parts)
+        self.top = top = min(first_site(part.controller, lm.n_layers) for part in self.parts)
         first_layer = min(
             start_layer(part.controller, max_new_tokens, lm.n_layers) for part in self.parts
         )
         cache = prompt.cache(first_layer, with_last=top + 1, room=max_new_tokens)
         now = Running(prompt.last_B, prompt.position_B, prompt.key_BT, prompt.valid_BT, cache)
         for index in range(max_new_tokens):
-            now.step()
-            with ExitStack() as stack:
-                if index == 0:
-                    stack.enter_context(lm.skipping(top, prompt.residual(top)))
-                    self._show_prompt_residuals()
-                stack.enter_context(self._hooks(index))
-                hidden_RTD = lm.decoder(
-                    input_ids=now.token_R[:, None],
-                    attention_mask=lm.mask(now.position_R[:, None], now.key_RT, now.valid_RT),
-                    position_ids=now.position_R[:, None],
-                    past_key_values=now.cache,
-                    use_cache=True,
-                ).last_hidden_state
-            now.token_R = self._next(hidden_RTD[:, -1], choices)
-            now.position_R = now.position_R + 1
-            self._note_tokens(index, now.token_R)
+            token_R = self._step(index, now, choices)
+            self._note_tokens(index, token_R)
             if not self.alive_R.any():
                 break
             if index + 1 < max_new_tokens:
                 self._drop_ended(now)
         for part, context in zip(self.parts, self.lineup.contexts, strict=True):
             part.controller.end(context)
+
+    def _step(self, index: int, now: Running, choices: Sequence[int] | None) -> Tensor:
+        """Run the model for one token of every row; returns the next ones [R]."""
+        lm = self.lm
+        now.step()
+        with ExitStack() as stack:
+            if index == 0:
+                stack.enter_context(lm.skipping(self.top, self.prompt.residual(self.top)))
+                self._show_prompt_residuals()
+            stack.enter_context(self._hooks(index))
+            hidden_RTD = lm.decoder(
+                input_ids=now.token_R[:, None],
+                attention_mask=lm.mask(now.position_R[:, None], now.key_RT, now.valid_RT),
+                position_ids=now.position_R[:, None],
+                past_key_values=now.cache,
+                use_cache=True,
+            ).last_hidden_state
+        now.token_R = self._next(hidden_RTD[:, -1], choices)
+        now.position_R = now.position_R + 1
+        return now.token_R
 
     def _check_room(self, max_new_tokens: int) -> None:
         longest, limit = int(self.prompt.position_B.max()) + 1, self.lm.max_positions
@@ -99,6 +105,10 @@ class Decoding:
         if len(index_R) > COMPACT_BELOW * len(self.alive_R):
             return
         now.keep(index_R)
+        self._leave(index_R)
+
+    def _leave(self, index_R: Tensor) -> None:
+        """Only these rows stay in the batch; the others have ended."""
         for part, rows in enumerate(self.lineup.rows):
             index_J = self.alive_R[rows].nonzero()[:, 0]
             self.job_rows[part] = [self.job_rows[part][i] for i in index_J.tolist()]
@@ -145,12 +155,17 @@ class Decoding:
     def _act(self, troop: Troop, x_ND: Tensor, token_index: int) -> Action | None:
         action = self.lineup.act(troop, x_ND, token_index, self.alive_R)
         if self.record and action is not None:
-            for index, part in zip(troop.parts, troop.slices(), strict=True):
-                alive = self.alive_R[self.lineup.rows[index]]
-                own = action if len(troop.parts) == 1 else action.part(part)
-                rows = list(self.job_rows[index])
-                self.steps[index].append(Step(troop.layer, token_index, rows, alive, own))
+            self._record(troop, token_index, action, troop.slices())
         return action
+
+    def _record(
+        self, troop: Troop, token_index: int, action: Action, slices: Sequence[slice]
+    ) -> None:
+        """slices: each part's rows of the action."""
+        for index, part in zip(troop.parts, slices, strict=True):
+            alive = self.alive_R[self.lineup.rows[index]]
+            rows = list(self.job_rows[index])
+            self.steps[index].append(Step(troop.layer, token_index, rows, alive, action.part(part)))
 
     def _next(self, hidden_BD: Tensor, choices: Sequence[int] | None) -> Tensor:
         best_B = self.lm.logits(hidden_BD, choices).argmax(dim=-1)

@@ -18,14 +18,17 @@ import torch
 from crl_exp.batching import BatchSize, batches, bytes_to_decode
 from crl_exp.controllers.team import Teams
 from crl_exp.decode import Decoding
-from crl_exp.errors import UserError
+from crl_exp.errors import UserError, did_you_mean
 from crl_exp.generation import Generation, Job, cut_at, joined
 from crl_exp.lineup import Part, start_layer
 from crl_exp.models import LanguageModel
 from crl_exp.prompts import Progress, PromptBatch, PromptStore, common_prefix
+from crl_exp.static_decode import CompiledDecoding
+from crl_exp.static_step import Steps
 
 log = logging.getLogger(__name__)
 AUTO_ITEMS = 128
+DECODE = ("eager", "compiled")
 ENOUGH_ROWS = {"cpu": 32, "cuda": 256}
 """From about so many rows on, a layer takes as long as its arithmetic and not as reading it."""
 
@@ -36,10 +39,13 @@ class EngineConfig:
 
     batch_size: rows that go through the model together; auto: as many as fit into memory.
     keep_gib: memory for kept prompts, GiB; a split that needs more is read again for each batch.
+    decode: how the tokens after the first are made: eager, or compiled, as one graph with a static
+        cache and the steering inside (CUDA graphs on a GPU; needs a C++ compiler on a CPU).
     """
 
     batch_size: Any  # int or "auto": OmegaConf can't merge a union into a section still missing
     keep_gib: float
+    decode: str
 
     @property
     def items_together(self) -> int:
@@ -53,6 +59,9 @@ class EngineConfig:
             found.append(f"engine.batch_size={size}: must be at least 1, or auto")
         if not self.keep_gib >= 0:
             found.append(f"engine.keep_gib={self.keep_gib}: must be 0 or more")
+        if self.decode not in DECODE:
+            near = did_you_mean(self.decode, DECODE)
+            found.append(f"engine.decode={self.decode}: must be one of {', '.join(DECODE)}{near}")
         return found
 
 
@@ -88,6 +97,7 @@ class Engine:
         self.lm = lm
         self.config = config
         self.batch_size = BatchSize(config.batch_size)
+        self.compiled = Steps(lm) if config.decode == "compiled" else None
 
     def read(
         self, prompts: Sequence[Sequence[int]], progress: Progress | None = None
@@ -159,9 +169,9 @@ class Engine:
 
         lengths = [[len(prompts.prompts[item]) for item in job.items] for job in jobs]
         longest = max(max(own) for own in lengths)
-        size = self.batch_size.rows(
-            bytes_to_decode(self.lm, longest + new_tokens), self.lm.device
-        )  # fmt: skip
+        row = bytes_to_decode(self.lm, longest + new_tokens)
+        # A graph's own cache has room for up to twice as many rows.
+        size = self.batch_size.rows(row if self.compiled is None else 2 * row, self.lm.device)
         starts = [start_layer(job.controller, new_tokens, self.lm.n_layers) for job in jobs]
         enough = ENOUGH_ROWS.get(self.lm.device.type, ENOUGH_ROWS["cuda"])
         self.batch_size.play(batches(lengths, size, starts, enough), play)
@@ -191,7 +201,11 @@ class Engine:
             part.items.append(job.items[at])
             part.row_B.append(at)
         prompt = prompts.batch([item for part in parts.values() for item in part.items])
-        batch = Decoding(self.lm, prompt, list(parts.values()), record, stop, teams)
+        given = (self.lm, prompt, list(parts.values()), record, stop, teams)
+        if self.compiled is None:
+            batch = Decoding(*given)
+        else:
+            batch = CompiledDecoding(*given, steps=self.compiled)
         batch.run(new_tokens, choices)
         for (index, at), tokens in zip(rows, batch.tokens, strict=True):
             results[index].tokens[at] = tokens

@@ -33,6 +33,10 @@ class Memory:
         assert isinstance(found, Memory)
         return found
 
+    def held(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
     def keep(self, index_R: Tensor) -> None:
         """Only these rows stay."""
         for name, held in vars(self).items():

@@ -235,7 +235,11 @@ class PolicyController(Controller):
 
     def kin(self, layer: int) -> Hashable:
         explored = None if self.seed is None else self.progress
-        return PolicyController, self.agents[layer].setting(), repr(self.decay), explored
+        return PolicyController, self.setting(layer), explored
+
+    def setting(self, layer: int) -> Hashable:
+        """What a graph of its step depends on."""
+        return self.agents[layer].setting(), repr(self.decay), self.seed is None
 
     @staticmethod
     def team(members: Sequence[Controller], layer: int) -> PolicyTeam:

@@ -7,6 +7,7 @@ Shapes: G members, R rows of the member that has most, N rows of all, D d_model,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cached_property
@@ -38,12 +39,26 @@ class PolicyTeam(Team):
         self.agents = [member.agents[layer] for member in members]
         self.first = self.agents[0]
         self.seeds = [member.seed for member in members]
-        self.decay, self.progress = members[0].decay, members[0].progress
+        self.setting = members[0].setting(layer), len(members)
+        self.decay = members[0].decay
+        self.progress: float | Tensor = members[0].progress
+        self.own = False  # whether the weights are a graph's own, not the agents'
 
     @cached_property
     def stacked(self) -> Any:
         """Parameters and buffers by name, each [G, …]."""
         return stack_module_state(self.agents)
+
+    def tensors(self) -> list[Tensor]:
+        state = [tensor for one in self.stacked for tensor in one.values()]
+        progress = torch.as_tensor(self.progress, dtype=torch.float64)
+        return [*state, progress.to(state[0].device)]
+
+    def captured(self) -> PolicyTeam:
+        made = copy.copy(self)
+        made.stacked = stack_module_state(self.agents)
+        made.progress, made.own = self.tensors()[-1].clone(), True
+        return made
 
     @property
     def explores(self) -> bool:
@@ -53,7 +68,9 @@ class PolicyTeam(Team):
     def act(self, x_ND: Tensor, context: StepContext, sizes: Sequence[int]) -> Action:
         first, memory = self.first, Memory.of(self.layer, context)
         held = first.remember(x_ND, memory, lambda: first.prompt_means(context))
-        token_index = torch.full((), context.token_index, device=x_ND.device)
+        token_index = context.token_index
+        if not isinstance(token_index, Tensor):
+            token_index = torch.full((), token_index, device=x_ND.device)
         rows = {"x_BD": x_ND, **held}
         if self.explores:
             if memory.key_B is None:
@@ -76,12 +93,12 @@ class PolicyTeam(Team):
             held = {name: rows[name] for name in rows.keys() - {"x_BD", "key_B"}}
             return agent(rows["x_BD"], held, token_index, rows.get("key_B"), self.progress)
 
-        if len(self.agents) == 1:
+        if len(self.agents) == 1 and not self.own:
             return decide(self.first, rows)
         x_ND = rows["x_BD"]
         together = LOGITS_TOGETHER["cuda" if x_ND.is_cuda else "cpu"]
         chunk = together // (max(sizes) * len(self.first.allowed_C))
-        if chunk <= 1:
+        if chunk <= 1 and not self.own:
             split = {name: tensor.split(list(sizes)) for name, tensor in rows.items()}
             each = [
                 decide(agent, {name: parts[g] for name, parts in split.items()})
@@ -94,7 +111,7 @@ class PolicyTeam(Team):
 
         places = Places.of(sizes, x_ND.device)
         padded = {name: places.padded(tensor) for name, tensor in rows.items()}
-        made = torch.vmap(stacked, chunk_size=chunk)(self.stacked, padded)
+        made = torch.vmap(stacked, chunk_size=max(chunk, 1))(self.stacked, padded)
         return {name: places.flat(tensor) for name, tensor in made.items()}
 
     def _action(self, made: dict[str, Tensor], held: dict[str, Tensor], decay: float) -> Action:

@@ -58,7 +58,7 @@ def largest_error(lm: LanguageModel) -> float:
     prompts = [[i % size for i in ids] for ids in ([11, 12, 13, 14, 15, 16], [11, 12, 17])]
     middle, last = lm.n_layers // 2, lm.n_layers - 1
     watch = _Watch(sorted({middle, last}))
-    engine = Engine(lm, EngineConfig(batch_size=len(prompts), keep_gib=1.0))
+    engine = Engine(lm, EngineConfig(batch_size=len(prompts), keep_gib=1.0, decode="eager"))
     answers = engine.generate(
         engine.read(prompts), [Job(watch, range(len(prompts)))], NEW_TOKENS
     )[0]  # fmt: skip

@@ -140,6 +140,7 @@ class SeatEngine(Engine):
 
     def __init__(self, seat: Seat, shared: Engine):
         self.lm, self.config, self.batch_size = shared.lm, shared.config, shared.batch_size
+        self.compiled = shared.compiled
         self.seat = seat
         self.by_itself = 0
 

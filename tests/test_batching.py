@@ -65,7 +65,7 @@ def test_a_job_of_a_late_layer_leaves_out_the_layers_below() -> None:
         return Job(FixedFeatures([steer], saes, Decay(1.0)), range(40))
 
     jobs = [job(late), job(early)]
-    engine = Engine(lm, EngineConfig(100, 1.0))
+    engine = Engine(lm, EngineConfig(100, 1.0, "eager"))
     store = engine.read(prompts)
     handle = attention.register_forward_hook(lambda *args: n_rows.append(len(args[-1][0])))
     together = engine.generate(store, jobs, 1, choices=[5, 6, 7])
@@ -94,10 +94,10 @@ def small_memory() -> Iterator[tuple[LanguageModel, list[int]]]:
 
 def test_what_does_not_fit_is_halved_and_the_work_is_kept(small_memory, caplog) -> None:
     lm, tried = small_memory
-    expected = Engine(tiny.language_model("llama"), EngineConfig(64, 1.0))
+    expected = Engine(tiny.language_model("llama"), EngineConfig(64, 1.0, "eager"))
     jobs = [Job(Unsteered(), range(12))]
     want = expected.generate(expected.read(PROMPTS), jobs, 8)[0]
-    made = Engine(lm, EngineConfig("auto", 1.0))
+    made = Engine(lm, EngineConfig("auto", 1.0, "eager"))
     store = made.read(PROMPTS)
     done: list[int] = []
     with caplog.at_level(logging.WARNING):
@@ -117,7 +117,7 @@ def test_an_observer_counts_nothing_twice_when_a_batch_is_halved(small_memory) -
     saes = {1: random_sae(1, tiny.D_MODEL)}
     found = []
     for model, size in ((lm, "auto"), (tiny.language_model("llama"), 64)):
-        made, observer = Engine(model, EngineConfig(size, 1.0)), Observer(saes, "mean")
+        made, observer = Engine(model, EngineConfig(size, 1.0, "eager")), Observer(saes, "mean")
         answered = made.generate(made.read(PROMPTS), [Job(observer, range(12))], 8)[0]
         seen_ND = torch.cat(observer.seen_ND[1])
         found.append((observer.pooled_BF[1], seen_ND.double().sum(0)))
@@ -128,7 +128,7 @@ def test_an_observer_counts_nothing_twice_when_a_batch_is_halved(small_memory) -
 
 def test_a_given_number_is_kept_to(small_memory) -> None:
     lm, _ = small_memory
-    made = Engine(lm, EngineConfig(8, 1.0))
+    made = Engine(lm, EngineConfig(8, 1.0, "eager"))
     with pytest.raises(
         UserError, match=r"8 rows .* set engine\.batch_size=4 or engine\.batch_size=auto"
     ):

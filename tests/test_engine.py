@@ -30,7 +30,7 @@ def model(kind: str) -> LanguageModel:
 
 
 def engine(kind: str, batch_size: int = 4, keep_gib: float = 1.0) -> Engine:
-    return Engine(model(kind), EngineConfig(batch_size, keep_gib))
+    return Engine(model(kind), EngineConfig(batch_size, keep_gib, "eager"))
 
 
 def vector(seed: int, scale: float = 3.0) -> Tensor:
@@ -131,7 +131,7 @@ def test_prompts_of_one_token(kind: str, prompts: list[list[int]]) -> None:
 
 def test_end_token_ends_an_answer() -> None:
     lm = tiny.language_model("llama")
-    made = Engine(lm, EngineConfig(4, 1.0))
+    made = Engine(lm, EngineConfig(4, 1.0, "eager"))
     store = made.read(PROMPTS)
     job = [Job(Unsteered(), range(len(PROMPTS)))]
     whole = made.generate(store, job, NEW_TOKENS)[0].tokens
@@ -190,7 +190,7 @@ def leftovers(lm: LanguageModel) -> list[str]:
 def test_nothing_is_left_in_the_model(kind: str) -> None:
     # A model of its own: transformers leaves hooks where hidden states were asked for.
     lm = tiny.language_model(kind)
-    made, ids = Engine(lm, EngineConfig(4, 1.0)), torch.tensor([PROMPTS[0]])
+    made, ids = Engine(lm, EngineConfig(4, 1.0, "eager")), torch.tensor([PROMPTS[0]])
     with torch.no_grad():
         before = lm.model(ids).logits
     store, rows = made.read(PROMPTS), range(len(PROMPTS))

@@ -37,7 +37,7 @@ MODELS: dict[str, LanguageModel] = {}
 def engine(kind: str) -> Engine:
     if kind not in MODELS:
         MODELS[kind] = tiny.language_model(kind)
-    return Engine(MODELS[kind], EngineConfig(64, 1.0))
+    return Engine(MODELS[kind], EngineConfig(64, 1.0, "eager"))
 
 
 @dataclass

@@ -93,7 +93,7 @@ def test_the_encoder_runs_only_where_something_asks(monkeypatch) -> None:
     encoded: list[int] = []
     encode = LayerSAE.encode
     monkeypatch.setattr(LayerSAE, "encode", lambda sae, x: encoded.append(len(x)) or encode(sae, x))
-    made = Engine(tiny.language_model("llama"), EngineConfig(16, 1.0))
+    made = Engine(tiny.language_model("llama"), EngineConfig(16, 1.0, "eager"))
     store, sae = made.read(tiny.prompts(4)), random_sae(2, tiny.D_MODEL)
     plain = agent(sae, tiny.D_MODEL, pipeline())
     masked = agent(sae, tiny.D_MODEL, pipeline(mask=built("mask", "active")))
@@ -107,7 +107,7 @@ def test_the_encoder_runs_only_where_something_asks(monkeypatch) -> None:
 
 def test_output_scores_are_of_the_last_position_and_the_choices_alone(monkeypatch) -> None:
     lm = tiny.language_model("llama")
-    made = Engine(lm, EngineConfig(16, 1.0))
+    made = Engine(lm, EngineConfig(16, 1.0, "eager"))
     shapes: list[tuple[int, ...]] = []
     logits = lm.logits
 
@@ -127,7 +127,7 @@ def test_output_scores_are_of_the_last_position_and_the_choices_alone(monkeypatc
 
 def test_an_evaluated_policy_keeps_no_observations() -> None:
     """They are the update's: 131k features of every token would fill the memory."""
-    made = Engine(tiny.language_model("llama"), EngineConfig(16, 1.0))
+    made = Engine(tiny.language_model("llama"), EngineConfig(16, 1.0, "eager"))
     masked = agent(
         random_sae(2, tiny.D_MODEL), tiny.D_MODEL, pipeline(mask=built("mask", "active"))
     )

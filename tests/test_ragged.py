@@ -44,7 +44,7 @@ def model(kind: str) -> LanguageModel:
 
 
 def engine(kind: str, batch_size: int = 64) -> Engine:
-    return Engine(model(kind), EngineConfig(batch_size, 1.0))
+    return Engine(model(kind), EngineConfig(batch_size, 1.0, "eager"))
 
 
 @cache

@@ -45,7 +45,7 @@ def test_shipped_saes_explain_their_own_layer_best() -> None:
             lm.model(torch.tensor([p]), output_hidden_states=True).hidden_states for p in prompts
         ]
     looks = Look({layer: sae.site for layer, sae in saes.items()})
-    engine = Engine(lm, EngineConfig(N_PROMPTS, 1.0))
+    engine = Engine(lm, EngineConfig(N_PROMPTS, 1.0, "eager"))
     engine.generate(engine.read(prompts), [Job(looks, range(N_PROMPTS))], 1)
     seen = {layer: x_BD for layer, _, x_BD in looks.seen}
     for layer, sae in saes.items():

@@ -29,17 +29,19 @@ class Exploding(Controller):
 
 def test_a_fault_within_a_shared_call_is_its_own_runs(caplog) -> None:
     lm = tiny.language_model("llama")
-    store = Engine(lm, EngineConfig(8, 1.0)).read(tiny.prompts(3))
+    store = Engine(lm, EngineConfig(8, 1.0, "eager")).read(tiny.prompts(3))
 
     def work(make, controller: Controller) -> dict[str, Any]:
-        engine = make(lm, EngineConfig(8, 1.0))
+        engine = make(lm, EngineConfig(8, 1.0, "eager"))
         return {"tokens": engine.generate(store, [Job(controller, [0, 1, 2])], 2)[0].tokens}
 
     pack = Pack()
     for controller in (Unsteered(), Exploding(), Unsteered()):
         pack.seat(lambda make, controller=controller: work(make, controller))
     first, fault, last = pack.play()
-    alone = Engine(lm, EngineConfig(8, 1.0)).generate(store, [Job(Unsteered(), [0, 1, 2])], 2)
+    alone = Engine(lm, EngineConfig(8, 1.0, "eager")).generate(
+        store, [Job(Unsteered(), [0, 1, 2])], 2
+    )
     assert first == last == {"tokens": alone[0].tokens}
     assert isinstance(fault, KeyError)
     assert "planned" in caplog.text and "one by one" in caplog.text
@@ -49,11 +51,11 @@ def test_an_interrupt_while_one_works_ends_those_that_have_not_begun(monkeypatch
     began: list[int] = []
     fired: list[threading.Event] = []
     lm = tiny.language_model("llama")
-    store = Engine(lm, EngineConfig(8, 1.0)).read(tiny.prompts(2))
+    store = Engine(lm, EngineConfig(8, 1.0, "eager")).read(tiny.prompts(2))
 
     def work(make, number: int) -> dict[str, Any]:
         began.append(number)
-        make(lm, EngineConfig(8, 1.0)).generate(store, [Job(Unsteered(), [0])], 1)
+        make(lm, EngineConfig(8, 1.0, "eager")).generate(store, [Job(Unsteered(), [0])], 1)
         return {}
 
     def interrupted(event) -> None:
@@ -77,10 +79,10 @@ def test_an_interrupt_while_one_works_ends_those_that_have_not_begun(monkeypatch
 def test_each_run_has_its_own_global_random_numbers() -> None:
     """torch.manual_seed in one run must not reach another, whoever works in between."""
     lm = tiny.language_model("llama")
-    store = Engine(lm, EngineConfig(8, 1.0)).read(tiny.prompts(2))
+    store = Engine(lm, EngineConfig(8, 1.0, "eager")).read(tiny.prompts(2))
 
     def work(make, seed: int) -> dict[str, Any]:
-        engine = make(lm, EngineConfig(8, 1.0))
+        engine = make(lm, EngineConfig(8, 1.0, "eager"))
         torch.manual_seed(seed)
         drawn = [torch.rand(3)]
         for _ in range(3):

@@ -40,7 +40,7 @@ def model(kind: str) -> LanguageModel:
 
 
 def engine(kind: str, batch_size: int = 64) -> Engine:
-    return Engine(model(kind), EngineConfig(batch_size, 1.0))
+    return Engine(model(kind), EngineConfig(batch_size, 1.0, "eager"))
 
 
 def learned(seed: int, explore: bool = True, progress: float = 0.5, **options) -> PolicyController:
@@ -110,7 +110,7 @@ def rows_of(n: int, seed: int) -> Tensor:
 
 def assert_team_equals_members(members: list[PolicyController], sizes: list[int]) -> None:
     """Over four tokens, so that what stages remember counts."""
-    store = Engine(model("llama"), EngineConfig(9, 1.0)).read(PROMPTS)
+    store = Engine(model("llama"), EngineConfig(9, 1.0, "eager")).read(PROMPTS)
     from crl_exp.prompt_acts import PromptActs
 
     def context(n: int) -> StepContext:

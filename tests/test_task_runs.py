@@ -104,7 +104,10 @@ def test_repeated_rows_are_noted_in_the_result(files, tmp_path):
 
 
 def answers(stop: list[str], batch_size: int = 8) -> Generation:
-    engine = Engine(tiny.language_model("llama"), EngineConfig(batch_size=batch_size, keep_gib=1.0))
+    engine = Engine(
+        tiny.language_model("llama"),
+        EngineConfig(batch_size=batch_size, keep_gib=1.0, decode="eager"),
+    )
     prompts = engine.read(tiny.prompts(8))
     return engine.generate(prompts, [Job(Unsteered(), range(8))], 12, stop=stop)[0]
 

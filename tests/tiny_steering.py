@@ -130,7 +130,7 @@ def rolled_out(agents: list[LayerAgent], seed: int = 0, n: int = 8) -> list[Gene
     """Recorded answers of several agents in one call, rows that end early among them."""
     lm = tiny.language_model("llama")
     lm.model.generation_config.eos_token_id = [1, 6, 9, 14, 27]  # type: ignore[union-attr]
-    engine = Engine(lm, EngineConfig(4 * len(agents), 1.0))
+    engine = Engine(lm, EngineConfig(4 * len(agents), 1.0, "eager"))
     draw = torch.Generator().manual_seed(seed)
     jobs = [Job(PolicyController({2: made}, Decay(1.0), draw), range(n)) for made in agents]
     return engine.generate(engine.read(tiny.prompts(n)), jobs, 4, record=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class RowState(Protocol):
 class StepContext:
     """What a controller may know besides the residual.
 
-    token_index: 0 at the last prompt token, then 1, 2, … at the generated ones.
+    token_index: 0 at the last prompt token, then 1, 2, … at the generated ones; a tensor [] where
+        a team's step is captured in a graph.
     items: position of each row's prompt in its store.
     alive_B: false where the row has finished; nothing it does counts any more.
     state: the controller's own notes for this batch of rows, empty at token 0.
@@ -40,7 +41,7 @@ class StepContext:
         in several batches, and rows that have finished leave theirs.
     """
 
-    token_index: int
+    token_index: int | Tensor
     items: list[int]
     alive_B: Tensor
     state: dict[str, RowState] = field(default_factory=dict)
@@ -104,6 +105,13 @@ class Action:
             rows(self.log_prob_B), rows(self.value_B),
             {name: tensor[index_R] for name, tensor in self.notes.items()},
         )  # fmt: skip
+
+    def tensors(self) -> dict[str, Any]:
+        """Copies of what it holds, by the names of its fields."""
+        found = {
+            name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return {**found, "notes": {name: value.clone() for name, value in self.notes.items()}}
 
     @staticmethod
     def cat(parts: Sequence[Action]) -> Action:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,6 +67,16 @@ class FixedTeam(Team):
         self.feature_idx_GK = torch.cat([feature_idx_1K for feature_idx_1K, _ in pairs])
         self.coefficient_GK = torch.cat([coefficient_1K for _, coefficient_1K in pairs])
         self.W_dec_FD, self.decay = members[0].saes[layer].W_dec_FD, members[0].decay
+        self.setting = members[0].kin(layer), len(members)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.feature_idx_GK, self.coefficient_GK]
+
+    def captured(self) -> FixedTeam:
+        made = copy.copy(self)
+        made.feature_idx_GK = self.feature_idx_GK.clone()
+        made.coefficient_GK = self.coefficient_GK.clone()
+        return made
 
     def act(self, x_ND: Tensor, context: StepContext, sizes: Sequence[int]) -> Action:
         feature_idx_NK = sized(self.feature_idx_GK, sizes)

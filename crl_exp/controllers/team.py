@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,16 +14,35 @@ from torch import Tensor
 from crl_exp.controllers.base import Action, Controller, StepContext
 
 
-class Team(Protocol):
+class Team:
     """Controllers of one kin at one layer, made for one call of the engine: within it, what is
-    learned doesn't change."""
+    learned doesn't change.
+
+    setting: of two teams with the same, the `tensors` alone differ.
+    """
+
+    setting: Hashable
 
     def act(self, x_ND: Tensor, context: StepContext, sizes: Sequence[int]) -> Action:
-        """Decide for the rows of all members, one member's after another's.
+        """Decide for the rows of all members, one member's after another's: a function of tensors,
+        of which `context.token_index` may be one.
 
         sizes: rows of each. context: of all these rows.
         """
-        ...
+        raise NotImplementedError
+
+    def tensors(self) -> list[Tensor]:
+        """All that this team decides by and another of its setting may have otherwise."""
+        raise NotImplementedError
+
+    def captured(self) -> Team:
+        """The same with tensors of its own, for a graph that reads them at fixed addresses."""
+        raise NotImplementedError
+
+    def take(self, other: Team) -> None:
+        """Decide as another team of this setting does."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
 
 
 @dataclass
@@ -90,7 +108,7 @@ class Teams:
 
 def sized(tensor_G: Tensor, sizes: Sequence[int]) -> Tensor:
     """Each member's entry for each of its rows: [G, …] as [N, …]."""
-    if len(sizes) == 1:
-        return tensor_G.expand(sizes[0], *tensor_G.shape[1:])
+    if min(sizes) == max(sizes):
+        return tensor_G[:, None].expand(-1, sizes[0], *tensor_G.shape[1:]).flatten(0, 1)
     counts_G = torch.tensor(sizes, device=tensor_G.device)
     return tensor_G.repeat_interleave(counts_G, dim=0, output_size=sum(sizes))

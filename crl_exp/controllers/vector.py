@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -40,6 +41,15 @@ class VectorTeam(Team):
     def __init__(self, members: Sequence[FixedVectors], layer: int):
         self.vector_GD = torch.stack([member.vector_D[layer] for member in members])
         self.decay = members[0].decay
+        self.setting = members[0].kin(layer), len(members)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.vector_GD]
+
+    def captured(self) -> VectorTeam:
+        made = copy.copy(self)
+        made.vector_GD = self.vector_GD.clone()
+        return made
 
     def act(self, x_ND: Tensor, context: StepContext, sizes: Sequence[int]) -> Action:
         vector_GD = self.vector_GD.to(x_ND.device) * self.decay.at(context.token_index)
