@@ -27,8 +27,8 @@ from crl_exp.run_keys import NOT_IN_KEY, RESUME, content_key, freeze, frozen_con
 from crl_exp.run_status import ANEW, RunStatus
 
 __all__ = [
-    "MLFLOW_BEGUN", "NOT_IN_KEY", "RESUME", "RunDirectory", "content_key", "frozen_config",
-    "run_key", "write_atomic", "write_json",
+    "MLFLOW_BEGUN", "NOT_IN_KEY", "RESUME", "SWEEP_CONFIG", "RunDirectory", "content_key",
+    "frozen_config", "run_key", "write_atomic", "write_json",
 ]  # fmt: skip
 MLFLOW_BEGUN = "mlflow_begun.json"
 """Marks what MLflow is told as one run; gone once the run is started from nothing."""
@@ -45,6 +45,8 @@ FROM_THE_LAST_TIME = (
     "system.jsonl",
     MLFLOW_BEGUN,
 )
+SWEEP_CONFIG = "multirun.yaml"
+"""In a sweep's folder: what was asked for, by the launch that was taken last."""
 ANSWERS = "answers"
 """Folder of the answers given so far; removed when the run is done."""
 

@@ -159,6 +159,19 @@ def test_what_a_launch_starts(state, slurm_job, new, retry, force, tmp_path):
     assert is_started(state, record, "force") is force
 
 
+def test_a_launch_that_is_refused_leaves_what_the_last_one_asked_for(tmp_path):
+    for point in points_of(*tiny(tmp_path, "seed=0,1")):
+        point.run.freeze()
+        point.run.set_status("done")
+    assert not launched("local_processes", tiny(tmp_path, "seed=0,1")).started
+    asked = tmp_path / "s" / "multirun.yaml"
+    before = asked.read_text()
+    assert "seed=0,1" in before
+    with pytest.raises(UserError, match="holds 2 runs of another sweep"):
+        launched("local_processes", tiny(tmp_path, "seed=7,8"))
+    assert asked.read_text() == before
+
+
 def test_a_queued_run_whose_workers_are_gone_is_lost(tmp_path):
     run = tmp_path / "s" / "key"
     run.mkdir(parents=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from crl_exp import config as configs
 from crl_exp.errors import UserError
@@ -21,6 +21,7 @@ from crl_exp.launcher.states import is_started, states_of
 from crl_exp.launcher.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.sweep_file import SweepFile, locked
 from crl_exp.records import Record
+from crl_exp.runs import SWEEP_CONFIG, write_atomic
 from crl_exp.tracking import announce
 
 
@@ -67,6 +68,7 @@ def launch(
         states = look(unique, sweep)
         starting = [p for p in missing if _is_started(p, states[p.key][0])]
         print(plan_text(list(unique.values()), starting, states, folder))
+        write_atomic(folder / SWEEP_CONFIG, OmegaConf.to_yaml(master))
         sweep.points |= {key: list(point.overrides) for key, point in unique.items()}
         if starting:
             submission = submit([Start(p.run, p.settings) for p in starting], sweep)

@@ -21,7 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from crl_exp.errors import UserError
-from crl_exp.runs import write_atomic
+from crl_exp.runs import SWEEP_CONFIG, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,9 @@ class GridSweeper(Sweeper):
         """Compose all points first, so that a typo shows before anything runs; then launch."""
         assert self.launcher is not None
         jobs = self.jobs(arguments)
-        if not getattr(self.launcher, "composes", False):
+        if not getattr(self.launcher, "composes", False):  # which saves what it takes itself
             self.validate_batch_is_legal(jobs)
-        self._save_config()
+            self._save_config()
         returns = self.launcher.launch(jobs, initial_job_idx=0)
         _raise_failures(jobs, returns)
         return [returns]
@@ -79,7 +79,7 @@ class GridSweeper(Sweeper):
         folder = Path(self.config.output_dir).expanduser() / self.config.sweep_name
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
+            write_atomic(folder / SWEEP_CONFIG, OmegaConf.to_yaml(self.config))
         except OSError as error:
             raise UserError(
                 f"output_dir={self.config.output_dir}: can't write to {folder} ({error}); "
