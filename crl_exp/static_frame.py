@@ -174,10 +174,9 @@ class Place:
         context = StepContext(token_index, [], alive_P, {}, None, self.row_P, len(x_PD))
         memory = Memory.of(self.layer, context)
         for name, held in self.memory.items():
-            setattr(memory, name, held)
+            setattr(memory, name, held.clone())  # the action may hold what was remembered
         action = self.team.act(x_PD, context, self.sizes)
         for name, held in self.memory.items():
-            if (now := getattr(memory, name)) is not held:
-                held.copy_(now)
+            held.copy_(getattr(memory, name))
         nothing_1D = torch.zeros_like(action.delta_BD[:1])
         return torch.cat([action.delta_BD, nothing_1D])[self.place_B], action

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
 from crl_exp.cache import keys_values
@@ -115,10 +117,10 @@ class CompiledStep:
         assert self.compiled is not None
         try:
             made = self.compiled(*self.held)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             raise _cannot("compiled", error) from error
         if self.frame.token_B.is_cuda:  # a CUDA graph's outputs are written over by its next run
-            made = torch.utils._pytree.tree_map(torch.clone, made)
+            made = tree_map(torch.clone, made)
         return Made(*made)
 
     def _step(self) -> tuple:
