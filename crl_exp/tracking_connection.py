@@ -29,7 +29,8 @@ SIGNS = {
     "Read timed out": "it took the request and did not answer in time",
     "ConnectTimeoutError": "nothing answers there",
     "database is locked": "other programs keep the database busy",
-    "error code 401": f"it needs a login; {LOGIN} in the environment of the runs",
+    "error code 401": f"it needs a login, and was given none or a wrong one; {LOGIN} in the "
+    "environment of the runs",
     "error code 403": f"the login that was given has no right to it; {LOGIN}",
     "error code 404": "something answers there, but it is no MLflow server; is the path right?",
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted here; "

@@ -139,6 +139,8 @@ class Uploader:
         Where a resumed run cut its journal back, it goes over the same steps again; they are sent
         once.
         """
+        if "last_step" not in sent.record:  # a new run; the one before was deleted there, say
+            reading.tails.clear()
         last: dict[str, int] = sent.record.setdefault("last_step", {})
         for metric in run.data._metric_objs:  # what came through, noted or not
             last[metric.key] = max(metric.step, last.get(metric.key, -1))
@@ -169,11 +171,9 @@ class Uploader:
     def _log(self, run_id: str, new: list[Point]) -> None:
         from mlflow.entities import Metric
 
-        if not new:
-            return
-        self.client.log_batch(
-            run_id, metrics=[Metric(p.name, p.value, p.time_ms, p.step) for p in new]
-        )
+        if new:
+            made = [Metric(p.name, p.value, p.time_ms, p.step) for p in new]
+            self.client.log_batch(run_id, metrics=made)
 
     # --- files ---
 

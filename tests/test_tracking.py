@@ -13,7 +13,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from crl_exp.runs import RunDirectory, write_json
-from crl_exp.tracking import main
 from crl_exp.tracking_connection import resolved_uri
 from crl_exp.tracking_state import Tail
 from tests.mlflow_reading import children, client, history, runs, sync, with_database
@@ -204,32 +203,6 @@ def test_runs_of_a_sweep_share_their_parent(folder):
         ("crl layer 8 seed 0", "demo"),
     ]
     assert len(runs(uri)) == 5
-
-
-def test_a_sweep_has_the_code_of_the_run_that_started_last(folder, monkeypatch):
-    """Runs of one sweep may have been made by different code; a sync again says nothing new."""
-    from mlflow import MlflowClient
-
-    made = [finished_run(config(folder, layers=(layer,)), 0.1) for layer in (8, 12, 15)]
-    for run, started in zip(made, (100.0, 300.0, 200.0), strict=True):
-        write_json(run.path / "status.json", {**run.status(), "started": started})
-        write_json(run.path / "code.json", {"git_commit": f"of {started:g}", "git_dirty": False})
-    assert main([str(folder / "demo")]) == 0
-    uri = resolved_uri(None, folder)
-    (parent,) = runs(uri, "tags.`crl_exp.sweep` = 'demo'")
-    assert parent.data.tags["git_commit"] == "of 300"
-    assert sorted(r.data.tags["git_commit"] for r in children(uri)) == [
-        "of 100",
-        "of 200",
-        "of 300",
-    ]
-
-    def nothing(*words, **more):
-        pytest.fail(f"sent again: {words} {more}")
-
-    for name in ("log_batch", "set_tag", "update_run", "set_terminated", "log_artifact"):
-        monkeypatch.setattr(MlflowClient, name, nothing)
-    assert main([str(folder / "demo")]) == 0
 
 
 def test_statuses(folder):

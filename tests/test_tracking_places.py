@@ -64,7 +64,7 @@ def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("code", "page", "words"),
-    [(401, "You are not authenticated.", "it needs a login; set MLFLOW_TRACKING_USERNAME"),
+    [(401, "You are not authenticated.", "none or a wrong one; set MLFLOW_TRACKING_USERNAME"),
      (403, "Permission denied", "has no right to it"),
      (404, "<html>nothing here</html>", "it is no MLflow server"),
      (200, "<html>a page of something else</html>", "it is no MLflow server")],
