@@ -124,7 +124,7 @@ def assert_same(got: list[Generation], expected: list[Generation], atol: float =
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch_size", [128, 10])
+@pytest.mark.parametrize("batch_size", [128, pytest.param(10, marks=pytest.mark.slow)])
 def test_compiled_answers_equal_eager_ones(kind, batch_size, captured) -> None:
     """Rows of different prompts that end at different tokens, several teams, one who looks."""
     acting, eager_acting = controllers(), controllers()
