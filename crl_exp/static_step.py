@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
 from crl_exp.cache import keys_values
@@ -96,6 +96,9 @@ class CompiledStep:
 
         Raises `UserError` where the step can't be captured.
         """
+        from torch._dynamo import mark_static_address
+        from torch.fx.experimental.proxy_tensor import make_fx
+
         held = self.tensors()
         for counter in (self.frame.position_B, self.frame.column_1):
             counter.zero_()  # of a frame that was used before, they may be at its end
@@ -106,19 +109,21 @@ class CompiledStep:
         except Exception as error:
             raise _cannot("captured", error) from error
         for tensor in held:
-            torch._dynamo.mark_static_address(tensor)
+            mark_static_address(tensor)
         self.held = held
         self.compiled = compiled(graph, held[0].device)
 
     def __call__(self) -> Made:
         """The next token of every row; the frame is then ready for the one after."""
+        from torch._dynamo.exc import TorchDynamoException
+
         assert self.compiled is not None
         try:
             made = self.compiled(*self.held)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             raise _cannot("compiled", error) from error
         if self.frame.token_B.is_cuda:  # a CUDA graph's outputs are written over by its next run
-            made = torch.utils._pytree.tree_map(torch.clone, made)
+            made = tree_map(torch.clone, made)
         return Made(*made)
 
     def _step(self) -> tuple:
