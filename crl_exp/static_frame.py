@@ -175,10 +175,10 @@ class Place:
         context.token_index = token_index  # type: ignore[assignment]
         memory = Memory.of(self.layer, context)
         for name, held in self.memory.items():
-            setattr(memory, name, held)
+            # A copy: what is recorded of this token mustn't change when it is written to below.
+            setattr(memory, name, held.clone())
         action = self.team.act(x_PD, context, self.sizes)
         for name, held in self.memory.items():
-            if (now := getattr(memory, name)) is not held:
-                held.copy_(now)
+            held.copy_(getattr(memory, name))
         nothing_1D = torch.zeros_like(action.delta_BD[:1])
         return torch.cat([action.delta_BD, nothing_1D])[self.place_B], action
