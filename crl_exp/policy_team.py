@@ -68,7 +68,7 @@ class PolicyTeam(Team):
     def act(self, x_ND: Tensor, context: StepContext, sizes: Sequence[int]) -> Action:
         first, memory = self.first, Memory.of(self.layer, context)
         held = first.remember(x_ND, memory, lambda: first.prompt_means(context))
-        token_index = context.token_index
+        token_index: int | Tensor = context.token_index
         if not isinstance(token_index, Tensor):
             token_index = torch.full((), token_index, device=x_ND.device)
         rows = {"x_BD": x_ND, **held}
@@ -114,7 +114,9 @@ class PolicyTeam(Team):
         made = torch.vmap(stacked, chunk_size=max(chunk, 1))(self.stacked, padded)
         return {name: places.flat(tensor) for name, tensor in made.items()}
 
-    def _action(self, made: dict[str, Tensor], held: dict[str, Tensor], decay: float) -> Action:
+    def _action(
+        self, made: dict[str, Tensor], held: dict[str, Tensor], decay: float | Tensor
+    ) -> Action:
         coefficient_NK = made["coefficient_BK"] * decay
         notes: dict[str, Tensor] = {}
         if self.explores:  # what the update computes the distribution from again

@@ -171,10 +171,12 @@ class Place:
         """What is added to each row of the frame [B, D], and the action at each place."""
         x_PD = x_BD[self.row_P]
         alive_P = torch.ones_like(self.row_P, dtype=torch.bool)
-        context = StepContext(token_index, [], alive_P, {}, None, self.row_P, len(x_PD))
+        context = StepContext(0, [], alive_P, {}, None, self.row_P, len(x_PD))
+        context.token_index = token_index  # type: ignore[assignment]
         memory = Memory.of(self.layer, context)
         for name, held in self.memory.items():
-            setattr(memory, name, held.clone())  # the action may hold what was remembered
+            # A copy: what is recorded of this token mustn't change when it is written to below.
+            setattr(memory, name, held.clone())
         action = self.team.act(x_PD, context, self.sizes)
         for name, held in self.memory.items():
             held.copy_(getattr(memory, name))

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
@@ -98,6 +96,9 @@ class CompiledStep:
 
         Raises `UserError` where the step can't be captured.
         """
+        from torch._dynamo import mark_static_address
+        from torch.fx.experimental.proxy_tensor import make_fx
+
         held = self.tensors()
         for counter in (self.frame.position_B, self.frame.column_1):
             counter.zero_()  # of a frame that was used before, they may be at its end
@@ -108,12 +109,14 @@ class CompiledStep:
         except Exception as error:
             raise _cannot("captured", error) from error
         for tensor in held:
-            torch._dynamo.mark_static_address(tensor)
+            mark_static_address(tensor)
         self.held = held
         self.compiled = compiled(graph, held[0].device)
 
     def __call__(self) -> Made:
         """The next token of every row; the frame is then ready for the one after."""
+        from torch._dynamo.exc import TorchDynamoException
+
         assert self.compiled is not None
         try:
             made = self.compiled(*self.held)

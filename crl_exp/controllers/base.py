@@ -41,7 +41,7 @@ class StepContext:
         in several batches, and rows that have finished leave theirs.
     """
 
-    token_index: int | Tensor
+    token_index: int
     items: list[int]
     alive_B: Tensor
     state: dict[str, RowState] = field(default_factory=dict)
