@@ -246,10 +246,9 @@ def compiler_missing() -> bool:
 @pytest.mark.skipif(compiler_missing(), reason="no C++ compiler")
 @pytest.mark.parametrize("kind", ["gemma2"])
 def test_compiled_by_inductor_on_the_cpu(kind) -> None:
-    acting = [learned(0, noise="gaussian"), learned(1, noise="gaussian"), Unsteered()]
-    again = [learned(0, noise="gaussian"), learned(1, noise="gaussian"), Unsteered()]
-    expected = answers(engine(kind, "eager"), [*again])
-    assert_same(answers(engine(kind, "compiled"), [*acting]), expected)
+    """One policy and few tokens: a minute goes into compiling."""
+    expected = answers(engine(kind, "eager"), [learned(0, noise="gaussian")], 3)
+    assert_same(answers(engine(kind, "compiled"), [learned(0, noise="gaussian")], 3), expected)
 
 
 @pytest.mark.gpu
