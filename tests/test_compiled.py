@@ -130,7 +130,7 @@ def test_compiled_answers_equal_eager_ones(kind, batch_size, captured) -> None:
     acting, eager_acting = controllers(), controllers()
     expected = answers(engine(kind, "eager", batch_size), eager_acting)
     lengths = {len(tokens) for answer in expected for tokens in answer.tokens}
-    # Gemma-2's window is shorter than the shortest of these prompts with its longest answer.
+    assert max(map(len, PROMPTS)) > 2 * 6, "longer than Gemma-2's window"
     assert len(lengths) > 2 and max(lengths) > 3, lengths
     assert_same(answers(engine(kind, "compiled", batch_size), acting), expected)
     assert captured.runs > 0
@@ -246,10 +246,9 @@ def compiler_missing() -> bool:
 @pytest.mark.skipif(compiler_missing(), reason="no C++ compiler")
 @pytest.mark.parametrize("kind", ["gemma2"])
 def test_compiled_by_inductor_on_the_cpu(kind) -> None:
-    acting = [learned(0, noise="gaussian"), learned(1, noise="gaussian"), Unsteered()]
-    again = [learned(0, noise="gaussian"), learned(1, noise="gaussian"), Unsteered()]
-    expected = answers(engine(kind, "eager"), [*again])
-    assert_same(answers(engine(kind, "compiled"), [*acting]), expected)
+    """One policy and few tokens: a minute goes into compiling."""
+    expected = answers(engine(kind, "eager"), [learned(0, noise="gaussian")], 3)
+    assert_same(answers(engine(kind, "compiled"), [learned(0, noise="gaussian")], 3), expected)
 
 
 @pytest.mark.gpu
