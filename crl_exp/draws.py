@@ -9,6 +9,8 @@ Shapes: B rows, N numbers a row.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -64,9 +66,46 @@ def _later(key_B: Tensor, token_index: int | Tensor) -> Tensor:
 
 def _mix(x: Tensor) -> Tensor:
     """splitmix64's finaliser (Steele et al. 2014), in int64 arithmetic that wraps around."""
+    return _mix_as_one(x) if _capturing else _mixed(x)
+
+
+def _mixed(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
     return x ^ ((x >> 31) & (2**33 - 1))
+
+
+_capturing = False
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """While a graph is recorded that is to be compiled: `_mix` is then one operator of it.
+
+    torch.compile would write it into one expression, which doubles with each of its lines: three
+    in a row took the compiler more than six minutes. Called by itself the operator is slow.
+    """
+    global _capturing
+    _capturing = True
+    try:
+        yield
+    finally:
+        _capturing = False
+
+
+@torch.library.custom_op("crl_exp::mix", mutates_args=())
+def _mix_as_one(x: Tensor) -> Tensor:
+    return _mixed(x)
+
+
+@_mix_as_one.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_mix_as_one.register_vmap
+def _(info, in_dims: tuple, x: Tensor) -> tuple[Tensor, int]:
+    return _mix_as_one(x), in_dims[0]
 
 
 def _signed(x: int) -> int:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
 from crl_exp.cache import keys_values
+from crl_exp.draws import capturing
 from crl_exp.errors import UserError
 from crl_exp.lineup import Lineup, Troop
 from crl_exp.models import LanguageModel
@@ -103,7 +104,8 @@ class CompiledStep:
         for counter in (self.frame.position_B, self.frame.column_1):
             counter.zero_()  # of a frame that was used before, they may be at its end
         try:
-            graph = make_fx(lambda *_: self._step())(*held)
+            with capturing():
+                graph = make_fx(lambda *_: self._step())(*held)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

@@ -244,7 +244,7 @@ def compiler_missing() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(compiler_missing(), reason="no C++ compiler")
-@pytest.mark.parametrize("kind", ["gemma2"])
+@pytest.mark.parametrize("kind", ["llama"])
 def test_compiled_by_inductor_on_the_cpu(kind) -> None:
     """One policy and few tokens: a minute goes into compiling."""
     expected = answers(engine(kind, "eager"), [learned(0, noise="gaussian")], 3)
