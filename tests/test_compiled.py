@@ -222,9 +222,11 @@ def test_what_cannot_be_captured_is_refused_with_the_way_out(captured) -> None:
         answers(engine("llama", "compiled"), [policy])
 
 
-def test_a_machine_without_compiler_is_told(monkeypatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(UserError, match=r"C\+\+ compiler.*engine\.decode=eager"):
+def test_a_machine_without_compiler_is_told() -> None:
+    from torch._inductor import config
+
+    none = config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with none, pytest.raises(UserError, match=r"C\+\+ compiler.*engine\.decode=eager"):
         engine("llama", "compiled")
 
 
