@@ -142,6 +142,7 @@ def test_compiled_answers_equal_eager_ones(kind, batch_size, captured) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), EACH, ids=["/".join(pair) for pair in EACH])
 def test_every_stage_can_be_captured(group, name, captured) -> None:
     acting = [learned(seed, **{group: name}) for seed in (0, 1)]
