@@ -119,14 +119,14 @@ def test_a_heartbeat_comes_at_once_and_again(tmp_path, monkeypatch):
             progress.advance(30)
             progress.known(20)
             progress.metrics["reward"] = 0.5
-            time.sleep(0.3)
+            time.sleep(1.0)
             told = read_heartbeat(path)
     assert (told["done"], told["total"], told["metrics"]) == (30, 40, {"reward": 0.5})
-    assert 5.1 < told["seconds"]["warmup"] < 6.0, "the seconds of earlier attempts count"
+    assert 5.5 < told["seconds"]["warmup"] < 30, "the seconds of earlier attempts count"
     # 10 of the 30 were done in this attempt, and 10 are left.
-    assert told["left_seconds"] == pytest.approx(told["seconds"]["warmup"] - 5.0, abs=0.1)
+    assert told["left_seconds"] == pytest.approx(told["seconds"]["warmup"] - 5.0, abs=0.3)
     last = read_heartbeat(path)
-    assert last["seconds"]["warmup"] == pytest.approx(progress.seconds["warmup"], abs=0.1)
+    assert last["seconds"]["warmup"] == pytest.approx(progress.seconds["warmup"], abs=0.3)
 
 
 def test_no_heartbeat_ends_no_run(tmp_path, caplog):

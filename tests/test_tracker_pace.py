@@ -77,9 +77,11 @@ def test_sending_takes_a_tenth_of_a_core(tmp_path, monkeypatch):
     run = RunDirectory(config(tmp_path))
     eager = TrackingConfig(True, None, "crl_exp", sync_seconds=0.001, system_seconds=None)
     with Tracker(run, eager) as tracker, run.opened():
+        begun = time.monotonic()
         tracker.start()
-        time.sleep(1.0)
-    assert 2 <= len(sent) <= 1.0 / 0.2 + 2
+        wait_until(lambda: len(sent) >= 5)
+        seconds = time.monotonic() - begun
+    assert len(sent) <= seconds / 0.2 + 2
     assert sent[0] == module.POINTS_AT_ONCE and sent[-1] == float("inf"), "the end is sent whole"
 
 
@@ -133,24 +135,25 @@ def left(run: RunDirectory, how: TrackingConfig, error: BaseException | None = N
 
 
 def test_who_is_told_to_end_waits_less(tmp_path, silent, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", 4.0)
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 90.0)
     monkeypatch.setattr(module, "SHORT_PATIENCE_SECONDS", 0.5)
     run = RunDirectory(config(tmp_path))
-    assert 0.5 <= left(run, silent, Preempted(signal.SIGUSR2)) < 3.5
-    assert left(run, silent) >= 4.0
+    assert 0.5 <= left(run, silent, Preempted(signal.SIGUSR2)) < 45
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 2.0)
+    assert left(run, silent) >= 2.0
 
 
 def test_where_it_did_not_answer_before_it_waits_less(tmp_path, silent, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", 30.0)
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 90.0)
     monkeypatch.setattr(module, "SHORT_PATIENCE_SECONDS", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     run = RunDirectory(config(tmp_path))
     with Tracker(run, silent) as tracker, run.opened():
         tracker.start()
         wait_until(lambda: tracker._faults)
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "9")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "90")
         begun = time.monotonic()
-    assert time.monotonic() - begun < 6
+    assert time.monotonic() - begun < 45
 
 
 def slow_client(monkeypatch, name: str, seconds: float) -> None:
