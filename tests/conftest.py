@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from crl_exp import figure_style, report
 from tests.sharing import Sharing, long_ones_first
-from tests.tiny_run import TinyFiles, make_files
+
+if TYPE_CHECKING:  # seconds of imports, which the process that only hands out tests can do without
+    from tests.tiny_run import TinyFiles
 
 
 def pytest_configure() -> None:
     """Tiny models gain nothing by threads, which wait for each other on a busy machine."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
 def pytest_xdist_make_scheduler(config, log) -> Sharing:
@@ -31,6 +31,8 @@ def pytest_collection_modifyitems(config, items) -> None:
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory) -> TinyFiles:
     """Tiny models, SAEs and a task on disk; tests that change a file work on a copy."""
+    from tests.tiny_run import make_files
+
     return make_files(tmp_path_factory.mktemp("tiny"))
 
 
@@ -43,6 +45,8 @@ def no_fsync(monkeypatch) -> None:
 @pytest.fixture
 def quick_figures(monkeypatch) -> None:
     """Figures of few pixels, and in PDF files no fonts."""
+    from crl_exp import figure_style
+
     monkeypatch.setitem(figure_style.STYLE, "savefig.dpi", 40)
     monkeypatch.setitem(figure_style.STYLE, "pdf.use14corefonts", True)
 
@@ -50,4 +54,6 @@ def quick_figures(monkeypatch) -> None:
 @pytest.fixture
 def quick_reports(quick_figures, monkeypatch) -> None:
     """And not sent to MLflow, which tests/test_report_tracking.py tries."""
+    from crl_exp import report
+
     monkeypatch.setattr(report, "attach", lambda records, folder: None)

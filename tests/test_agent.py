@@ -35,6 +35,7 @@ def with_option(group: str, name: str, order=tuple(PLAIN), **changes) -> LayerAg
     return agent(sae, tiny.D_MODEL, pipeline(order, **stages), **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), EACH)
 def test_ratio_is_one_at_the_first_minibatch_in_every_order(group, name) -> None:
     """Of a rollout over answers of several tokens, with noise, and rows that end early."""

@@ -22,6 +22,7 @@ def test_the_glob_finds_the_tasks():
             "xstest", "truthfulqa_mc", "do_not_answer"} <= set(TASKS)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_every_format_gives_the_same_splits(name, tmp_path):
     digests = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -168,7 +169,16 @@ def test_an_update_in_pieces_has_the_same_gradients(group, name, monkeypatch) ->
     torch.testing.assert_close(cut[2], whole[2], atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """`gc.get_objects` lists what is made from here on, not the libraries' million objects."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("only_new_objects")
 def test_warmup_does_not_grow_with_the_samples() -> None:
     """Bytes of all tensors alive while answers are asked for, 4,000 samples against 100."""
     saes = {2: random_sae(2, 64, d_sae=2048), 3: random_sae(3, 64, d_sae=2048, seed=1)}

@@ -68,7 +68,7 @@ def actions(answered: Answers) -> dict[tuple[int, int], torch.Tensor]:
     return {place: torch.cat(rows) for place, rows in found.items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"])
 @pytest.mark.parametrize(
     "more",
     [

@@ -61,6 +61,7 @@ def test_either_feature_alone_helps_half_and_hurts_half(feature, common):
     assert np.mean(by_answer["no" if wanted == "yes" else "yes"]) < 0.25
 
 
+@pytest.mark.slow
 def test_no_fixed_feature_wins(common, learned):
     """Not the planted ones, nor any other, at the policy's strength and even chosen on the test."""
     lab = lab_of([*common, "method=none"])

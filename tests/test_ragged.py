@@ -141,7 +141,7 @@ def test_compacted_answers_equal_uncompacted_ones(kind, monkeypatch, passes) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch_size", [1, 4, 7])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4, 7])
 def test_the_batch_changes_nothing_of_a_row(kind: str, batch_size: int) -> None:
     """Of other sizes, so with other padding, other rows beside it and in another order."""
     assert_same(answers(kind, batch_size), answers(kind))

@@ -48,6 +48,7 @@ def test_a_signal_handed_on_twice_is_one():
     assert process.returncode == preemption.EXIT_CODE, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_second_signal_ends_at_once(second):
     process = long_step(600.0)

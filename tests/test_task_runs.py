@@ -55,6 +55,7 @@ def overrides(name: str, files: TinyFiles, folder) -> list[str]:
     return [*common, *chosen]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_runs_on_a_tiny_model(name, files, tmp_path):
     result, folder = run_small(overrides(name, files, tmp_path))
