@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from crl_exp import curves, feature_figures, figures, heat_map, table_csv, table_latex, tables
@@ -23,10 +25,23 @@ from crl_exp.records import Record, find_records, find_sweep
 from crl_exp.report_files import Files
 from crl_exp.report_page import page
 from crl_exp.report_parts import Part, SweepParts, compare_parts
+from crl_exp.runs import SWEEP_CONFIG
 from crl_exp.tracking import resolved_uri
 from crl_exp.tracking_report import attach_report
 
 log = logging.getLogger(__name__)
+CHANGED = {
+    "sweep",
+    "sweep_name",
+    "task",
+    "method",
+    "layers",
+    "layers.layer",
+    "seed",
+    "resume",
+    "mask",
+}
+"""What a sweep asks for that isn't asked for again with the commands to type next."""
 # Table columns don't fit a narrow terminal; where there is none, this many characters.
 WIDTH = 130
 # Each draws into a file, or returns False where the sweep has nothing of the kind.
@@ -85,12 +100,24 @@ def write_texts(part: Part, files: Files) -> list[FeatureCredit]:
     return credits
 
 
+def typed_for_all(folder: Path) -> list[str]:
+    """Overrides of the sweep's command that held for all its runs, but for those of `CHANGED`."""
+    path = folder / SWEEP_CONFIG
+    asked = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    typed: list[str] = OmegaConf.select(asked, "hydra.overrides.task") or []
+    kept = [one for one in typed if "," not in one and one.lstrip("+").split("=")[0] not in CHANGED]
+    if folder.parent != Path("outputs") and not any(one.startswith("output_dir=") for one in kept):
+        kept.append(f"output_dir={folder.parent}")
+    return kept
+
+
 def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:
     """What one would type next, made for this sweep."""
     config = sweep.first.config
     layers = sorted({layer for row in sweep.rows for layer in row.layers if len(row.layers) == 1})
     which = ",".join(map(str, layers)) or "8,18"
-    launch = f"python launch.py -m sweep_name={sweep.first.sweep} task={config['task']['name']}"
+    names = f"sweep_name={sweep.first.sweep} task={config['task']['name']}"
+    launch = " ".join(["python launch.py -m", names, *map(shlex.quote, typed_for_all(folder))])
     tracking = config["tracking"]
     uri = resolved_uri(tracking["uri"], folder.parent)
     see = f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from crl_exp.tracking import Place
 from crl_exp.tracking_connection import outside_faults, plain
+from crl_exp.tracking_state import SENT
 
 log = logging.getLogger(__name__)
 REPORT = "report"
@@ -26,15 +27,17 @@ def attach_report(folder: Path, config: Mapping[str, Any]) -> int | None:
     folder = folder.absolute()
     place = Place(config["uri"], config["experiment"], folder.parent)
     try:
-        uploader = place.uploader(None)
-        with uploader.runs.noted(folder) as sent:
-            if "run_id" not in sent.record:
-                log.warning(
-                    "the report is not in MLflow: %s has no run for this sweep yet. `python -m "
-                    "crl_exp sync %s` makes it and sends the report", place.resolved, folder,
-                )  # fmt: skip
-                return None
-            return uploader.artifacts(folder, sent, (f"{REPORT}/**/*",))
+        # Where nothing was ever sent, asking would only make an empty database.
+        if (folder / SENT).exists():
+            uploader = place.uploader(None)
+            with uploader.runs.noted(folder) as sent:
+                if "run_id" in sent.record:
+                    return uploader.artifacts(folder, sent, (f"{REPORT}/**/*",))
+        log.warning(
+            "the report is not in MLflow: %s has no run for this sweep yet. `python -m crl_exp "
+            "sync %s` makes it and sends the report", place.resolved, folder,
+        )  # fmt: skip
+        return None
     except outside_faults() as error:
         log.warning(
             "MLflow did not take the report (tracking.uri=%s): %s. It is in %s; make it again once "

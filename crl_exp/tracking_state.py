@@ -14,12 +14,14 @@ from crl_exp.errors import UserError
 from crl_exp.records import Record
 from crl_exp.runs import MLFLOW_BEGUN, write_json
 
+SENT = "mlflow.json"
+
 
 class Sent:
-    """What was sent from a folder to one MLflow: a record in the folder's `mlflow.json`."""
+    """What was sent from a folder to one MLflow: a record in the folder's `SENT`."""
 
     def __init__(self, folder: Path, uri: str | None, experiment: str):
-        self.path = folder / "mlflow.json"
+        self.path = folder / SENT
         self._all: list[dict[str, Any]] = (
             json.loads(self.path.read_text()) if self.path.exists() else []
         )

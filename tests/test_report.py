@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from crl_exp import table_cells, tables
 from crl_exp.comparison import SweepComparison, compare_runs
 from crl_exp.errors import UserError
 from crl_exp.records import find_records, find_sweep
-from crl_exp.report import main
+from crl_exp.report import main, next_lines
 from crl_exp.runs import RunDirectory
 from tests.synthetic import config, figures, finish, finished_run, result
 
@@ -54,6 +55,25 @@ def test_unknown_sweep_names_the_nearest(tmp_path):
     finished_run(config(tmp_path), 0.1)
     with pytest.raises(UserError, match="did you mean 'demo'"):
         find_sweep("dmo", tmp_path)
+
+
+def test_what_to_type_next_is_of_this_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for output_dir, also in ((Path("outputs"), ""), (Path("a b"), " 'output_dir=a b'")):
+        finished_run(config(output_dir), 0.1)
+        for asked, kept in (
+            ([], ""),
+            (["+sweep=layerwise", "seed=0,1", "model=hf", "model.path=/a/b"],
+             " model=hf model.path=/a/b"),
+            (["output_dir=other"], " output_dir=other"),
+        ):  # fmt: skip
+            asking = {"hydra": {"overrides": {"task": asked}}}
+            OmegaConf.save(asking, output_dir / "demo" / "multirun.yaml")
+            told = next_lines(compared(output_dir), output_dir / "demo")[0].split("  #")[0].strip()
+            place = "" if "other" in kept else also
+            names = "sweep_name=demo task=sentiment"
+            layers = "layers.layer=18 seed=3,4"
+            assert told == f"python launch.py -m {names}{kept}{place} {layers}"
 
 
 def demo_sweep(folder: Path) -> None:

@@ -76,7 +76,13 @@ def test_mlflow_away_is_warned_of_and_the_report_is_there(tmp_path, caplog):
 
 
 def test_a_sweep_that_mlflow_does_not_have(tmp_path, caplog):
-    run = finished_run(config(with_database(tmp_path)), 0.1)
+    run = finished_run(config(tmp_path), 0.1)
+    assert attach_report(run.path.parent, SECTION) is None
+    assert f"crl_exp sync {run.path.parent}" in caplog.text
+    assert not (tmp_path / "mlflow.db").exists()
+    with_database(tmp_path)
+    caplog.clear()
+    (run.path.parent / "mlflow.json").write_text('[{"uri": "http://other", "experiment": "x"}]')
     assert attach_report(run.path.parent, SECTION) is None
     assert f"crl_exp sync {run.path.parent}" in caplog.text
 
