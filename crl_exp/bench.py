@@ -22,7 +22,7 @@ import torch
 from rich.table import Table
 
 from crl_exp.bench_rows import GROUPS, Calls, Figure, Group, memory_child
-from crl_exp.bench_subject import SUBJECTS, Subject
+from crl_exp.bench_subject import SCALE, SUBJECTS, Subject
 from crl_exp.code_state import code_state
 from crl_exp.errors import UserError
 from crl_exp.experiment import peak_memory_bytes
@@ -130,10 +130,17 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         help="model: smollm2 (without a GPU), gemma (random, of Gemma-2-2B's shape, with one), "
         "or tiny, to try the bench itself",
     )  # fmt: skip
+    parser.add_argument(
+        "--scale", type=int, default=SCALE, metavar="N",
+        help="make the whole runs N times smaller than the goals name, in prompts and updates "
+        "(default %(default)s; 1: takes minutes a run)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
     parser.add_argument("--memory-child", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args(argv)
     known = {name for g in GROUPS for name in (g.name, *(f.name for f in g.figures))}
+    if not 1 <= asked.scale <= 100:
+        raise UserError(f"--scale={asked.scale}: must be from 1 to 100")
     if unknown := set(asked.only) - known:
         raise UserError(f"no such row: {', '.join(sorted(unknown))}; --list names them")
     return asked
@@ -155,13 +162,13 @@ def main(argv: list[str] | None = None) -> int:
         print(memory_child(Subject(name), asked.memory_child))
         return 0
     started = time.time()
-    found, left_out = run(Subject(name), asked.only)
+    found, left_out = run(Subject(name, asked.scale), asked.only)
     console.print(table(found, f"{name} on {machine()}"))
     console.print("--list says what each ratio is of")
     for row, why in left_out.items():
         console.print(f"left out: {row}: {why}")
     told = {
-        "subject": name, "machine": machine(), "started": started,
+        "subject": name, "scale": asked.scale, "machine": machine(), "started": started,
         "seconds": time.time() - started, "peak_memory_bytes": peak_memory_bytes(),
         "command": "python -m crl_exp.bench " + " ".join(argv or sys.argv[1:]),
         **code_state().facts,

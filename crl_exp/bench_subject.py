@@ -37,19 +37,20 @@ OVERRIDES = {"smollm2": [], "gemma": [], "tiny": ["+debug=tiny"]}
 D_SAE = {"smollm2": 4096, "gemma": 16_384, "tiny": 64}
 GEMMA_PROMPT = 150
 """Tokens of the random prompts of the model that has no tokenizer."""
+SCALE = 20
 OFF = ["tracking=none", "algorithm.validate_every=0"]
 
 
 class Subject:
-    """Everything is made when it is first asked for. name: one of `SUBJECTS`."""
+    """Everything is made when it is first asked for. name: one of `SUBJECTS`. scale: whole runs are
+    this many times smaller than those of the goals, in prompts and updates alike."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, scale: int = SCALE):
+        self.name, self.scale = name, scale
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # Of the rows: prompts and new tokens of the decoding ones; runs are this many times
-        # smaller than those of the goals, in prompts and updates alike.
+        # Prompts and new tokens of the decoding rows.
         self.n_prompts, self.new_tokens = (64, 64) if name == "gemma" else (16, 16)
-        self.long_tokens, self.scale = 32, 20
+        self.long_tokens = 32
 
     def config(self, *overrides: str) -> DictConfig:
         """The default experiment on this model."""

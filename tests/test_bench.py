@@ -47,6 +47,12 @@ def test_an_unknown_row_is_told(capsys) -> None:
     assert "no such row: speed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("scale", ["0", "101"])
+def test_a_wrong_scale_is_told(scale, capsys) -> None:
+    assert bench.main(["--scale", scale]) == 1
+    assert f"--scale={scale}: must be from 1 to 100" in capsys.readouterr().err
+
+
 def test_what_cannot_be_measured_here_is_told(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
