@@ -125,6 +125,11 @@ def bytes_to_decode(lm: LanguageModel, n_tokens: int) -> int:
     return 2 * keys_values + 16 * n_tokens + 8 * vocabulary + 64 * lm.d_model * lm.dtype.itemsize
 
 
+def bytes_to_keep(lm: LanguageModel, n_tokens: int, n_layers: int) -> int:
+    """Memory of one row's residuals, or additions, of `n_tokens` at `n_layers`, in float32."""
+    return 4 * lm.d_model * n_tokens * n_layers
+
+
 def bytes_to_read(lm: LanguageModel, n_tokens: int) -> int:
     """Rough memory of reading one prompt: keys and values, one layer's hidden states, and its
     attention scores in float32 for eager attention."""

@@ -172,18 +172,17 @@ def packed_text(subject: Subject) -> Iterator[Calls]:
     engine = subject.engine
     store = engine.read(subject.prompts(BATCH_EACH))
 
+    agents = [subject.agent("none") for _ in range(VARIANTS)]
+    learners = [LayerLearner(agent, subject.exp.algorithm) for agent in agents]
+
     def train(n: int) -> None:
-        learners = [
-            LayerLearner(subject.agent("none"), subject.exp.algorithm) for _ in range(n)
-        ]  # fmt: skip
-        jobs = []
-        for seed, learner in enumerate(learners):
-            controller = subject.policy("none", explore=True, seed=seed)
-            controller.agents = {subject.layer: learner.agent}
-            jobs.append(Job(controller, range(BATCH_EACH)))
+        jobs = [
+            Job(subject.acting(agent, explore=True, seed=seed), range(BATCH_EACH))
+            for seed, agent in enumerate(agents[:n])
+        ]
         reward_B = (torch.arange(BATCH_EACH, device=subject.device) % 2).float()
         played = engine.generate(store, jobs, subject.long_tokens, record=True)
-        for learner, one in zip(learners, played, strict=True):
+        for learner, one in zip(learners[:n], played, strict=True):
             rollout = collect(subject.layer, one, reward_B, learner.algorithm)
             learner.update(rollout, 1, torch.Generator().manual_seed(0))
 
@@ -219,8 +218,8 @@ GROUPS = [
                "one", 3.0),
     ], rounds=2, warm_ups=1),
     Group("runs", run_calls, [
-        Figure("pack_choice", "8 packed runs / 1, choice task, 1/20 of 1,500 + 1,500 prompts and "
-               "100 updates of 50", "eight", "one", 1.5, needs="text"),
+        Figure("pack_choice", "8 packed runs / 1, choice task, 1/--scale of 1,500 + 1,500 prompts "
+               "and 100 updates of 50", "eight", "one", 1.5, needs="text"),
         Figure("layerwise", "packed runs of every layer / 1 run, the same", "layers", "one", 4.0,
                needs="text"),
     ], rounds=2),

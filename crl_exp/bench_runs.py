@@ -17,11 +17,13 @@ from omegaconf import DictConfig
 
 from crl_exp import lab
 from crl_exp.bench_subject import Subject, never_ending
+from crl_exp.config import experiment
 from crl_exp.controllers.base import Controller
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.generation import Job
 from crl_exp.measuring import measure
 from crl_exp.packing import run_pack
+from crl_exp.runs import RunDirectory
 
 Calls = dict[str, Callable[[], float | None]]
 ROWS = 64
@@ -31,7 +33,7 @@ SHORT_PROMPT = 4
 @contextmanager
 def run_calls(subject: Subject) -> Iterator[Calls]:
     """Whole runs on the choice task: one, eight variants of it, one for each layer. Each call reads
-    the prompts and warms up anew; the model is loaded before."""
+    the prompts and warms up anew; model and SAEs are loaded before."""
     n = 1500 // subject.scale
     sizes = [
         f"task.n_train={n}", f"task.n_validation={max(2, n // 10)}", f"task.n_test={n}",
@@ -67,6 +69,7 @@ def run_calls(subject: Subject) -> Iterator[Calls]:
         eight = composed([subject.layer], variants)
         layers = composed(list(range(subject.lm.n_layers)), variants[:1])
         play(one)  # loads the model
+        lab.Lab(experiment(one[0]), list(range(subject.lm.n_layers)), RunDirectory(one[0]))  # SAEs
         yield {
             "one": lambda: play(one),
             "eight": lambda: play(eight),

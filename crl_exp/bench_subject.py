@@ -56,7 +56,8 @@ class Subject:
         """The default experiment on this model."""
         register()
         with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-            return compose("config", overrides=[*OVERRIDES[self.name], *OFF, *overrides])
+            here = [*OVERRIDES[self.name], *OFF, f"model.device={self.device.type}"]
+            return compose("config", overrides=[*here, *overrides])
 
     @cached_property
     def exp(self) -> Experiment:
@@ -138,7 +139,9 @@ class Subject:
         )  # fmt: skip
 
     def policy(self, mask: str, explore: bool = False, seed: int = 0) -> PolicyController:
-        agent = self.agent(mask)
+        return self.acting(self.agent(mask), explore, seed)
+
+    def acting(self, agent: LayerAgent, explore: bool = False, seed: int = 0) -> PolicyController:
         draw = torch.Generator(self.device).manual_seed(seed) if explore else None
         return PolicyController({self.layer: agent}, self.exp.decay, draw)
 

@@ -72,6 +72,11 @@ class Moments:
             self.cov_F + other.cov_F + dz_F * dy * weight,
         )  # fmt: skip
 
+    @property
+    def total_F(self) -> Tensor:
+        """Sum of z."""
+        return self.n * (self.origin_F + self.mean_F)
+
     def correlation(self) -> Tensor:
         """Pearson r [F]; 0 where z or y doesn't vary (where numpy.corrcoef gives nan)."""
         scale_F = self.m2_F.sqrt() * self.m2_y**0.5

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from crl_exp.batching import BatchSize, batches, bytes_to_decode
+from crl_exp.batching import BatchSize, batches, bytes_to_decode, bytes_to_keep
 from crl_exp.controllers.team import Teams
 from crl_exp.decode import Decoding
 from crl_exp.errors import UserError, did_you_mean
@@ -169,7 +169,10 @@ class Engine:
 
         lengths = [[len(prompts.prompts[item]) for item in job.items] for job in jobs]
         longest = max(max(own) for own in lengths)
+        # Who looks keeps what it saw until the answers are there; what is recorded stays longer.
+        layers = [len(job.controller.sites) for job in jobs if record or not job.controller.steers]
         row = bytes_to_decode(self.lm, longest + new_tokens)
+        row += bytes_to_keep(self.lm, new_tokens, max(layers, default=0))
         # A graph's own cache has room for up to twice as many rows.
         size = self.batch_size.rows(row if self.compiled is None else 2 * row, self.lm.device)
         starts = [start_layer(job.controller, new_tokens, self.lm.n_layers) for job in jobs]

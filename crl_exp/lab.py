@@ -14,6 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ log = logging.getLogger(__name__)
 
 # Loaded things of this process by content key; see `_shared`.
 _SHARED: dict[str, dict[str, Any]] = {}
+# Those of them that somebody still uses.
+_USED: WeakValueDictionary[str, LayerSAE] = WeakValueDictionary()
+SAE_BYTES = 4 * 2**30
+"""Weights of SAEs that nobody uses at the moment and that are kept for the next run."""
 
 
 def _shared(kind: str, key: Any, make: Callable[[], Any], keep: int) -> Any:
@@ -50,6 +55,25 @@ def _shared(kind: str, key: Any, make: Callable[[], Any], keep: int) -> Any:
     while len(kept) > keep:
         del kept[next(iter(kept))]
     return kept[name]
+
+
+def _shared_model(key: Any, make: Callable[[], LanguageModel]) -> LanguageModel:
+    """One model is kept. What belongs to another goes before this one is loaded: it, its SAEs and
+    its prompts' keys and values would take the memory."""
+    if content_key(key) not in _SHARED.get("model", {}):
+        for kind in ("model", "sae", "prompts"):
+            _SHARED.pop(kind, None)
+    return _shared("model", key, make, keep=1)
+
+
+def _shared_sae(key: Any, make: Callable[[], LayerSAE]) -> LayerSAE:
+    """An SAE that somebody uses is there once; of others those that were used last are kept."""
+    kept, name = _SHARED.setdefault("sae", {}), content_key(key)
+    found = kept.pop(name, None) or _USED.get(name) or make()
+    kept[name] = _USED[name] = found
+    while len(kept) > 1 and sum(sae.nbytes for sae in kept.values()) > SAE_BYTES:
+        del kept[next(iter(kept))]
+    return found
 
 
 class Lab:
@@ -68,7 +92,7 @@ class Lab:
         self.splits: Splits = _shared("splits", asdict(exp.task), exp.task.splits, keep=4)
         self.model_key = asdict(exp.model)
         self.engine_key = [self.model_key, asdict(exp.engine)]
-        self.lm = _shared("model", self.model_key, lambda: checked(load_model(exp.model)), keep=1)
+        self.lm = _shared_model(self.model_key, lambda: checked(load_model(exp.model)))
         self.engine = make_engine(self.lm, exp.engine)
         self.saes: dict[int, LayerSAE] = {layer: self._sae(layer) for layer in layers}
         for sae in self.saes.values():
@@ -87,7 +111,7 @@ class Lab:
         def load() -> LayerSAE:
             return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
 
-        return _shared("sae", [self.model_key, asdict(exp.sae), layer], load, keep=64)
+        return _shared_sae([self.model_key, asdict(exp.sae), layer], load)
 
     def warn(self, message: str) -> None:
         """Say it now and keep it in the result."""
@@ -131,7 +155,8 @@ class Lab:
 
     def vectors(self, vector_D: dict[int, Tensor]) -> Controller:
         sites = {layer: sae.site for layer, sae in self.saes.items()}
-        return FixedVectors(vector_D, sites, self.exp.decay)
+        there = {layer: vector.to(self.lm.device) for layer, vector in vector_D.items()}
+        return FixedVectors(there, sites, self.exp.decay)
 
     # --- prompts and answers ---
 

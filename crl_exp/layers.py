@@ -42,7 +42,7 @@ class LayerSet:
                 raise UserError(
                     f"layer {layer} has no SAE; those that have one: {available}. "
                     f"Set layers=single layers.layer={available[0]}, or train one with "
-                    f"`python -m crl_exp.train_sae layers=[{layer}]`"
+                    f"`python -m crl_exp.train_sae 'layers=[{layer}]' out=saes/mine`"
                 )
         return layers
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crl_exp.checkpoints import CheckpointConfig
 from crl_exp.controllers.base import Controller
-from crl_exp.controllers.observer import Observer
+from crl_exp.controllers.observer import Observer, Residuals
 from crl_exp.correlation import Moments, StreamingCorrelation
 from crl_exp.groups import Sums
 from crl_exp.preemption import Pace
@@ -42,13 +42,13 @@ class LayerPass:
         self.observed: Moments | None = None
         self.norms: list[Tensor] = []
 
-    def take(self, pooled_BF: Tensor, x_ND: Tensor, reward_B: Tensor) -> None:
+    def take(self, pooled_BF: Tensor, residuals: Residuals, reward_B: Tensor) -> None:
         """Take in a batch of answers: pooled activations, observed residuals, rewards."""
         self.stream.update(pooled_BF, reward_B.to(self.device))
-        part = Moments.of(x_ND, torch.zeros(len(x_ND), device=x_ND.device))
+        part = residuals.moments
         self.observed = part if self.observed is None else self.observed.merged(part)
         if sum(map(len, self.norms)) < KEPT_NORMS:
-            self.norms.append(x_ND.norm(dim=1))
+            self.norms.append(residuals.norm_N)
 
     def state(self) -> dict[str, Any]:
         stream = self.stream
@@ -123,7 +123,7 @@ def measure(
         reward_B = answer(observer, items)
         right += float(reward_B.sum())
         for layer, one in passes.items():
-            one.take(observer.pooled_BF[layer], torch.cat(observer.seen_ND[layer]), reward_B)
+            one.take(observer.pooled_BF[layer], observer.residuals[layer], reward_B)
         at += len(items)
         if saved and pace:
             layers = {layer: one.state() for layer, one in passes.items()}

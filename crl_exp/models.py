@@ -63,9 +63,12 @@ class LanguageModel:
         return next(self.model.parameters()).dtype
 
     def fingerprint(self) -> str:
-        """Hash of the weights' sums: statistics made with other weights are not reused."""
+        """Hash of the weights' sums: statistics made with other weights are not reused.
+
+        Their bits are summed, as whole numbers: the same in any order, so on any machine.
+        """
         if self._fingerprint is None:  # the weights are frozen
-            sums = [float(p.sum(dtype=torch.float64)) for p in self.model.parameters()]
+            sums = [int(_bits(p).sum(dtype=torch.int64)) for p in self.model.parameters()]
             self._fingerprint = hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
         return self._fingerprint
 
@@ -176,6 +179,12 @@ class LanguageModel:
         finally:
             for layer in self.layers[: top + 1]:
                 del layer.forward
+
+
+def _bits(weights: Tensor) -> Tensor:
+    """The same memory as whole numbers."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return weights.detach().contiguous().view(kinds[weights.element_size()])
 
 
 def load_model(config: ModelConfig) -> LanguageModel:

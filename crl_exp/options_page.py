@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -34,8 +35,10 @@ HEADER = """# Options
 Made by `python -m crl_exp options` from `conf/` and the docstrings: change those, not this page.
 
 An option is chosen by `GROUP=NAME`, a value in it set by `GROUP.KEY=VALUE`; the default of each
-group is in bold. *Reported* is what the method's author said of the option (numbers are accuracies
-in %), nothing measured here. CRL is arXiv 2602.10437, CorrSteer arXiv 2508.12535.
+group is in bold. (`method=crl`, the default, takes `coefficient=relative` unless `coefficient=` is
+typed; all other methods take the bold one.) *Reported* is what the method's author said of the
+option (numbers are accuracies in %), nothing measured here. CRL is arXiv 2602.10437, CorrSteer
+arXiv 2508.12535.
 
 The four stages of the logits run in the order of the list `order`, by default
 `[fusion, noise, activation, mask]`; any of the 24 orders can be set.
@@ -86,8 +89,11 @@ def _plain(value: object) -> str:
         return str(value).lower() if value is not None else "null"
     if isinstance(value, list):
         return "[" + ", ".join(_plain(item) for item in value) + "]"
-    text = str(value).splitlines()[0] if str(value) else "''"
-    return text if len(text) <= 40 else text[:37] + "…"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_plain(item)}" for key, item in value.items()) + "}"
+    text = str(value)
+    # What a line can't show, or would seem to be something else, is in quotes, as YAML has it.
+    return text if text.strip() == text and "\n" not in text and text else json.dumps(text)
 
 
 def _class(target: str) -> type:

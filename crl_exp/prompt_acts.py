@@ -47,14 +47,16 @@ def _read(store: PromptStore, sae: LayerSAE, allowed_C: Tensor) -> tuple[Tensor,
     lengths = [len(prompt) for prompt in store.prompts]
     total_NC = torch.zeros(len(lengths), len(allowed_C), device=store.lm.device)
     encode = sae.encoder(allowed_C)
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    for at in range(0, len(order), store.batch_size):
-        chunk = order[at : at + store.batch_size]
+
+    def read(chunk: list[int]) -> None:
         x_BTD = _residuals(store, chunk, sae.site)
         for row, item in enumerate(chunk):
             x_MD = x_BTD[row, 1 : lengths[item] - 1]
+            total_NC[item] = 0  # where the memory was not enough, the same prompts come again
             for part_MD in x_MD.split(ENCODED_TOGETHER):
                 total_NC[item] += encode(part_MD).sum(dim=0)
+
+    store.in_batches(read)
     tokens_N = torch.tensor([max(n - 2, 0) for n in lengths], device=store.lm.device)
     return total_NC / tokens_N.clamp(min=1)[:, None], tokens_N
 

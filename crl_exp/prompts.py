@@ -80,8 +80,8 @@ class PromptStore:
             lm.n_layers + 1, len(self.prompts), lm.d_model, dtype=lm.dtype, device=lm.device
         )
         longest = max(suffix_lengths, default=0) + self.prefix
-        self.batch_size = size.rows(bytes_to_read(lm, longest), lm.device)
-        self._read(size, progress)
+        self.size, self.bytes_a_row = size, bytes_to_read(lm, longest)
+        self._read(progress)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -113,22 +113,29 @@ class PromptStore:
         )
 
     @torch.no_grad()
-    def _read(self, size: BatchSize, progress: Progress | None) -> None:
+    def _read(self, progress: Progress | None) -> None:
         prefix_cache = DynamicCache()
         if self.prefix:
             ids = torch.tensor([self.prompts[0][: self.prefix]], device=self.lm.device)
             self._forward(ids, prefix_cache, torch.tensor([self.prefix]), start=0)
-        # Same-length prompts side by side: little padding, and an order that depends on the
-        # prompts alone, so that every run reads them in the same batches.
-        order = sorted(range(len(self.prompts)), key=lambda i: (len(self.prompts[i]), i))
 
         def read(chunk: list[int]) -> None:
             self._read_chunk(chunk, prefix_cache)
             if progress:
                 progress(len(chunk))
 
-        starts = range(0, len(order), self.batch_size)
-        size.play([order[at : at + self.batch_size] for at in starts], read)
+        self.in_batches(read)
+
+    def in_batches(self, read: Callable[[list[int]], None]) -> None:
+        """Call `read` for all prompts, as many at a time as fit into memory now.
+
+        Same-length prompts side by side: little padding, and an order that depends on the prompts
+        alone, so that every run reads them in the same batches.
+        """
+        order = sorted(range(len(self.prompts)), key=lambda i: (len(self.prompts[i]), i))
+        n_rows = self.size.rows(self.bytes_a_row, self.lm.device)
+        starts = range(0, len(order), n_rows)
+        self.size.play([order[at : at + n_rows] for at in starts], read)
 
     def _read_chunk(self, chunk: list[int], prefix_cache: DynamicCache) -> None:
         own = [self.prompts[i][self.prefix :] for i in chunk]

@@ -78,7 +78,7 @@ class SAEConfig:
             where = f"sae.folder={self.folder}" if self.folder else f"sae.release={self.release}"
             raise UserError(
                 f"{where} has no SAE whose id looks like {self.id_template!r}; "
-                "check sae.id_template, or train some with `python -m crl_exp.train_sae`"
+                "check sae.id_template, or train some (docs/extending.md)"
             )
         return layers
 
@@ -115,7 +115,7 @@ class SAEConfig:
         return (
             f"can't load the SAE of layer {layer} from {where} ({type(error).__name__}: {said}). "
             "The file is missing or damaged: restore it (`git checkout assets`), train it "
-            "(`python -m crl_exp.train_sae`), or set sae.folder=… / sae.release=…"
+            "(docs/extending.md), or set sae.folder=… / sae.release=…"
         )
 
     def metadata(self, layer: int) -> SAEMetadata:

@@ -58,6 +58,10 @@ class LayerSAE:
     def d_sae(self) -> int:
         return self.W_dec_FD.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.sae.state_dict().values())
+
     @cached_property
     def dec_norm_F(self) -> Tensor:
         """Length of each decoder row, so that steering can be set relative to the residual's."""
@@ -150,6 +154,8 @@ def _load_one(config: SAEConfig, layer: int, d_model: int, model_name: str, devi
             sae = SAE.from_pretrained(
                 str(config.release), config.sae_id(layer), device=str(device), dtype="float32"
             )
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError, but the file is whole
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(config.cannot_load(layer, error)) from error
     where = config.where(layer)

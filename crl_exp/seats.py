@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Seat:
                 self.outcome = self.work()
         except BaseException as error:  # the pack's caller is told, whatever it is
             self.outcome = error
+            _let_go(error)
         finally:
             self.over = True
             self.back.set()
@@ -133,6 +135,14 @@ class Seat:
             self._await(self.back)
         if not self.over:
             self.go_on()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """An error holds the variables of the calls that it came through, and those a run's tensors:
+    until the pack's end the others would have to do without their memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class SeatEngine(Engine):

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from crl_exp.cache import Running
 from crl_exp.controllers.base import Action
 from crl_exp.decode import Decoding
-from crl_exp.static_frame import padded_rows, padded_tokens
+from crl_exp.static_frame import frame_rows, padded_tokens
 from crl_exp.static_step import CompiledStep, Made, Steps, steering
 
 
@@ -74,7 +74,8 @@ class CompiledDecoding(Decoding):
             super()._drop_ended(now)
             return
         index_R = self.alive_R.nonzero()[:, 0]
-        if padded_rows(len(index_R)) >= step.frame.n_rows:
+        # A smaller graph saves some time, compiling one again and again costs far more.
+        if frame_rows(len(index_R)) >= step.frame.n_rows or self.compiled.full:
             return
         step.release(self.lineup)
         self._leave(index_R)

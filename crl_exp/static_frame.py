@@ -1,7 +1,7 @@
 """What a captured decoding step reads and writes, always in the same places.
 
-A graph has one shape. Rows are padded to a power of two and tokens to a multiple of 64, so that few
-shapes come about. Rows of padding see nothing but themselves, and nobody sees them.
+A graph has one shape. Rows are padded to a power of two from 16 on and tokens to a multiple of 64,
+so that few shapes come about. Rows of padding see nothing but themselves, and nobody sees them.
 Shapes: B rows with padding, R real ones, T tokens with padding, H key heads, E head size, P places
 of a troop's rows with padding, D d_model.
 """
@@ -21,11 +21,18 @@ from crl_exp.lineup import Troop
 from crl_exp.memory import Memory
 
 TOKENS = 64
+FEWEST_ROWS = 16
+"""With fewer, reading the weights takes as long: another graph would bring nothing."""
 
 
 def padded_rows(n: int) -> int:
     """The next power of two."""
     return 1 << (n - 1).bit_length()
+
+
+def frame_rows(n: int) -> int:
+    """Of the frame that holds n rows."""
+    return max(FEWEST_ROWS, padded_rows(n))
 
 
 def padded_tokens(n: int) -> int:

@@ -20,7 +20,7 @@ from crl_exp.draws import capturing
 from crl_exp.errors import UserError
 from crl_exp.lineup import Lineup, Troop
 from crl_exp.models import LanguageModel
-from crl_exp.static_frame import Frame, Place, padded_rows
+from crl_exp.static_frame import Frame, Place, frame_rows
 
 EAGER = "set engine.decode=eager"
 KEPT_STEPS = 16
@@ -210,10 +210,15 @@ class Steps:
         """Made where there is none of this shape. cache: what it has to hold, the first time."""
         if cache is not None and not self.heads_L:
             self.heads_L = [(keys.shape[1], keys.shape[3]) for keys, _ in keys_values(cache)]
-        shape = padded_rows(n_rows), n_tokens
+        shape = frame_rows(n_rows), n_tokens
         if shape not in self.frames:
             self.frames[shape] = Frame(self.heads_L, *shape, self.lm.dtype, self.lm.device)
         return self.frames[shape]
+
+    @property
+    def full(self) -> bool:
+        """Whether one more step would displace another."""
+        return len(self.made) >= KEPT_STEPS
 
     def step(self, frame: Frame, lineup: Lineup, record: bool) -> CompiledStep:
         """The step for these; recorded first, if it has to be, so the frame is filled after it."""

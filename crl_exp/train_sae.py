@@ -131,11 +131,19 @@ def measure(
 
 
 def check(config: TrainSaeConfig, n_layers: int) -> None:
-    """Raises `UserError` for layers that don't exist or have none before them to compare with."""
+    """Raises `UserError` for layers that don't exist or have none before them to compare with, and
+    for a folder with SAEs of other layers, whose card would be written over."""
     bad = [x for x in config.layers if not 1 <= x < n_layers]
     if bad or not config.layers:
         raise UserError(
             f"layers={list(config.layers)}: choose from 1 to {n_layers - 1}, e.g. layers=[8,15]"
+        )
+    ours = {hook_name(layer) for layer in config.layers}
+    others = sorted({path.parent.name for path in Path(config.out).glob("*/cfg.json")} - ours)
+    if others:
+        raise UserError(
+            f"out={config.out} holds SAEs that aren't trained now ({', '.join(others)}); set "
+            "out=saes/mine, or any other folder"
         )
 
 

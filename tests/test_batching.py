@@ -16,10 +16,13 @@ from crl_exp.coefficients import Decay
 from crl_exp.controllers.base import Unsteered
 from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.controllers.observer import Observer
+from crl_exp.controllers.vector import FixedVectors
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
 from crl_exp.generation import Job
 from crl_exp.models import LanguageModel
+from crl_exp.prompt_acts import PromptActs
+from crl_exp.saes import LayerSAE
 from tests import tiny
 from tests.tiny_run import run_small
 from tests.tiny_steering import random_sae
@@ -119,11 +122,74 @@ def test_an_observer_counts_nothing_twice_when_a_batch_is_halved(small_memory) -
     for model, size in ((lm, "auto"), (tiny.language_model("llama"), 64)):
         made, observer = Engine(model, EngineConfig(size, 1.0, "eager")), Observer(saes, "mean")
         answered = made.generate(made.read(PROMPTS), [Job(observer, range(12))], 8)[0]
-        seen_ND = torch.cat(observer.seen_ND[1])
-        found.append((observer.pooled_BF[1], seen_ND.double().sum(0)))
-        assert len(seen_ND) == sum(min(len(tokens) + 1, 8) for tokens in answered.tokens)
+        moments = observer.residuals[1].moments
+        found.append((observer.pooled_BF[1], moments.total_F))
+        assert moments.n == sum(min(len(tokens) + 1, 8) for tokens in answered.tokens)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
+def test_nothing_is_counted_twice_when_encoding_does_not_fit(monkeypatch) -> None:
+    """The answers are there by then; of two layers the first has been encoded already."""
+    lm, saes = tiny.language_model("llama"), {n: random_sae(n, tiny.D_MODEL) for n in (1, 2)}
+    encode, found = LayerSAE.encode, []
+
+    def small(self, x_BD):
+        if self.layer == 2 and len(x_BD) > 50:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(self, x_BD)
+
+    for size, patched in ((64, encode), ("auto", small)):
+        monkeypatch.setattr(LayerSAE, "encode", patched)
+        made, observer = Engine(lm, EngineConfig(size, 1.0, "eager")), Observer(saes, "mean")
+        made.generate(made.read(PROMPTS), [Job(observer, range(12))], 8)
+        found.append((observer.residuals, observer.pooled_BF))
+    assert made.batch_size.most < 12, "it was halved"
+    for layer in saes:
+        (a, b), (x, y) = ([each[part][layer] for each in found] for part in (0, 1))
+        assert a.moments.n == b.moments.n == len(b.norm_N)
+        torch.testing.assert_close(a.moments.total_F, b.moments.total_F, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+VECTOR = FixedVectors({1: torch.ones(tiny.D_MODEL)}, {1: 1}, Decay(1.0))
+LOOKS = Observer({n: random_sae(n, tiny.D_MODEL) for n in (1, 2)}, "max")
+
+
+@pytest.mark.parametrize(
+    ("controller", "record", "n_layers"),
+    [(Unsteered(), True, 0), (VECTOR, False, 0), (VECTOR, True, 1), (LOOKS, False, 2)],
+)
+def test_auto_counts_what_is_kept_of_an_answer(controller, record, n_layers, monkeypatch) -> None:
+    lm = tiny.language_model("llama")
+    made, asked = Engine(lm, EngineConfig("auto", 1.0, "eager")), []
+    store = made.read(PROMPTS)
+    rows = BatchSize.rows
+    monkeypatch.setattr(
+        BatchSize, "rows", lambda self, n, device: asked.append(n) or rows(self, n, device)
+    )
+    made.generate(store, [Job(controller, range(12))], 8, record=record)
+    plain = bytes_to_decode(lm, max(map(len, PROMPTS)) + 8)
+    assert asked == [plain + 4 * tiny.D_MODEL * 8 * n_layers]
+
+
+def test_prompts_are_read_for_a_mask_as_they_fit(monkeypatch) -> None:
+    lm, sae = tiny.language_model("llama"), random_sae(2, tiny.D_MODEL)
+    allowed_C, found, sizes = torch.arange(0, 15), [], []
+
+    def small(module, args, kwargs) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for size in (64, "auto"):
+        store = Engine(lm, EngineConfig(size, 1.0, "eager")).read(PROMPTS)
+        if size == "auto":
+            handle = lm.decoder.register_forward_pre_hook(small, with_kwargs=True)
+        found.append(PromptActs(store, [3, 0, 11]).means(sae, allowed_C)[0])
+    handle.remove()
+    assert sizes == [12, 6, 3, 3, 3, 3]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 def test_a_given_number_is_kept_to(small_memory) -> None:

@@ -195,6 +195,7 @@ def test_rows_leave_for_a_frame_of_half_the_size(captured, monkeypatch) -> None:
         return call(self)
 
     monkeypatch.setattr(static_step.CompiledStep, "__call__", counted)
+    monkeypatch.setattr(static_frame, "FEWEST_ROWS", 1)
     monkeypatch.setattr("crl_exp.decode.COMPACT_BELOW", 0.0)
     acting = [learned(seed, mask="generation", fusion="attention") for seed in range(3)]
     again = [learned(seed, mask="generation", fusion="attention") for seed in range(3)]
@@ -202,10 +203,18 @@ def test_rows_leave_for_a_frame_of_half_the_size(captured, monkeypatch) -> None:
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
     assert all(size == static_frame.padded_rows(size) for size in sizes)
     assert captured.compiled == len(set(sizes))
-    assert_same(got, answers(engine("llama", "eager"), [*again]))
+    expected = answers(engine("llama", "eager"), [*again])
+    assert_same(got, expected)
+    monkeypatch.setattr(static_step, "KEPT_STEPS", 1)
+    first = sizes[0]
+    sizes.clear()
+    again = [learned(seed, mask="generation", fusion="attention") for seed in range(3)]
+    assert_same(answers(engine("llama", "compiled"), [*again]), expected)
+    assert set(sizes) == {first}, "no graph makes way for a smaller one"
 
 
 def test_padding() -> None:
+    assert [static_frame.frame_rows(n) for n in (1, 16, 17)] == [16, 16, 32]
     assert [static_frame.padded_rows(n) for n in (1, 2, 3, 8, 9, 100)] == [1, 2, 4, 8, 16, 128]
     assert [static_frame.padded_tokens(n) for n in (1, 64, 65, 128)] == [64, 64, 128, 128]
 

@@ -149,7 +149,11 @@ def test_pooling_of_answers_that_end_early(pooling: str) -> None:
             acts_TF = torch.stack([sae.encode(x_TBD[t, row] * layer) for t in range(length)])
             by_hand_F = {"max": acts_TF.amax(0), "mean": acts_TF.mean(0), "last_prompt": acts_TF[0]}
             torch.testing.assert_close(observer.pooled_BF[layer][row], by_hand_F[pooling])
-        assert sum(len(x_ND) for x_ND in observer.seen_ND[layer]) == sum(lengths)
+        x_ND = torch.cat([x_TBD[: lengths[row], row] * layer for row in range(3)])
+        seen = observer.residuals[layer]
+        assert seen.moments.n == sum(lengths)
+        torch.testing.assert_close(seen.moments.total_F, x_ND.double().sum(0))
+        torch.testing.assert_close(seen.norm_N.sort()[0], x_ND.norm(dim=1).sort()[0])
 
 
 def test_measured_statistics_equal_plain_numpy() -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from crl_exp.options_page import SOURCE
+from tests.test_options_page import STAGES
 from tests.tiny_run import ROOT
 
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.M | re.S)
@@ -21,7 +23,7 @@ SECTIONS = re.split(r"^## ", (ROOT / "docs" / "extending.md").read_text(), flags
 def test_there_is_a_section_for_each_kind():
     titles = [section.splitlines()[0] for section in SECTIONS]
     kinds = [title.split()[1].rstrip(",") for title in titles]
-    assert kinds == ["task", "stage", "controller", "model"]
+    assert kinds == ["task", "public", "stage", "controller", "model"]
     for section in SECTIONS:
         languages = [language for language, *_ in BLOCK.findall(section)]
         assert "bash" in languages and set(languages) <= {"python", "yaml", "bash"}
@@ -51,6 +53,10 @@ def test_the_steps_work_as_they_stand(section, tmp_path):
                 capture_output=True, text=True,
             )  # fmt: skip
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-            n_runs += 1
+            n_runs += arguments[0] == "launch.py"
     results = list(Path(tmp_path, "outputs").glob("tiny/single/*/result.json"))
-    assert len(results) >= n_runs
+    assert len(results) >= n_runs > 0
+    for _, path, text in BLOCK.findall(section):
+        if path.startswith(tuple(f"conf/{group}/" for group in STAGES)):
+            found = SOURCE.search(text.splitlines()[1])
+            assert found and "–" not in found.groups(), "make check would refuse it"

@@ -137,6 +137,24 @@ def test_quantisation_is_handed_to_transformers():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_fingerprint_is_of_the_weights_alone() -> None:
+    """The same whatever the order of summation: threads, GPU."""
+    lm = tiny.language_model("llama")
+    weights = lm.model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    before = lm.fingerprint()
+    with torch.no_grad():
+        for change, same in (
+            (lambda w: w.copy_(w.flip(0)), True),
+            (lambda w: w[0, 0].mul_(1 + 1e-6), False),
+        ):
+            change(weights)
+            lm._fingerprint = None
+            assert (lm.fingerprint() == before) is same
+    halved = tiny.language_model("llama")
+    halved.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    assert halved.fingerprint() != before
+
+
 def test_a_missing_gpu_is_told_before_weights_are_read():
     with pytest.raises(UserError, match=r"model\.device=cuda: no CUDA device.*model\.device=cpu"):
         load_model(config(device="cuda"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crl_exp.options_page import CONF, LEFT_OUT, PAGE, groups, page
+from crl_exp.options_page import CONF, LEFT_OUT, PAGE, Option, groups, page
+from crl_exp.sae_config import REPO
 
 STAGES = ("fusion", "activation", "noise", "mask")
 
@@ -21,11 +22,31 @@ def test_every_option_is_there():
             assert f"| {path.stem} |" in section or f"| **{path.stem}** |" in section, path
 
 
+def says_where_from(option: Option) -> bool:
+    plain = option.name in ("none", "identity")
+    return plain or (option.source != "–" and option.reported != "–")
+
+
 def test_every_stage_has_a_source_and_what_was_reported():
     for group in STAGES:
         for option in groups(CONF)[group]:
-            plain = option.name in ("none", "identity")
-            assert plain or (option.source != "–" and option.reported != "–"), option
+            assert says_where_from(option), option
+
+
+def test_values_are_as_they_are_typed():
+    (simpleqa,) = [option for option in groups(CONF)["task"] if option.name == "simpleqa"]
+    for value in (
+        'stop=["\\n"]', 'question_template="Question: {question}\\nAnswer:"', "revision=null",
+        "sources={train: test, validation: test, test: test}", "threshold=0.6",
+    ):  # fmt: skip
+        assert value in simpleqa.values
+
+
+def test_every_sweep_is_listed_by_what_it_asks():
+    page = (REPO / "docs" / "sweeps.md").read_text()
+    for path in (REPO / "sweeps").glob("*.yaml"):
+        asks = path.read_text().splitlines()[1].lstrip("# ")
+        assert f"| `{path.stem}` | {asks} |" in page, path
 
 
 def test_a_changed_value_and_a_changed_line_show(tmp_path):

@@ -207,8 +207,12 @@ def test_observers_see_the_same_in_any_batch(pooling: str, monkeypatch) -> None:
         answered = made.generate(made.read(PROMPTS), jobs, NEW_TOKENS)[0]
         n_tokens = sum(min(len(tokens) + 1, NEW_TOKENS) for tokens in answered.tokens)
         for layer in saes:
-            assert sum(len(x) for x in observer.seen_ND[layer]) == n_tokens
-        total = {layer: torch.cat(x).double().sum(0) for layer, x in observer.seen_ND.items()}
+            seen = observer.residuals[layer]
+            assert seen.moments.n == len(seen.norm_N) == n_tokens
+        total = {
+            layer: torch.cat([seen.moments.total_F, seen.norm_N.sum()[None]])
+            for layer, seen in observer.residuals.items()
+        }
         found.append((observer.pooled_BF, total, residuals.mean(1)))
     for other in found[1:]:
         for layer in saes:

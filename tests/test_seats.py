@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
+import traceback
+import weakref
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,33 @@ def test_a_fault_within_a_shared_call_is_its_own_runs(caplog) -> None:
     assert first == last == {"tokens": alone[0].tokens}
     assert isinstance(fault, KeyError)
     assert "planned" in caplog.text and "one by one" in caplog.text
+
+
+def test_a_run_that_failed_holds_no_memory() -> None:
+    """Its error is kept to the pack's end, and with it the calls that it came through."""
+    held: list[weakref.ref] = []
+
+    def inner() -> None:
+        large = torch.ones(1000)
+        held.append(weakref.ref(large))
+        raise FloatingPointError("not finite")
+
+    def work(make) -> dict[str, Any]:
+        also = torch.ones(10)
+        held.append(weakref.ref(also))
+        try:
+            inner()
+        except FloatingPointError as error:
+            raise ValueError("the loss") from error
+        return {}
+
+    pack = Pack()
+    pack.seat(work)
+    (outcome,) = pack.play()
+    assert isinstance(outcome, ValueError)
+    assert [found() for found in held] == [None, None]
+    told = "".join(traceback.format_exception(outcome))
+    assert "in inner" in told and "not finite" in told
 
 
 def test_an_interrupt_while_one_works_ends_those_that_have_not_begun(monkeypatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from crl_exp.errors import UserError
@@ -292,6 +293,22 @@ def test_specialists_see_the_last_prompt_token_and_stay_shut_elsewhere():
     assert len(places) == 16 and without.cfg.metadata.specialist_features is None
     assert at_last(sae) > at_last(without) + 0.3
     assert (sae.encode(rows.by_layer[1].float())[:, places] > 0).any(1).float().mean() < 0.01
+
+
+def test_other_saes_are_not_written_beside(tmp_path):
+    from crl_exp.train_sae import TrainSaeConfig, check
+
+    config = OmegaConf.structured(TrainSaeConfig)
+    config.layers, config.out = [2], str(tmp_path)
+    check(config, 4)
+    for layer in (1, 2):
+        folder = tmp_path / f"blocks.{layer}.hook_resid_post"
+        folder.mkdir()
+        (folder / "cfg.json").write_text("{}")
+    with pytest.raises(UserError, match=r"blocks\.1\.hook_resid_post\); set out="):
+        check(config, 4)
+    config.layers = [1, 2]
+    check(config, 4)
 
 
 def test_training_faults_name_their_override(tmp_path):

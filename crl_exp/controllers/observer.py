@@ -6,15 +6,33 @@ Shapes: B rows, D d_model, F d_sae, R living rows of a token, N tokens of a batc
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.correlation import Moments
 from crl_exp.saes import LayerSAE
 
 ENCODED_TOGETHER = 2**24
 """Activations that are made at once, as numbers: 64 MiB in float32."""
+
+
+@dataclass
+class Residuals:
+    """What is kept of the residuals of one layer: moments over D, and the length of each [N]."""
+
+    moments: Moments
+    norm_N: Tensor
+
+    @classmethod
+    def of(cls, x_ND: Tensor) -> Residuals:
+        return cls(Moments.of(x_ND, x_ND.new_zeros(len(x_ND))), x_ND.norm(dim=1))
+
+    def joined(self, other: Residuals) -> Residuals:
+        norm_N = torch.cat([self.norm_N, other.norm_N])
+        return Residuals(self.moments.merged(other.moments), norm_N)
 
 
 class Observer(Controller):
@@ -23,8 +41,8 @@ class Observer(Controller):
     What is seen is encoded once the answers are there, many tokens in one product: a few rows at a
     time would read the whole encoder for each token.
 
-    pooled_BF: by layer, one row for each item of the job. seen_ND: by layer, the residuals of all
-        living rows and tokens.
+    pooled_BF: by layer, one row for each item of the job. residuals: by layer, of all living rows
+        and tokens.
     """
 
     steers = False
@@ -34,21 +52,27 @@ class Observer(Controller):
         self.saes, self.pooling = saes, pooling
         self.pooled_BF: dict[int, Tensor] = {}
         self.count_B: dict[int, Tensor] = {}
-        self.seen_ND: dict[int, list[Tensor]] = {layer: [] for layer in saes}
+        self.residuals: dict[int, Residuals] = {}
 
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
         alive_B = context.alive_B
         rows_R = context.row_B[alive_B]
-        _Seen.of(layer, context).tokens.append((x_BD[alive_B].float(), rows_R))
+        _Seen.of(layer, context).tokens.append((x_BD[alive_B], rows_R))
         return None
 
     def end(self, context: StepContext) -> None:
+        found: dict[int, Residuals] = {}
         for layer, sae in self.saes.items():
-            tokens = _Seen.of(layer, context).tokens
-            self.seen_ND[layer] += [x_RD for x_RD, _ in tokens]
+            seen = _Seen.of(layer, context)
+            tokens, seen.tokens = seen.tokens, []
+            found[layer] = Residuals.of(torch.cat([x_RD for x_RD, _ in tokens]).float())
             pooled = tokens[:1] if self.pooling == "last_prompt" else tokens
             for index, (acts_RF, rows_R) in enumerate(encoded(sae, pooled)):
                 self._pool(layer, index, acts_RF, rows_R.to(acts_RF.device), context.n_rows)
+        # Last: where the memory was not enough above, the same rows come again.
+        for layer, part in found.items():
+            before = self.residuals.get(layer)
+            self.residuals[layer] = part if before is None else before.joined(part)
 
     def _pool(self, layer: int, index: int, acts_RF: Tensor, rows_R: Tensor, n_rows: int) -> None:
         """Take in the activations of the rows that were there at one token, in order."""
