@@ -33,11 +33,11 @@ class BatchSize:
         self.asked = asked
         self.most = asked if isinstance(asked, int) else MOST_ROWS
 
-    def rows(self, bytes_a_row: int, device: torch.device) -> int:
-        """Rows of this size that are planned for a batch."""
+    def rows(self, bytes_a_row: int, device: torch.device, held: int = 0) -> int:
+        """Rows of this size that are planned for a batch. held: bytes of it that are there."""
         if isinstance(self.asked, int):
             return self.asked
-        fit = int(MARGIN * free_bytes(device)) // max(bytes_a_row, 1)
+        fit = int(MARGIN * (free_bytes(device) + held)) // max(bytes_a_row, 1)
         return max(1, min(self.most, fit))
 
     def play(self, batches: Iterable[list[Row]], play: Callable[[list[Row]], None]) -> None:

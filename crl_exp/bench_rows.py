@@ -216,7 +216,7 @@ GROUPS = [
     Group("pack_text", packed_text, [
         Figure("pack_text", "8 policies / 1: rollout of 16 x 32 tokens each, and update", "eight",
                "one", 3.0),
-    ], rounds=2, warm_ups=1),
+    ], rounds=5, warm_ups=1),
     Group("runs", run_calls, [
         Figure("pack_choice", "8 packed runs / 1, choice task, 1/--scale of 1,500 + 1,500 prompts "
                "and 100 updates of 50", "eight", "one", 1.5, needs="text"),

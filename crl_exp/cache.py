@@ -5,6 +5,7 @@ Shapes: B rows, R rows that stay, H key heads, T tokens, E head size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -90,11 +91,40 @@ def keys_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def assembled(kv_L: list[Tensor], first_layer: int, with_last: int, rows: Tensor, room: int):
+class Scratch:
+    """Memory for the keys and values of one batch, used again by the next.
+
+    On a CPU only: what is freed there goes back to the system, and to be given as much anew takes
+    longer than to fill it. A GPU's allocator keeps it.
+    """
+
+    def __init__(self) -> None:
+        self.flat: dict[int, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.flat.values())
+
+    def gathered(self, layer: int, kv_N2HE: Tensor, row_M: Tensor) -> Tensor:
+        """These rows [M, 2, H, E]; what was gathered for the layer before is written over."""
+        if kv_N2HE.is_cuda:
+            return kv_N2HE.index_select(0, row_M)
+        shape = (len(row_M), *kv_N2HE.shape[1:])
+        there, needed = self.flat.get(layer), math.prod(shape)
+        if there is None or there.numel() < needed or there.dtype != kv_N2HE.dtype:
+            self.flat.pop(layer, None)  # before there is another
+            self.flat[layer] = there = kv_N2HE.new_empty(needed)
+        return torch.index_select(kv_N2HE, 0, row_M, out=there[:needed].view(shape))
+
+
+def assembled(
+    kv_L: list[Tensor], first_layer: int, with_last: int, rows: Tensor, room: int, scratch: Scratch
+) -> DynamicCache:
     """A fresh cache of the layers from `first_layer` up, gathered from stored tokens.
 
     kv_L: each layer's store [N, 2, H, E]. rows: of it, [B, T]; layers below `with_last` take all,
-    the others leave out the last token. room: tokens that will be appended.
+    the others leave out the last token. room: tokens that will be appended. scratch: of which the
+    cache is made, so that it is good until the next one is.
     """
     cache = DynamicCache()
     for index, kv_N2HE in enumerate(kv_L):
@@ -104,7 +134,7 @@ def assembled(kv_L: list[Tensor], first_layer: int, with_last: int, rows: Tensor
         n_tokens = rows.shape[1] - (index >= with_last)
         # What lies in the room is written over; gathered along, nothing has to be copied again.
         tokens = torch.cat([rows[:, :n_tokens], rows[:, :1].expand(-1, room)], dim=1)
-        kv = kv_N2HE[tokens.reshape(-1)]
+        kv = scratch.gathered(index, kv_N2HE, tokens.reshape(-1))
         kv = kv.view(*tokens.shape, *kv.shape[1:]).permute(2, 0, 3, 1, 4)
         cache.layers.append(RoomyLayer(kv, n_tokens))
     return cache

@@ -174,7 +174,8 @@ class Engine:
         row = bytes_to_decode(self.lm, longest + new_tokens)
         row += bytes_to_keep(self.lm, new_tokens, max(layers, default=0))
         # A graph's own cache has room for up to twice as many rows.
-        size = self.batch_size.rows(row if self.compiled is None else 2 * row, self.lm.device)
+        row = row if self.compiled is None else 2 * row
+        size = self.batch_size.rows(row, self.lm.device, self.lm.scratch.nbytes)
         starts = [start_layer(job.controller, new_tokens, self.lm.n_layers) for job in jobs]
         enough = ENOUGH_ROWS.get(self.lm.device.type, ENOUGH_ROWS["cuda"])
         self.batch_size.play(batches(lengths, size, starts, enough), play)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from crl_exp.architecture import find_layers
+from crl_exp.cache import Scratch
 from crl_exp.errors import UserError
 from crl_exp.model_config import DTYPES, ModelConfig, cannot_load
 
@@ -30,6 +31,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self._fingerprint: str | None = None
+        self.scratch = Scratch()
         self.in_tuple = False  # whether layers hand their output on in a tuple; `hook` sees it
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
         config = model.config.get_text_config()  # type: ignore[operator, union-attr]

@@ -29,8 +29,6 @@ class PromptBatch:
 
     last_B: last prompt token. position_B: its position.
     key_BT, valid_BT: position of each cached key, and whether it is a real one.
-    residual_SBD: the last token's residual at the input of layer 0 and at the output of each layer,
-        unsteered; `residual(site)` picks one.
     rows: of the store's tokens [B, T + 1], the last prompt token included; padding points anywhere.
     items: position of each row's prompt in the store.
     """
@@ -39,22 +37,24 @@ class PromptBatch:
     position_B: Tensor
     key_BT: Tensor
     valid_BT: Tensor
-    residual_SBD: Tensor
     rows: Tensor
     items: list[int]
     store: PromptStore
 
     def residual(self, site: int) -> Tensor:
-        """The last token's residual [B, D] at the output of layer `site`; -1: layer 0's input."""
-        return self.residual_SBD[site + 1]
+        """The last token's residual [B, D], unsteered, at the output of layer `site`; -1: layer 0's
+        input."""
+        return self.store.residual_SND[site + 1][self.items]
 
     def cache(self, first_layer: int, with_last: int, room: int) -> DynamicCache:
-        """A fresh cache of the layers from `first_layer` up; lower ones stay empty.
+        """A cache of the layers from `first_layer` up; lower ones stay empty. It is good until the
+        model's next batch asks for one.
 
         Layers below `with_last` also hold the last token (they are not run for it again). room:
         tokens that will be added.
         """
-        return assembled(self.store.kv_L, first_layer, with_last, self.rows, room)
+        scratch = self.store.lm.scratch
+        return assembled(self.store.kv_L, first_layer, with_last, self.rows, room, scratch)
 
 
 class PromptStore:
@@ -106,7 +106,6 @@ class PromptStore:
             position_B=(lengths_B - 1).to(device),
             key_BT=key_BT.clamp(min=0).to(device),
             valid_BT=valid_BT.to(device),
-            residual_SBD=self.residual_SND[:, list(items)],
             rows=torch.cat([rows_BT, last_B1], dim=1).to(device),
             items=list(items),
             store=self,

@@ -89,12 +89,33 @@ def test_tokens_equal_full_recomputation(kind: str) -> None:
             assert answer.tokens == [expected[i][item] for item in jobs[i].items]
 
 
+def test_batches_use_the_same_memory_one_after_the_other() -> None:
+    lm = tiny.language_model("llama")
+    made = Engine(lm, EngineConfig(64, 1.0, "eager"))
+    store = made.read(PROMPTS)
+
+    def ask(items, store=store) -> tuple[list[list[int]], int, set[int]]:
+        tokens = made.generate(store, [Job(Unsteered(), items)], 6)[0].tokens
+        return tokens, lm.scratch.nbytes, {t.data_ptr() for t in lm.scratch.flat.values()}
+
+    few, small, _ = ask([3, 1])
+    every, large, places = ask(range(len(PROMPTS)))
+    again, same, there = ask([3, 1])
+    assert few == again == [every[3], every[1]]
+    assert 0 < small < large == same and there == places, "it grows, and is kept"
+    lm.model.to(torch.float64)  # type: ignore[arg-type]
+    assert ask(range(2), made.read(PROMPTS))[0] == every[:2], (
+        "numbers of another kind need memory of their own"
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_kept_prompts_equal_a_full_forward(kind: str) -> None:
     """Residuals and output of the last prompt token, whatever the reading batch."""
     lm = model(kind)
     store = engine(kind, batch_size=3).read(PROMPTS)
-    residual_SBD = store.batch(range(len(PROMPTS))).residual_SBD
+    batch = store.batch(range(len(PROMPTS)))
+    residual_SBD = torch.stack([batch.residual(site) for site in range(-1, lm.n_layers)])
     for row, prompt in enumerate(PROMPTS):
         with torch.no_grad():
             out = lm.model(torch.tensor([prompt]), output_hidden_states=True)

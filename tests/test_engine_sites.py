@@ -70,7 +70,8 @@ def watching(lm: LanguageModel) -> Iterator[Watched]:
     )
     try:
         yield seen
-        seen.keys_values = [(layer.keys, layer.values) for layer in caches[0].layers]
+        # Copies: the next batch has the same memory for its own.
+        seen.keys_values = [(one.keys.clone(), one.values.clone()) for one in caches[0].layers]
     finally:
         for handle in handles:
             handle.remove()
