@@ -172,21 +172,27 @@ def test_auto_counts_what_is_kept_of_an_answer(controller, record, n_layers, mon
 
 
 def test_prompts_are_read_for_a_mask_as_they_fit(monkeypatch) -> None:
+    """The memory is not enough at the third prompt of twelve: all come again, in halves."""
     lm, sae = tiny.language_model("llama"), random_sae(2, tiny.D_MODEL)
-    allowed_C, found, sizes = torch.arange(0, 15), [], []
+    allowed_C, found, calls = torch.arange(0, 15), [], []
+    encoder = LayerSAE.encoder
 
-    def small(module, args, kwargs) -> None:
-        sizes.append(len(kwargs["input_ids"]))
-        if sizes[-1] > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    def small(self, feature_C):
+        encode = encoder(self, feature_C)
 
-    for size in (64, "auto"):
+        def encode_or_fail(x_BD):
+            calls.append(len(x_BD))
+            if len(calls) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return encode(x_BD)
+
+        return encode_or_fail
+
+    for size, patched in ((64, encoder), ("auto", small)):
         store = Engine(lm, EngineConfig(size, 1.0, "eager")).read(PROMPTS)
-        if size == "auto":
-            handle = lm.decoder.register_forward_pre_hook(small, with_kwargs=True)
+        monkeypatch.setattr(LayerSAE, "encoder", patched)
         found.append(PromptActs(store, [3, 0, 11]).means(sae, allowed_C)[0])
-    handle.remove()
-    assert sizes == [12, 6, 3, 3, 3, 3]
+    assert len(calls) == 3 + len(PROMPTS) and store.size.most == 6
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
