@@ -103,6 +103,9 @@ def test_batches_use_the_same_memory_one_after_the_other() -> None:
     again, same, there = ask([3, 1])
     assert few == again == [every[3], every[1]]
     assert 0 < small < large == same and there == places, "it grows, and is kept"
+    lm.scratch.flat.clear()
+    made.generate(store, [Job(AddVector({2: torch.zeros(tiny.D_MODEL)}), [0])], 1)
+    assert sorted(lm.scratch.flat) == list(range(3, lm.n_layers)), "lower layers aren't run"
     lm.model.to(torch.float64)  # type: ignore[arg-type]
     assert ask(range(2), made.read(PROMPTS))[0] == every[:2], (
         "numbers of another kind need memory of their own"
