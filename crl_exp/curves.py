@@ -57,10 +57,7 @@ def training(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
         for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
             for curve in curves:
                 _curves(axis, *curve)
-            floor = 100 * float(curves[0][0].values("accuracy_baseline", "validation").mean())
-            axis.axhline(
-                floor, color="black", linewidth=0.8, linestyle=":", label="unsteered, validation"
-            )
+            floors(axis, curves)
             axis.set_title(wrapped(title, TITLE_CHARACTERS[columns], indent=""))
             axis.tick_params(labelbottom=True, labelleft=True)
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
@@ -70,6 +67,20 @@ def training(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
             axis.set_xlabel("update of the policy")
         legend_below(figure, axes, columns=min(2, columns))
         return save(figure, paths)
+
+
+def floors(axis: Axes, curves: list[Curve]) -> None:
+    """What the unsteered model gets: one line, and others where labels differ (shuffled ones)."""
+    found: dict[float, str] = {}
+    for row, _, name in curves:
+        mean = float(row.values("accuracy_baseline", "validation").mean())
+        found.setdefault(round(100 * mean, 2), name)
+    for height, name in found.items():
+        first = height == next(iter(found))
+        axis.axhline(
+            height, color="black", linewidth=0.8, linestyle=":" if first else "-.",
+            label="unsteered, validation" + ("" if first else f": {name}"),
+        )  # fmt: skip
 
 
 def _panels(sweep: SweepComparison, rows: list[Row]) -> dict[str, list[Curve]]:

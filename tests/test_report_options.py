@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from crl_exp.comparison import SweepComparison, compare_runs
+from crl_exp.curves import floors
 from crl_exp.figure_style import wrapped
 from crl_exp.heat_map import grids
 from crl_exp.option_names import CONF, option_name, typed
@@ -103,6 +107,25 @@ def test_options_are_columns(tmp_path):
     ]  # fmt: skip
     assert (tmp_path / "demo" / "report" / "by_option.png").exists()
     assert not (tmp_path / "demo" / "report" / "heat_map.png").exists()
+
+
+def test_training_is_drawn_beside_what_unsteered_answers_get() -> None:
+    """Shuffled labels have another baseline than true ones; seeds of one row have one."""
+    from matplotlib.figure import Figure
+
+    def curve(baselines: list[float], name: str) -> Any:
+        return SimpleNamespace(values=lambda *_: np.array(baselines)), "blue", name
+
+    true, shuffled = curve([0.54, 0.56], "CRL"), curve([0.47], "CRL (shuffled)")
+    plain = "unsteered, validation"
+    for curves, expected in (
+        ([true, curve([0.55], "CRL k=2")], [(55, plain)]),
+        ([true, shuffled], [(55, plain), (47, f"{plain}: CRL (shuffled)")]),
+    ):
+        axis = Figure().subplots()
+        floors(axis, curves)
+        assert [(line.get_ydata()[0], line.get_label()) for line in axis.lines] == expected
+        assert len({line.get_linestyle() for line in axis.lines}) == len(expected)
 
 
 def test_a_map_of_layers_by_option(tmp_path):
