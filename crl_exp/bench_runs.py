@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from crl_exp import lab
+from crl_exp import lab, loaded
 from crl_exp.bench_subject import Subject, never_ending
 from crl_exp.config import experiment
 from crl_exp.controllers.base import Controller
@@ -57,8 +57,8 @@ def run_calls(subject: Subject) -> Iterator[Calls]:
             ]
 
         def play(configs: list[DictConfig]) -> None:
-            lab._SHARED["prompts"] = {}
-            lab._SHARED["baseline"] = {}
+            loaded.LOADED["prompts"] = {}
+            loaded.LOADED["baseline"] = {}
             for config in configs:
                 config.output_dir = str(Path(folder) / str(next(numbers)))
             for outcome in run_pack(configs):

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.controllers.vector import FixedVectors
 from crl_exp.engine import Engine, EngineConfig, Prompts
 from crl_exp.generation import Generation, Job
+from crl_exp.loaded import shared, shared_model, shared_sae
 from crl_exp.measuring import measure_of, warn_of_one_outcome
 from crl_exp.models import LanguageModel, load_model
 from crl_exp.preemption import Pace
@@ -38,42 +38,6 @@ from crl_exp.terminal import progress_bar
 from crl_exp.warmup import STATISTICS_FORMAT, LayerStatistics, shared_statistics
 
 log = logging.getLogger(__name__)
-
-# Loaded things of this process by content key; see `_shared`.
-_SHARED: dict[str, dict[str, Any]] = {}
-# Those of them that somebody still uses.
-_USED: WeakValueDictionary[str, LayerSAE] = WeakValueDictionary()
-SAE_BYTES = 4 * 2**30
-"""Weights of SAEs that nobody uses at the moment and that are kept for the next run."""
-
-
-def _shared(kind: str, key: Any, make: Callable[[], Any], keep: int) -> Any:
-    """Make once and keep the `keep` things of a kind that were used last."""
-    kept = _SHARED.setdefault(kind, {})
-    name = content_key(key)
-    kept[name] = kept.pop(name) if name in kept else make()
-    while len(kept) > keep:
-        del kept[next(iter(kept))]
-    return kept[name]
-
-
-def _shared_model(key: Any, make: Callable[[], LanguageModel]) -> LanguageModel:
-    """One model is kept. What belongs to another goes before this one is loaded: it, its SAEs and
-    its prompts' keys and values would take the memory."""
-    if content_key(key) not in _SHARED.get("model", {}):
-        for kind in ("model", "sae", "prompts"):
-            _SHARED.pop(kind, None)
-    return _shared("model", key, make, keep=1)
-
-
-def _shared_sae(key: Any, make: Callable[[], LayerSAE]) -> LayerSAE:
-    """An SAE that somebody uses is there once; of others those that were used last are kept."""
-    kept, name = _SHARED.setdefault("sae", {}), content_key(key)
-    found = kept.pop(name, None) or _USED.get(name) or make()
-    kept[name] = _USED[name] = found
-    while len(kept) > 1 and sum(sae.nbytes for sae in kept.values()) > SAE_BYTES:
-        del kept[next(iter(kept))]
-    return found
 
 
 class Lab:
@@ -89,10 +53,10 @@ class Lab:
         self.exp, self.run = exp, run
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
-        self.splits: Splits = _shared("splits", asdict(exp.task), exp.task.splits, keep=4)
+        self.splits: Splits = shared("splits", asdict(exp.task), exp.task.splits, keep=4)
         self.model_key = asdict(exp.model)
         self.engine_key = [self.model_key, asdict(exp.engine)]
-        self.lm = _shared_model(self.model_key, lambda: checked(load_model(exp.model)))
+        self.lm = shared_model(self.model_key, lambda: checked(load_model(exp.model)))
         self.engine = make_engine(self.lm, exp.engine)
         self.saes: dict[int, LayerSAE] = {layer: self._sae(layer) for layer in layers}
         for sae in self.saes.values():
@@ -111,7 +75,7 @@ class Lab:
         def load() -> LayerSAE:
             return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
 
-        return _shared_sae([self.model_key, asdict(exp.sae), layer], load)
+        return shared_sae([self.model_key, asdict(exp.sae), layer], load)
 
     def warn(self, message: str) -> None:
         """Say it now and keep it in the result."""
@@ -176,7 +140,7 @@ class Lab:
                 return self.engine.read(ids, progress)
 
         users = [item.user for item in items]
-        return _shared("prompts", [self.engine_key, chat, users], read, keep=6)
+        return shared("prompts", [self.engine_key, chat, users], read, keep=6)
 
     def answer(
         self,
@@ -227,7 +191,7 @@ class Lab:
             with self.engine.alone():
                 return self.kept_answers(name, what, Unsteered(), split)
 
-        return _shared("baseline", key, make, keep=16)
+        return shared("baseline", key, make, keep=16)
 
     def play(self, controller: Controller, items: list[int]) -> tuple[Generation, Tensor]:
         """A recorded rollout on training items, and its rewards [B]."""
@@ -251,7 +215,7 @@ class Lab:
             return ask()
         # CorrSteer-P tries what CorrSteer-S tried at each layer.
         key = [self.engine_key, asdict(self.exp.task), controller.identity]
-        return _shared("choice", key, ask, keep=1000)
+        return shared("choice", key, ask, keep=1000)
 
     def training_reward(self, controller: Controller, rewards: list[float]) -> float:
         """Mean reward on the validation split, in the middle of training.

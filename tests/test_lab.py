@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crl_exp import lab as labs
-from crl_exp import saes
+from crl_exp import loaded, saes
 from crl_exp.errors import UserError
 from crl_exp.sae_config import SAEConfig
 from tests import tiny
@@ -20,26 +20,26 @@ from tests.tiny_steering import random_sae
 
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch) -> None:
-    monkeypatch.setattr(labs, "_SHARED", {})
+    monkeypatch.setattr(loaded, "LOADED", {})
 
 
 def test_another_model_is_loaded_once_the_last_ones_things_are_gone(
     tiny_files, tmp_path, monkeypatch
 ) -> None:
-    loaded, load = [], labs.load_model
+    models, load = [], labs.load_model
 
     def counted(config):
         gc.collect()
-        assert [kind for kind in ("model", "sae", "prompts") if labs._SHARED.get(kind)] == []
-        assert all(model() is None for model in loaded)
+        assert [kind for kind in ("model", "sae", "prompts") if loaded.LOADED.get(kind)] == []
+        assert all(model() is None for model in models)
         lm = load(config)
-        loaded.append(weakref.ref(lm))
+        models.append(weakref.ref(lm))
         return lm
 
     monkeypatch.setattr(labs, "load_model", counted)
     for kind, seed in (("llama", 0), ("llama", 1), ("gemma2", 0)):
         run_small([*tiny_files.overrides(kind), f"output_dir={tmp_path}", f"seed={seed}"])
-    assert len(loaded) == 2, "runs of one model share it"
+    assert len(models) == 2, "runs of one model share it"
 
 
 def test_saes_that_nobody_uses_are_kept_as_far_as_they_fit(monkeypatch) -> None:
@@ -50,11 +50,11 @@ def test_saes_that_nobody_uses_are_kept_as_far_as_they_fit(monkeypatch) -> None:
             made.append(layer)
             return random_sae(layer, tiny.D_MODEL)
 
-        return labs._shared_sae(layer, make)
+        return loaded.shared_sae(layer, make)
 
     nbytes = random_sae(0, tiny.D_MODEL).nbytes
     assert nbytes == sum(t.nbytes for t in random_sae(0, tiny.D_MODEL).sae.state_dict().values())
-    monkeypatch.setattr(labs, "SAE_BYTES", 2 * nbytes)
+    monkeypatch.setattr(loaded, "SAE_BYTES", 2 * nbytes)
     used = get(0)
     for layer in (1, 2, 3):
         get(layer)

@@ -11,6 +11,7 @@ import pytest
 from omegaconf import DictConfig
 
 from crl_exp import lab as labs
+from crl_exp import loaded
 from crl_exp.engine import Engine
 from crl_exp.errors import UserError
 from crl_exp.experiment import run_experiment
@@ -49,7 +50,7 @@ def configs(files, folder: Path, variants: list[list[str]], *more: str) -> list[
 
 def forget() -> None:
     """Another process would have nothing loaded."""
-    labs._SHARED.clear()
+    loaded.LOADED.clear()
 
 
 def close(a: Any, b: Any, where: str = "") -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from crl_exp import lab
+from crl_exp import lab, loaded
 from crl_exp.engine import Engine
 from crl_exp.preemption import Preempted
 from tests.tiny_run import ROOT, run_small
@@ -215,7 +215,7 @@ def test_asked_to_end_no_batch_is_answered_twice(
         return plain(self, prompts, progress)
 
     def attempt(name: str) -> Path:
-        monkeypatch.setattr(lab, "_SHARED", {})  # as in a process of its own
+        monkeypatch.setattr(loaded, "LOADED", {})  # as in a process of its own
         seen.update(batch=0, prompts=0)
         return run_small([*common, f"output_dir={tmp_path / name}"])[1]
 
