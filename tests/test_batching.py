@@ -191,7 +191,7 @@ def test_prompts_are_read_for_a_mask_as_they_fit(monkeypatch) -> None:
     for size, patched in ((64, encoder), ("auto", small)):
         store = Engine(lm, EngineConfig(size, 1.0, "eager")).read(PROMPTS)
         monkeypatch.setattr(LayerSAE, "encoder", patched)
-        found.append(PromptActs(store, [3, 0, 11]).means(sae, allowed_C)[0])
+        found.append(PromptActs(store, list(range(12))).means(sae, allowed_C)[0])
     assert len(calls) == 3 + len(PROMPTS) and store.size.most == 6
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 

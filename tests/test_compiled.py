@@ -213,6 +213,25 @@ def test_rows_leave_for_a_frame_of_half_the_size(captured, monkeypatch) -> None:
     assert set(sizes) == {first}, "no graph makes way for a smaller one"
 
 
+def test_memory_that_is_not_enough_is_given_back(captured, monkeypatch) -> None:
+    call, forget, forgotten = static_step.CompiledStep.__call__, static_step.Steps.forget, []
+
+    def small(self):
+        if self.frame.n_rows > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(self)
+
+    monkeypatch.setattr(static_step.CompiledStep, "__call__", small)
+    monkeypatch.setattr(
+        static_step.Steps, "forget", lambda self: forgotten.append(len(self.made)) or forget(self)
+    )
+    made = Engine(model("llama"), EngineConfig("auto", 1.0, "compiled"))
+    got = answers(made, [learned(seed) for seed in range(3)], 3)
+    expected = answers(engine("llama", "eager"), [learned(seed) for seed in range(3)], 3)
+    assert [one.tokens for one in got] == [one.tokens for one in expected]
+    assert forgotten == [1], "the graph of too many rows, once"
+
+
 def test_padding() -> None:
     assert [static_frame.frame_rows(n) for n in (1, 16, 17)] == [16, 16, 32]
     assert [static_frame.padded_rows(n) for n in (1, 2, 3, 8, 9, 100)] == [1, 2, 4, 8, 16, 128]

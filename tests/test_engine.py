@@ -106,6 +106,7 @@ def test_batches_use_the_same_memory_one_after_the_other() -> None:
     lm.scratch.flat.clear()
     made.generate(store, [Job(AddVector({2: torch.zeros(tiny.D_MODEL)}), [0])], 1)
     assert sorted(lm.scratch.flat) == list(range(3, lm.n_layers)), "lower layers aren't run"
+    ask(range(len(PROMPTS)))
     lm.model.to(torch.float64)  # type: ignore[arg-type]
     assert ask(range(2), made.read(PROMPTS))[0] == every[:2], (
         "numbers of another kind need memory of their own"

@@ -63,7 +63,7 @@ def test_what_to_type_next_is_of_this_sweep(tmp_path, monkeypatch):
         finished_run(config(output_dir), 0.1)
         for asked, kept in (
             ([], ""),
-            (["+sweep=layerwise", "seed=0,1", "model=hf", "model.path=/a/b"],
+            (["+sweep=layerwise", "seed=0,1", "k=1,2", "model=hf", "model.path=/a/b"],
              " model=hf model.path=/a/b"),
             (["output_dir=other"], " output_dir=other"),
         ):  # fmt: skip
