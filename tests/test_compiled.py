@@ -213,6 +213,7 @@ def test_rows_leave_for_a_frame_of_half_the_size(captured, monkeypatch) -> None:
     assert set(sizes) == {first}, "no graph makes way for a smaller one"
 
 
+@pytest.mark.slow
 def test_memory_that_is_not_enough_is_given_back(captured, monkeypatch) -> None:
     call, forget, forgotten = static_step.CompiledStep.__call__, static_step.Steps.forget, []
 
@@ -230,6 +231,13 @@ def test_memory_that_is_not_enough_is_given_back(captured, monkeypatch) -> None:
     expected = answers(engine("llama", "eager"), [learned(seed) for seed in range(3)], 3)
     assert [one.tokens for one in got] == [one.tokens for one in expected]
     assert forgotten == [1], "the graph of too many rows, once"
+
+
+@pytest.mark.slow
+def test_the_frame_holds_the_whole_answer(captured, monkeypatch) -> None:
+    monkeypatch.setattr(static_frame, "TOKENS", 1)
+    expected = answers(engine("llama", "eager"), [learned(0)])
+    assert_same(answers(engine("llama", "compiled"), [learned(0)]), expected)
 
 
 def test_padding() -> None:
