@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from crl_exp import compatibility
 from crl_exp.algorithms import Algorithm
 from crl_exp.architecture import check_architecture
 from crl_exp.checkpoints import CheckpointConfig
@@ -121,6 +122,7 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
 
     known: of points that are only checked, not run: equal sections are then one object.
     """
+    compatibility.fill_missing(config)
     faults = _unknown_sections(config)
     made: dict[str, Any] = {}
     for name, cls in {**PARTS, **TYPED}.items():

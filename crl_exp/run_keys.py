@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from crl_exp import compatibility
 from crl_exp.errors import UserError
 from crl_exp.files import write_atomic
 
@@ -26,12 +27,15 @@ def content_key(value: Any) -> str:
 def run_key(config: DictConfig) -> str:
     """Hash of the resolved config without paths, tracking and other things that don't matter."""
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    return content_key({k: v for k, v in plain.items() if k not in NOT_IN_KEY})
+    return content_key(
+        compatibility.hashed({k: v for k, v in plain.items() if k not in NOT_IN_KEY})
+    )
 
 
 def frozen_config(path: Path) -> DictConfig:
     """The config frozen in a run directory, for running it from where the directory lies now.
 
+    One frozen by an earlier version means what it meant then (`compatibility`).
     Raises `UserError` where there is none or where it was changed since.
     """
     path = path.absolute()
@@ -40,6 +44,7 @@ def frozen_config(path: Path) -> DictConfig:
     config = OmegaConf.load(path / "config.yaml")
     assert isinstance(config, DictConfig)
     config.sweep_name, config.output_dir = path.parent.name, str(path.parent.parent)
+    compatibility.fill_missing(config)
     if run_key(config) != path.name:
         raise UserError(
             f"{path}/config.yaml belongs to the run {run_key(config)}: it was changed by hand or "
