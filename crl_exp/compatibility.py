@@ -26,7 +26,17 @@ class Added(NamedTuple):
     meant: Any
 
 
-ADDED: tuple[Added, ...] = ()
+ADDED: tuple[Added, ...] = (
+    Added("noise", "Gaussian", "on_policy", False),
+    Added("noise", "EpsilonGreedy", "on_policy", False),
+    Added("activation", "STETopK", "value", "probability"),
+    Added("fusion", "Multiply", "negative", "raw"),
+    Added("fusion", "OneOrCorr", "select", "quantile"),
+    Added("fusion", "OneOrCorr", "selected", "corr"),
+    Added("fusion", "ContextScale", "standardise", True),
+    Added("fusion", "PositionLinear", "over", "answer"),
+    Added("fusion", "Attention", "over", "answer"),
+)
 """In the order in which they came. Add a line with each new option; never change one."""
 
 
@@ -41,7 +51,16 @@ class Mended(NamedTuple):
     concerns: Callable[[dict[str, Any]], bool]
 
 
-MENDED: tuple[Mended, ...] = ()
+def _gumbel_was_drawn_twice(plain: dict[str, Any]) -> bool:
+    """A rollout of `gumbel_topk` drew from another distribution than the one it recorded."""
+    method, activation = plain.get("method") or {}, plain.get("activation") or {}
+    trained = method.get("stage2") is True and method.get("features") == "free"
+    return trained and str(activation.get("_target_", "")).endswith(".GumbelTopK")
+
+
+MENDED: tuple[Mended, ...] = (
+    Mended("gumbel_topk records the act's probability", _gumbel_was_drawn_twice),
+)
 
 
 def fill_missing(config: DictConfig) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import Steer
+from crl_exp.effects import Setting, follows_correlation
 from crl_exp.errors import UserError
 from crl_exp.online import online_conflicts
 from crl_exp.policy import AgentSetting, LayerAgent, PolicyController
@@ -23,6 +24,13 @@ from crl_exp.warmup import LayerStatistics
 if TYPE_CHECKING:
     from crl_exp.config import Experiment
     from crl_exp.lab import Lab
+
+
+NOTHING_TO_CHOOSE_BY = (
+    "method.stage2=false leaves the policy's logits at 0, and with these stages the choice is then "
+    "not by stage 1's correlations: it would be any feature, such as the first. Set fusion=add and "
+    "activation=identity, or method.stage2=true"
+)
 
 
 @dataclass
@@ -193,6 +201,11 @@ class CRL(CorrSteer):
             )
         for stage in exp.stages.values():
             found += stage.conflicts(exp.policy, exp.algorithm)
+        for i, name in enumerate(exp.order):
+            later = {other: exp.stages[other] for other in exp.order[i + 1 :]}
+            found += exp.stages[name].conflicts_behind(later)
+        if not self.stage2 and self.features == "free" and not follows_correlation(Setting.of(exp)):
+            found.append(NOTHING_TO_CHOOSE_BY)
         if self.online_correlation:
             found += online_conflicts(exp.warmup, self.stage2)
         prompts_per_update, n_train = exp.algorithm.prompts_per_update, exp.task.n_train
@@ -226,6 +239,8 @@ class CRL(CorrSteer):
                     f"policy.k={lab.exp.policy.k}; lower policy.k or warmup.min_frequency"
                 )
             agents[layer] = _agent(lab, layer, allowed_C, lab.coefficients(layer))
+            if not self.stage2 and not agents[layer].tells_apart():
+                raise UserError(f"layer {layer}: {NOTHING_TO_CHOOSE_BY}")
         return agents
 
     def fixed_agents(self, lab: Lab) -> dict[int, LayerAgent]:
@@ -248,5 +263,5 @@ def _agent(
     return LayerAgent(
         lab.saes[layer], lab.statistics()[layer], allowed_C, coefficient_F,
         Pipeline(exp.stages, exp.order),
-        AgentSetting(exp.policy, exp.warmup, n_tokens, exp.algorithm.uses_critic, online),
+        AgentSetting(exp.policy, exp.warmup, n_tokens, exp.algorithm.uses_critic, online, exp.seed),
     )  # fmt: skip

@@ -59,7 +59,7 @@ def launch(
             abandon_unreleased(SweepFile.read(folder))
     states = look(unique, SweepFile.read(folder))
     missing = [p for p in unique.values() if _is_started(p, states[p.key][0])]
-    check(missing)
+    cautions = check(missing)
     with locked(folder):
         sweep = SweepFile.read(folder)
         if not (settings.extend or grown):
@@ -68,6 +68,8 @@ def launch(
         states = look(unique, sweep)
         starting = [p for p in missing if _is_started(p, states[p.key][0])]
         print(plan_text(list(unique.values()), starting, states, folder))
+        if cautions:
+            print("\n".join(["options that do nothing:", *cautions]))
         write_atomic(folder / SWEEP_CONFIG, OmegaConf.to_yaml(master))
         sweep.points |= {key: list(point.overrides) for key, point in unique.items()}
         if starting:
