@@ -69,7 +69,7 @@ def launch(
         starting = [p for p in missing if _is_started(p, states[p.key][0])]
         print(plan_text(list(unique.values()), starting, states, folder))
         if cautions:
-            print("\n".join(["options that do nothing:", *cautions]))
+            print("\n".join(["no fault, but worth knowing:", *cautions]))
         write_atomic(folder / SWEEP_CONFIG, OmegaConf.to_yaml(master))
         sweep.points |= {key: list(point.overrides) for key, point in unique.items()}
         if starting:
