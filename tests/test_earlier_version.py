@@ -1,8 +1,8 @@
 """Outputs of an earlier version: their keys stay, and they are read, reported and gone on with.
 
-`tests/fixtures/first_version/old` was written by the version that its `code.json` names: two finished
-runs and one that was ended after the second of four updates, with its checkpoint. `configs.json.gz`
-holds resolved configs of four ready sweeps under the keys that they had then.
+`tests/fixtures/first_version/old` was written by the version that its `code.json` names: two
+finished runs and one that was ended after the second of four updates, with its checkpoint.
+`configs.json.gz` holds resolved configs of four ready sweeps under the keys that they had then.
 """
 
 from __future__ import annotations
