@@ -37,6 +37,8 @@ ADDED: tuple[Added, ...] = (
     Added("fusion", "PositionLinear", "over", "answer"),
     Added("fusion", "Attention", "over", "answer"),
     Added("policy", "", "combine", "sum"),
+    Added("task", "", "train_seed", None),
+    Added("task", "", "groups", None),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 
