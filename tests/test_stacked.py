@@ -141,7 +141,6 @@ def test_every_stage_can_be_stacked(group, name, critic) -> None:
     assert_team_equals_members(members, [4, 2, 3])
 
 
-@pytest.mark.parametrize("together", [1, 2])
 def test_one_length_and_noise_that_is_on_policy_can_be_stacked() -> None:
     for combine in ("sum", "one_length"):
         members = [learned(seed, combine=combine, k=3, noise="gaussian") for seed in range(3)]
@@ -151,6 +150,7 @@ def test_one_length_and_noise_that_is_on_policy_can_be_stacked() -> None:
         assert_team_equals_members(members, [4, 2, 3])
 
 
+@pytest.mark.parametrize("together", [1, 2])
 def test_a_team_without_critic_and_one_cut_into_pieces(together, monkeypatch) -> None:
     members = [learned(seed, with_critic=False, noise="gaussian") for seed in range(4)]
     monkeypatch.setitem(policy_team.LOGITS_TOGETHER, "cpu", together * 5 * 15)
