@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crl_exp.correlation import StreamingCorrelation
-from crl_exp.scores import SCORES, handle_negative, scaled
+from crl_exp.scores import KEPT, SCORES, handle_negative
 from crl_exp.warmup import LayerStatistics, WarmupConfig
 from tests.tiny_steering import statistics
 
@@ -18,8 +18,8 @@ Z = torch.tensor([[3.0, 0, 1, 0], [1.0, 0, 1, 0], [0.0, 2, 1, 0], [0.0, 4, 1, 0]
 Y = torch.tensor([1.0, 1, 1, 0, 0])
 
 
-def found(cuts: list[int]) -> dict[str, torch.Tensor]:
-    stream = StreamingCorrelation(keep_values=True)
+def found(cuts: list[int], keep: str = "values") -> dict[str, torch.Tensor]:
+    stream = StreamingCorrelation(keep)
     for z, y in zip(Z.tensor_split(cuts), Y.tensor_split(cuts), strict=True):
         stream.update(z, y)
     return stream.statistics()
@@ -52,7 +52,7 @@ def test_scores_of_many_samples_equal_numpy() -> None:
     y = (draw.random(700) < 0.4).astype(float)
     z = np.maximum(draw.normal(size=(700, 9)) + y[:, None] * draw.normal(size=9), 0)
     z[:, 8] -= 5  # values below zero, which an SAE doesn't give but a raw residual does
-    stream = StreamingCorrelation(keep_values=True)
+    stream = StreamingCorrelation(keep="values")
     for at in range(0, 700, 64):
         stream.update(torch.from_numpy(z[at : at + 64]), torch.from_numpy(y[at : at + 64]))
     got, good, bad = stream.statistics(), z[y == 1], z[y == 0]
@@ -65,7 +65,7 @@ def test_scores_of_many_samples_equal_numpy() -> None:
 
 def test_a_zero_is_above_a_mean_below_zero() -> None:
     """Zeros aren't kept: rewarded 0, −1, 2 and −5 against a mean of −3. Difference −1 + 3 = 2."""
-    stream = StreamingCorrelation(keep_values=True)
+    stream = StreamingCorrelation(keep="values")
     stream.update(
         torch.tensor([[0.0], [-1], [2], [-5], [-2], [-4]]), torch.tensor([1.0] * 4 + [0] * 2)
     )
@@ -85,11 +85,12 @@ def test_without_values_kept_there_is_no_composite() -> None:
     assert "composite" not in stream.statistics()
 
 
-def test_other_scores_are_brought_to_the_range_of_r() -> None:
-    values = torch.tensor([2.0, -8.0, 0.0])
-    assert scaled("pearson", values).tolist() == [2.0, -8.0, 0.0]
-    assert scaled("fisher", values).tolist() == [0.25, -1.0, 0.0]
-    assert scaled("fisher", torch.zeros(2)).tolist() == [0.0, 0.0]
+def test_scores_are_ranked_by_as_they_are() -> None:
+    """Neither the layer's largest nor one that may not be steered sets a scale."""
+    plain = statistics(3, 6, d_sae=4)
+    plain.by_feature["fisher"] = torch.tensor([0.5, -8.0, 0.0, 4.87], dtype=torch.float64)
+    plain.by_feature["frequency"][1] = 0.0
+    assert plain.scored(config("fisher", "keep")).score.tolist() == [0.5, -8.0, 0.0, 4.87]
 
 
 def test_what_becomes_of_negative_scores() -> None:
@@ -100,20 +101,24 @@ def test_what_becomes_of_negative_scores() -> None:
 
 
 def config(score: str, negative: str) -> WarmupConfig:
-    return WarmupConfig("max", min_frequency=0.02, keep=5, score=score, negative=negative)
+    return WarmupConfig(
+        "max", min_frequency=0.02, keep=5, rewarded="positive", score=score, negative=negative
+    )
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize(("negative", "best"), [("keep", 0), ("clip", 0), ("steer", 1)])
+@pytest.mark.parametrize(
+    ("negative", "best"), [("keep", 0), ("clip", 0), ("steer", 1), ("drop", 0)]
+)
 def test_features_are_ranked_by_the_chosen_score(score, negative, best, tmp_path) -> None:
     """Feature 1 goes with failure more than feature 0 with success, by every score but two."""
     plain = statistics(3, 6, d_sae=4)
-    found_F = {**plain.by_feature, **found([])}
+    found_F = {**plain.by_feature, **found([], KEPT.get(score, "values"))}
     made = LayerStatistics(**{**vars(plain), "by_feature": found_F})
     made.save(tmp_path / "s.safetensors")
     chosen = LayerStatistics.load(tmp_path / "s.safetensors").scored(config(score, negative))
     if negative == "steer":
-        sizes = scaled(score, found_F["correlation" if score == "pearson" else score]).abs()
+        sizes = found_F["correlation" if score == "pearson" else score].abs()
         best = int(sizes.argmax())
     assert chosen.best(min_frequency=0.02) == [best]
     name = "correlation" if score == "pearson" else score
