@@ -22,7 +22,9 @@ class Algorithm:
         until all have been seen. epochs, minibatches: passes over a rollout and its parts.
     clip_coef, ent_coef, max_grad_norm: as in the paper.
     lr_policy, weight_decay: of AdamW. anneal_lr: linearly to zero.
-    flatten_tokens: average the loss over all tokens; off, over each answer first.
+    flatten_tokens: average the loss over all tokens of a minibatch; off, over each answer first,
+        its tokens counted in the whole rollout: then a long answer weighs as much as a short one.
+        GRPO's paper does so (arXiv 2402.03300, eq. 3).
     average: decay per update of an exponential average of the weights (Polyak & Juditsky 1992); the
         averaged policy is validated and evaluated, the other one explores. 0: no averaging.
     validate_every: updates between two looks at the validation split; the policy that did best

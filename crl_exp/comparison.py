@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 
 from crl_exp.comparable import refuse_unfinished, refuse_unlike
-from crl_exp.labels import NAMES, Label, best_on_validation, labels
+from crl_exp.labels import NAMES, Label, best_on_validation, is_control, labels
 from crl_exp.records import Record
 from crl_exp.statistics import mean_interval, share_interval
-
-CONTROLS = ("none", "random")
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Row:
 
     @property
     def control(self) -> bool:
-        return self.method in CONTROLS or self.shuffled
+        return is_control(self.runs[0])
 
     @property
     def seeds(self) -> list[int]:

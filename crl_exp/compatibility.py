@@ -8,6 +8,7 @@ their keys when an option is added, and a config frozen earlier runs on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -17,18 +18,36 @@ class Added(NamedTuple):
     """An option that earlier versions didn't have.
 
     section: of the config. target: end of the section's `_target_` (`CRL`), or "" where every class
-    of the section has the key. meant: the value that does what earlier versions did.
+    of the section has the key. meant: the value that does what earlier versions did. same: whether
+    in a resolved config every value does that.
     """
 
     section: str
     target: str
     key: str
     meant: Any
+    same: Callable[[dict[str, Any]], bool] = lambda plain: False
+
+
+_RIGHT_OR_WRONG = (
+    "jsonl", "multiple_choice", "open_questions", "refusal", "refusal_sets", "sentiment", "tiny",
+)  # fmt: skip
+
+
+def all_or_nothing(plain: dict[str, Any]) -> bool:
+    """Whether the task's rewards are known to be 0 or 1: those of these modules are, unless they
+    are scored by the words shared with the answer. Of others nothing is known."""
+    task = plain.get("task") or {}
+    module = str(task.get("_target_", "")).rpartition(".")[0]
+    known = module.removeprefix("crl_exp.tasks.") in _RIGHT_OR_WRONG
+    return known and task.get("scorer") != "token_f1"
 
 
 ADDED: tuple[Added, ...] = (
     Added("task", "", "train_seed", None),
     Added("task", "", "groups", None),
+    Added("warmup", "", "rewarded", "half", same=all_or_nothing),
+    Added("sae", "", "dictionary", "sae"),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 
@@ -44,7 +63,47 @@ class Mended(NamedTuple):
     concerns: Callable[[dict[str, Any]], bool]
 
 
-MENDED: tuple[Mended, ...] = ()
+def _of_class(plain: dict[str, Any], section: str, *names: str) -> bool:
+    target = str((plain.get(section) or {}).get("_target_", ""))
+    return target.rpartition(".")[2] in names
+
+
+def _trains(plain: dict[str, Any]) -> bool:
+    return _of_class(plain, "method", "CRL") and bool(plain["method"].get("stage2"))
+
+
+def _ranks_by_another_score(plain: dict[str, Any]) -> bool:
+    another = (plain.get("warmup") or {}).get("score", "pearson") != "pearson"
+    return another and not _of_class(plain, "method", "NoSteering")
+
+
+def _steers_against_by_means(plain: dict[str, Any]) -> bool:
+    against = (plain.get("warmup") or {}).get("negative") == "steer"
+    by_means = _of_class(plain, "coefficient", "FromWarmup")
+    return against and by_means and plain["coefficient"].get("statistic") != "contrastive"
+
+
+def _weighs_answers(plain: dict[str, Any]) -> bool:
+    algorithm = plain.get("algorithm") or {}
+    per_answer = not algorithm.get("flatten_tokens", True) and algorithm.get("minibatches", 1) > 1
+    return _trains(plain) and per_answer
+
+
+def _starts_at_random(plain: dict[str, Any]) -> bool:
+    policy = plain.get("policy") or {}
+    return _trains(plain) and bool(policy.get("policy_depth") or policy.get("critic_depth"))
+
+
+MENDED: tuple[Mended, ...] = (
+    Mended("scores compared across layers as they are", _ranks_by_another_score),
+    Mended("steered against by means over failures", _steers_against_by_means),
+    Mended(
+        "directions and features drawn by layer",
+        lambda plain: _of_class(plain, "method", "RandomDirection", "RandomFeatures"),
+    ),
+    Mended("first weights drawn by layer", _starts_at_random),
+    Mended("tokens of an answer counted in the whole rollout", _weighs_answers),
+)
 
 
 def fill_missing(config: DictConfig) -> None:
@@ -58,6 +117,30 @@ def fill_missing(config: DictConfig) -> None:
                 section[added.key] = added.meant
 
 
+def as_compared(plain: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config with every option there: where all values or a missing one mean what
+    earlier versions did, with the one that says so. Of configs that do the same it is the same."""
+    found = {k: dict(v) if isinstance(v, dict) else v for k, v in plain.items()}
+    for added in ADDED:
+        section = found.get(added.section)
+        if not isinstance(section, dict) or not _is_of(section.get("_target_"), added):
+            continue
+        if section.get(added.key, "???") == "???" or added.same(plain):
+            section[added.key] = added.meant
+    return found
+
+
+def mended_since(plain: dict[str, Any], key: str, content_key: Callable[[Any], str]) -> list[str]:
+    """Faults that a run of this key and resolved config still has, mended since it ran."""
+    now = hashed(plain)
+    names = now.pop("mended", [])
+    for n_known in range(len(names)):
+        for known in combinations(names, n_known):
+            if content_key({**now, **({"mended": list(known)} if known else {})}) == key:
+                return [name for name in names if name not in known]
+    return []
+
+
 def hashed(plain: dict[str, Any]) -> dict[str, Any]:
     """A resolved config as its run key sees it: without what means the earlier behaviour."""
     kept = {k: dict(v) if isinstance(v, dict) else v for k, v in plain.items()}
@@ -65,7 +148,7 @@ def hashed(plain: dict[str, Any]) -> dict[str, Any]:
         section = kept.get(added.section)
         if not isinstance(section, dict) or not _is_of(section.get("_target_"), added):
             continue
-        if section.get(added.key, added.meant) in (added.meant, "???"):
+        if section.get(added.key, added.meant) in (added.meant, "???") or added.same(plain):
             section.pop(added.key, None)
     mended = sorted(m.name for m in MENDED if m.concerns(plain))
     return {**kept, "mended": mended} if mended else kept

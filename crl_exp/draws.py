@@ -8,6 +8,7 @@ Shapes: B rows, N numbers a row.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,15 @@ class Draws:
         """[B, N] of mean 0 and deviation 1 (Box and Muller 1958)."""
         radius_BN = (-2 * self.uniform(n).log()).sqrt()
         return radius_BN * (2 * math.pi * self.uniform(n)).cos()
+
+
+def own_seed(use: str, seed: int, layer: int) -> int:
+    """The seed of something drawn once a run and layer (a direction, a network's first weights).
+
+    Of another run's layer it is another one, so that runs at single layers don't share a draw.
+    """
+    digest = hashlib.sha256(f"{use} {seed} {layer}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
 def layer_keys(seed: int, row_B: Tensor, layer: int) -> Tensor:

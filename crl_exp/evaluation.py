@@ -80,6 +80,8 @@ def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
     steered: dict[str, Answers] = {}
     for split in ["test", *lab.splits.extra, "validation"]:
         figures[split], answers = evaluate_split(lab, controller, split)
+        if split == "validation":
+            _warn_of_harm(lab, figures[split])
         steered[split] = answers
         if split != "validation":
             tables.append(_interventions(lab, split, answers))
@@ -101,6 +103,18 @@ def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
         )
     result["unique_features"] = len({(la, f) for la, rows in used.items() for f in rows})
     return result, used
+
+
+def _warn_of_harm(lab: Lab, validation: dict[str, Any]) -> None:
+    """What did best there is kept: where it does worse than nothing all that was tried did."""
+    was, now = validation["accuracy_baseline"], validation["accuracy_steered"]
+    if now < was:
+        grid = getattr(lab.exp.method, "multipliers", None)
+        way_out = "" if grid is None else "; with 0 in method.multipliers nothing would be added"
+        lab.warn(
+            f"on validation this does worse than the unsteered model, {100 * was:.1f} → "
+            f"{100 * now:.1f} % of {validation['n']} items, and it steers all the same{way_out}"
+        )
 
 
 def over_refusal(items: Sequence[Item], answers: Answers) -> float | None:

@@ -24,6 +24,7 @@ from crl_exp.config import Experiment
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.controllers.vector import FixedVectors
+from crl_exp.dictionaries import with_dictionary
 from crl_exp.engine import Engine, EngineConfig, Prompts
 from crl_exp.generation import Generation, Job
 from crl_exp.loaded import shared, shared_model, shared_sae
@@ -33,6 +34,7 @@ from crl_exp.preemption import Pace
 from crl_exp.probe import checked
 from crl_exp.runs import RunDirectory, content_key
 from crl_exp.saes import LayerSAE, load_saes
+from crl_exp.scores import KEPT
 from crl_exp.tasks.base import Splits
 from crl_exp.terminal import progress_bar
 from crl_exp.warmup import STATISTICS_FORMAT, LayerStatistics, shared_statistics
@@ -75,7 +77,12 @@ class Lab:
         def load() -> LayerSAE:
             return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
 
-        return shared_sae([self.model_key, asdict(exp.sae), layer], load)
+        kind, own = exp.sae.dictionary, asdict(exp.sae) | {"dictionary": "sae"}
+        key = [self.model_key, own, layer]
+        sae = shared_sae(key, load)
+        if kind == "sae":
+            return sae
+        return shared_sae([*key, kind, exp.seed], lambda: with_dictionary(sae, kind, exp.seed))
 
     def warn(self, message: str) -> None:
         """Say it now and keep it in the result."""
@@ -115,9 +122,13 @@ class Lab:
             yield advance
 
     def fixed(self, steers: list[Steer]) -> Controller:
-        return FixedFeatures(steers, self.saes, self.exp.decay)
+        """Adds these features; none of them: the unsteered model itself."""
+        return FixedFeatures(steers, self.saes, self.exp.decay) if steers else Unsteered()
 
     def vectors(self, vector_D: dict[int, Tensor]) -> Controller:
+        """Adds these; none of them: the unsteered model itself."""
+        if not vector_D:
+            return Unsteered()
         sites = {layer: sae.site for layer, sae in self.saes.items()}
         there = {layer: vector.to(self.lm.device) for layer, vector in vector_D.items()}
         return FixedVectors(there, sites, self.exp.decay)
@@ -236,8 +247,9 @@ class Lab:
             exp = self.exp
             # The digest is of the data itself: a file may change under the same task.path.
             asked = [asdict(exp.task), self.splits.digest(), exp.warmup.pooling, STATISTICS_FORMAT]
-            if self.keeps_values:
-                asked.append("values kept")
+            asked.append(exp.warmup.rewarded)
+            if exp.warmup.score in KEPT:
+                asked.append(f"{KEPT[exp.warmup.score]} kept")
             key = content_key([self.engine_key, self.lm.fingerprint(), *asked])
             folder = Path(exp.output_dir).expanduser() / "shared" / "warmup"
             with self.engine.alone():
@@ -246,16 +258,12 @@ class Lab:
             warn_of_one_outcome(self, next(iter(found.values())))
         return self._statistics
 
-    @property
-    def keeps_values(self) -> bool:
-        """Whether stage 1 keeps activations: one of its scores can't be streamed without."""
-        return self.exp.warmup.score == "composite"
-
     def coefficients(self, layer: int) -> Tensor:
         """Coefficient of every feature [F]; below 0 where `warmup.negative=steer` says so."""
-        statistics = self.statistics()[layer]
-        value_F = self.exp.coefficient.values(statistics, self.saes[layer])
+        statistics, coefficient = self.statistics()[layer], self.exp.coefficient
+        value_F = coefficient.values(statistics, self.saes[layer])
         if self.exp.warmup.negative != "steer":
             return value_F
         against_F = statistics.by_feature["sign"].to(value_F.device) < 0
-        return torch.where(against_F, -value_F.abs(), value_F)
+        size_F = coefficient.values(statistics, self.saes[layer], against=True).abs()
+        return torch.where(against_F, -size_F, value_F)

@@ -25,7 +25,11 @@ LOGITS_TOGETHER = 2**24
 
 @dataclass
 class Rollout:
-    """One layer's steered tokens of a batch of answers."""
+    """One layer's steered tokens of a batch of answers.
+
+    weight_N: of each token in the loss, where answers are weighed alike; set for a whole rollout,
+    as a minibatch may hold any part of an answer.
+    """
 
     observed: Observation
     choice_NK: Tensor
@@ -33,11 +37,13 @@ class Rollout:
     advantage_N: Tensor
     return_N: Tensor
     episode_N: Tensor
+    weight_N: Tensor | None = None
 
     def part(self, rows: Tensor) -> Rollout:
         return Rollout(
             self.observed.rows(rows), self.choice_NK[rows], self.log_prob_N[rows],
             self.advantage_N[rows], self.return_N[rows], self.episode_N[rows],
+            None if self.weight_N is None else self.weight_N[rows],
         )  # fmt: skip
 
 
@@ -108,8 +114,10 @@ class LayerLearner:
         seen: list[dict[str, float]] = []
         self.first_ratio_N = None
         for _ in range(self.algorithm.epochs):
-            order_N = torch.randperm(n, generator=generator)
-            for rows in order_N.chunk(self.algorithm.minibatches):
+            parts = torch.randperm(n, generator=generator).chunk(self.algorithm.minibatches)
+            if not self.algorithm.flatten_tokens:
+                rollout.weight_N = len(parts) * token_weights(rollout.episode_N, False)
+            for rows in parts:
                 part = rollout.part(rows.to(rollout.log_prob_N.device))
                 seen.append(self._minibatch(part, step))
         self._average()
@@ -137,7 +145,9 @@ class LayerLearner:
     def _minibatch(self, part: Rollout, step: int) -> dict[str, float]:
         """One step of each optimiser. Losses are sums over tokens, so that the gradient comes
         together from pieces whose logits fit into memory."""
-        weight_N = token_weights(part.episode_N, self.algorithm.flatten_tokens)
+        weight_N = part.weight_N
+        if weight_N is None:
+            weight_N = token_weights(part.episode_N, self.algorithm.flatten_tokens)
         advantage_N = self.algorithm.scaled(part.advantage_N)
         for optimizer, _ in self._optimizers():
             optimizer.zero_grad(set_to_none=True)

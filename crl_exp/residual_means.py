@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.groups import is_rewarded
 from crl_exp.preemption import Pace
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ResidualMeans:
-    """Sums of one layer's residuals, float64 [D]; an answer counts as rewarded from .5 up."""
+    """Sums of one layer's residuals, float64 [D]."""
 
     rewarded_D: Tensor
     unrewarded_D: Tensor
@@ -32,9 +33,9 @@ class ResidualMeans:
         zeros_D = torch.zeros(d_model, dtype=torch.float64)
         return cls(zeros_D, zeros_D.clone())
 
-    def update(self, x_BD: Tensor, reward_B: Tensor) -> None:
-        """Take in a batch of answers: one residual and one reward each."""
-        x_BD, good_B = x_BD.double().cpu(), reward_B.cpu() >= 0.5
+    def update(self, x_BD: Tensor, reward_B: Tensor, rewarded: str = "positive") -> None:
+        """Take in a batch of answers: one residual and one reward each. rewarded: of `warmup`."""
+        x_BD, good_B = x_BD.double().cpu(), is_rewarded(reward_B.cpu(), rewarded)
         self.rewarded_D += x_BD[good_B].sum(0)
         self.unrewarded_D += x_BD[~good_B].sum(0)
         self.n_rewarded += int(good_B.sum())
@@ -99,7 +100,7 @@ def residual_means(lab: Lab) -> dict[int, ResidualMeans]:
             observer = ResidualObserver(sites, lab.exp.warmup.pooling == "last_prompt")
             reward_B = lab.answer(observer, "train", items).reward_B
             for layer, means in found.items():
-                means.update(observer.mean(layer), reward_B)
+                means.update(observer.mean(layer), reward_B, lab.exp.warmup.rewarded)
             at += len(items)
             advance(len(items))
             pace.after_step(save)

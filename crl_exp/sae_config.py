@@ -17,6 +17,8 @@ from crl_exp.sae_metadata import SAEMetadata
 
 REPO = Path(__file__).resolve().parents[1]
 TINY_PREFIX = "tiny:"
+DICTIONARIES = {"sae": "", "random": "random dictionary", "permuted": "permuted dictionary"}
+"""What may be added, and what a method with it is called in a report; `crl_exp.dictionaries`."""
 OFFLINE = (
     "Without the hub: load it where there is one, save it by SAELens' `sae.save_model(folder)`, "
     "copy the folder here and set sae=disk sae.folder=/that/folder"
@@ -34,6 +36,10 @@ class SAEConfig:
     id_template: id of a layer's SAE, with `{layer}`.
     other_model: allow SAEs that were trained on another model than the one they steer. Trained on
         the base model and used on its instruction-tuned one is always allowed; both are recorded.
+    dictionary: what is added for a feature: sae, its decoder row; or, as controls, random, a
+        direction drawn evenly, and permuted, the row of another feature; each as long as its own
+        row, drawn by seed and layer. All else is the SAE's own: activations, correlations, what may
+        be steered.
     """
 
     name: str
@@ -41,6 +47,7 @@ class SAEConfig:
     release: str | None
     id_template: str
     other_model: bool
+    dictionary: str
 
     def faults(self) -> list[str]:
         found = []
@@ -48,7 +55,16 @@ class SAEConfig:
             found.append("sae: give either sae.folder=… or sae.release=…, not both, not neither")
         if "{layer}" not in self.id_template:
             found.append(f"sae.id_template={self.id_template}: must contain {{layer}}")
+        if self.dictionary not in DICTIONARIES:
+            near = did_you_mean(self.dictionary, DICTIONARIES)
+            known = ", ".join(DICTIONARIES)
+            found.append(f"sae.dictionary={self.dictionary}: must be one of {known}{near}")
         return found
+
+    @property
+    def control(self) -> bool:
+        """Whether a method with these is one: what it adds isn't the SAE's."""
+        return self.dictionary != "sae"
 
     def sae_id(self, layer: int) -> str:
         return self.id_template.replace("{layer}", str(layer))

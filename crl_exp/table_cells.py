@@ -119,6 +119,7 @@ def notes(sweep: SweepComparison) -> list[str]:
     )
     if sweep.chosen:
         found.append(f"{CHOSEN} the layers that did best on validation; test was not looked at.")
+    found += harmful(sweep)
     baselines = {row.mean("accuracy_baseline") for row in sweep.rows}
     if np.ptp(list(baselines)) > 1e-9:
         found.append(
@@ -126,6 +127,20 @@ def notes(sweep: SweepComparison) -> list[str]:
             f"{max(baselines):.4f}): they ran on different hardware or library versions."
         )
     return found
+
+
+def harmful(sweep: SweepComparison) -> list[str]:
+    """The methods that do worse than nothing where their choices were made, controls aside."""
+    worse = []
+    for row in sweep.rows:
+        was = float(np.mean([split(run, "validation")["accuracy_baseline"] for run in row.runs]))
+        if not row.control and row.validation < was - 1e-9:
+            where = f"{row.family}, {row_layers(row)}" if row.layers else row.family
+            worse.append(f"{where} ({100 * was:.1f} → {100 * row.validation:.1f} %)")
+    if not worse:
+        return []
+    return [f"Worse than the unsteered model on validation, and steered all the same: "
+            f"{'; '.join(worse)}."]  # fmt: skip
 
 
 def headline(sweep: SweepComparison) -> str | None:

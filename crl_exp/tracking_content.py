@@ -11,6 +11,7 @@ from typing import Any
 
 from crl_exp.records import Record, flatten
 from crl_exp.runs import NOT_IN_KEY
+from crl_exp.sae_config import DICTIONARIES
 from crl_exp.tracking_state import digest
 
 ARTIFACTS = (
@@ -135,8 +136,9 @@ def run_name(record: Record) -> str:
     """How a run is listed: `crl layer 18 seed 0`."""
     word = "layer" if record.layers is not None and len(record.layers) == 1 else "layers"
     name = f"{record.config['method']['name']} {word} {layers_text(record)}"
-    shuffled = " shuffled labels" if record.config["task"].get("shuffle_labels") else ""
-    return f"{name} seed {record.config['seed']}{shuffled}"
+    dictionary = DICTIONARIES[(record.config.get("sae") or {}).get("dictionary", "sae")]
+    shuffled = "shuffled labels" if record.config["task"].get("shuffle_labels") else ""
+    return " ".join(filter(None, [name, f"seed {record.config['seed']}", dictionary, shuffled]))
 
 
 def points(lines: list[dict[str, Any]], prefix: str = "") -> list[Point]:

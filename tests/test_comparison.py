@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crl_exp import tables
+from crl_exp import compatibility, tables
 from crl_exp.comparison import Row, SweepComparison, compare_runs, holm
 from crl_exp.errors import UserError
 from crl_exp.records import find_records
@@ -144,3 +144,94 @@ def test_no_finished_run(tmp_path):
         raise RuntimeError
     with pytest.raises(UserError, match=r"no run of demo is finished \(1 failed\)"):
         compared(tmp_path)
+
+
+# --- controls ---
+
+FALLBACK = ("random", "random_direction", "raw_residual", "top_activation")
+
+
+def marked(folder: Path) -> set[str]:
+    """Families whose best layer on validation is marked."""
+    return {row.family for row in compared(folder).chosen}
+
+
+def at_two_layers(folder: Path, method: str, more: dict | None = None, **changes) -> None:
+    for layer in (8, 12):
+        run = finished_run(config(folder, method, (layer,), more), 0.01 * layer)
+        set_result(run, **changes)
+
+
+def test_no_control_is_marked_as_the_best_on_validation(tmp_path):
+    """By what results say, and by the name where they are of before they said it."""
+    for method in FALLBACK:
+        at_two_layers(tmp_path, method)
+    at_two_layers(tmp_path, "mine", control=True, label="my control")
+    at_two_layers(tmp_path, "theirs", control=False, label="their method")
+    at_two_layers(tmp_path, "crl", {"sae.dictionary": "random"}, control=True, label="CRL")
+    at_two_layers(tmp_path, "corrsteer_s")
+    sweep = compared(tmp_path)
+    assert marked(tmp_path) == {"CorrSteer-S", "their method"}
+    assert {row.family for row in sweep.rows if row.control} == {
+        "random features", "random directions", "raw residual", "most active features",
+        "my control", "CRL (random dictionary)",
+    }  # fmt: skip
+
+
+def test_a_policy_over_another_dictionary_stands_beside_crl(tmp_path):
+    """With the labels shuffled too; and what is in the headline is the SAE's."""
+    for kind, delta in (("sae", 0.1), ("random", 0.2), ("permuted", 0.3)):
+        for seed in (0, 1):
+            more = {"sae.dictionary": kind}
+            run = finished_run(config(tmp_path, more=more, seed=seed), delta)
+            set_result(run, control=kind != "sae", label="CRL")
+    set_result(
+        finished_run(config(tmp_path, more={"sae.dictionary": "random", **SHUFFLED}), 0.0),
+        control=True, label="CRL",
+    )  # fmt: skip
+    finished_run(config(tmp_path, "corrsteer_s"), 0.05)
+    assert [(r.family, len(r.runs)) for r in compared(tmp_path).rows] == [
+        ("CorrSteer-S", 1), ("CRL", 2), ("CRL (permuted dictionary)", 2),
+        ("CRL (random dictionary)", 2), ("CRL (random dictionary, shuffled labels)", 1),
+    ]  # fmt: skip
+    line = tables.headline(compared(tmp_path))
+    assert line is not None and "CRL, layer 18: 78.0 %" in line
+
+
+def test_runs_of_before_a_fault_was_mended_are_rows_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(compatibility, "MENDED", ())
+    finished_run(config(tmp_path, seed=0), 0.1)
+    finished_run(config(tmp_path, "corrsteer_s", seed=0), 0.1)
+    mend = compatibility.Mended("drawn right", lambda plain: plain["method"]["name"] == "crl")
+    monkeypatch.setattr(compatibility, "MENDED", (mend,))
+    finished_run(config(tmp_path, seed=0), 0.2)
+    finished_run(config(tmp_path, seed=1), 0.2)
+    assert [(r.family, r.seeds) for r in compared(tmp_path).rows] == [
+        ("CorrSteer-S", [0]), ("CRL", [0, 1]), ("CRL (before “drawn right”)", [0]),
+    ]  # fmt: skip
+
+
+def test_an_option_that_came_later_sets_runs_apart_only_where_it_does_something_else(tmp_path):
+    """Runs of before don't have it: there `half` is meant, and other tasks' rewards are 0 or 1."""
+    for folder, scorer, expected in (
+        ("a", None, ["CRL"]),
+        ("b", "token_f1", ["CRL warmup.rewarded=half", "CRL warmup.rewarded=positive"]),
+    ):
+        task = {"task.scorer": scorer} if scorer else {}
+        finished_run(config(tmp_path / folder, more={**task, "warmup": {"keep": 5}}), 0.1)
+        later = {**task, "warmup": {"keep": 5, "rewarded": "positive"}}
+        finished_run(config(tmp_path / folder, more=later, seed=1), 0.1)
+        assert [row.family for row in compared(tmp_path / folder).rows] == expected
+
+
+def test_methods_that_do_worse_than_nothing_on_validation_are_named(tmp_path):
+    finished_run(config(tmp_path, "corrsteer_s", (22,)), 0.1, validation=-0.3)
+    finished_run(config(tmp_path, "corrsteer_s", (8,)), -0.1, validation=0.0)
+    finished_run(config(tmp_path, "random", (22,)), 0.0, validation=-0.2)
+    for seed, rise in ((0, -0.2), (1, 0.1)):
+        finished_run(config(tmp_path, layers=(8, 12), seed=seed), 0.1, validation=rise)
+    (note,) = [line for line in tables.notes(compared(tmp_path)) if "Worse than" in line]
+    assert "CorrSteer-S, 22 (68.0 → 38.0 %); CRL, 8, 12 (68.0 → 63.0 %)" in note
+    assert "random" not in note and "CorrSteer-S, 8" not in note
+    finished_run(config(tmp_path / "good"), 0.1)
+    assert not any("Worse than" in line for line in tables.notes(compared(tmp_path / "good")))

@@ -102,7 +102,9 @@ def setting(**changes: Any) -> AgentSetting:
     more: dict[str, Any] = {"n_tokens": 4, "with_critic": True, "online": False}
     policy |= {key: value for key, value in changes.items() if key in policy}
     more |= {key: value for key, value in changes.items() if key not in policy}
-    warmup = WarmupConfig("max", min_frequency=0.02, keep=5, score="pearson", negative="keep")
+    warmup = WarmupConfig(
+        "max", min_frequency=0.02, keep=5, rewarded="positive", score="pearson", negative="keep"
+    )
     return AgentSetting(policy=PolicyConfig(**policy), warmup=warmup, **more)
 
 
