@@ -41,7 +41,15 @@ class Mended(NamedTuple):
     concerns: Callable[[dict[str, Any]], bool]
 
 
-MENDED: tuple[Mended, ...] = ()
+def _tests_a_layer_more_than_once(plain: dict[str, Any]) -> bool:
+    method = plain.get("method") or {}
+    several = len(set(method.get("multipliers") or ())) > 1 or method.get("n_candidates", 1) > 1
+    return str(method.get("_target_")).endswith(".CorrSteerP") and several
+
+
+MENDED: tuple[Mended, ...] = (
+    Mended("CorrSteer-P tests each layer once", _tests_a_layer_more_than_once),
+)
 
 
 def fill_missing(config: DictConfig) -> None:

@@ -1,4 +1,4 @@
-"""items.parquet: a line for each evaluated item, so that any two runs can be paired item by item."""
+"""items.parquet: a line for each evaluated item, so that any two runs can be paired by item."""
 
 from __future__ import annotations
 

@@ -153,16 +153,30 @@ class CorrSteerA(CorrSteer):
 @dataclass
 class CorrSteerP(CorrSteer):
     """CorrSteer-P: A, kept only where steering that layer alone beats the unsteered model on
-    validation. Where none does, nothing is steered, and the result says so."""
+    validation. Where none does, nothing is steered, and the result says so.
+
+    A layer is tested once, by its most correlated feature with the multiplier nearest to 1: the
+    best of several would beat the unsteered model by luck far more often. Of the layers kept,
+    candidates and multipliers are then chosen as A's are.
+    """
+
+    @property
+    def test_multiplier(self) -> float:
+        """The one that layers are tested with."""
+        return min(self.multipliers, key=lambda multiplier: (abs(math.log(multiplier)), multiplier))
+
+    def helps(self, lab: Lab, steer: Steer, floor: float) -> bool:
+        """Whether steering with this alone beats the unsteered model: one comparison."""
+        tested = Steer(steer.layer, steer.feature_idx, steer.coefficient * self.test_multiplier)
+        return lab.validation_reward(lab.fixed([tested])) > floor
 
     def select(self, lab: Lab) -> list[Steer]:
         floor = lab.validation_reward(Unsteered())
-        found = [self.pick(lab, steers) for steers in self.candidates(lab)]
-        kept = [steer for steer in found if self.scaled(lab, [steer])[1] > floor]
+        kept = [steers for steers in self.candidates(lab) if self.helps(lab, steers[0], floor)]
         if not kept:
             lab.warn("CorrSteer-P kept no layer: none alone beats the unsteered model")
             return []
-        return self.scaled(lab, kept)[0]
+        return self.scaled(lab, [self.pick(lab, steers) for steers in kept])[0]
 
 
 @dataclass
