@@ -22,6 +22,7 @@ COMMANDS = {
     "prefetch": ("crl_exp.launcher.prefetch", "download what a sweep loads, for offline nodes"),
     "sync": ("crl_exp.tracking", "bring MLflow up to date with the run directories"),
     "report": ("crl_exp.report", "tables and figures of a finished sweep"),
+    "compare": ("crl_exp.compare", "two runs, or rows of a report, on the same items"),
     "options": ("crl_exp.options_page", "write docs/options.md from conf/"),
 }
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from crl_exp.comparable import refuse_unfinished, refuse_unlike
+from crl_exp.estimates import Estimates, estimates, split
 from crl_exp.labels import NAMES, Label, best_on_validation, is_control, labels
 from crl_exp.records import Record
-from crl_exp.statistics import mean_interval, share_interval
 
 
 @dataclass(frozen=True)
@@ -50,32 +49,32 @@ class Row:
     def mean(self, key: str, test_set: str | None = None) -> float:
         return float(self.values(key, test_set).mean())
 
+    @cached_property
+    def _estimates(self) -> dict[str | None, Estimates]:
+        return {}
+
+    def estimates(self, test_set: str | None = None) -> Estimates:
+        """What the seeds say together, on the test set or a further one."""
+        if test_set not in self._estimates:
+            self._estimates[test_set] = estimates(self.runs, test_set)
+        return self._estimates[test_set]
+
     def interval(self, test_set: str | None = None) -> tuple[float, float]:
-        """95 % interval of delta: Student's t over seeds; where there is one seed, or all give the
-        same, the run's own paired bootstrap over items."""
-        values = self.values("delta", test_set)
-        if np.ptp(values) > 0:
-            return mean_interval(values)
-        low, high = split(self.runs[0], test_set)["delta_ci95"]
-        return low, high
+        """95 % interval of delta over items and seeds; see `Estimates`."""
+        return self.estimates(test_set).interval
 
     def accuracy_interval(self, test_set: str | None = None) -> tuple[float, float]:
-        """95 % interval of the steered accuracy: Student's t over seeds; where there is one seed,
-        or all give the same, Wilson's over items."""
-        values = self.values("accuracy_steered", test_set)
-        if np.ptp(values) > 0:
-            return mean_interval(values)
-        return share_interval(float(values[0]), int(self.values("n", test_set)[0]))
+        """95 % interval of the steered accuracy over items and seeds."""
+        return self.estimates(test_set).accuracy_interval
 
     @property
     def over_seeds(self) -> bool:
-        """Whether `interval` is one over seeds."""
-        return bool(np.ptp(self.values("delta")) > 0)
+        """Whether seeds differ, so that `interval` holds them too."""
+        return not self.estimates().alike
 
     @property
     def p_value(self) -> float:
-        """The largest McNemar p of the seeds."""
-        return float(self.values("p_value").max())
+        return self.estimates().p_value
 
     @property
     def ser(self) -> float | None:
@@ -95,14 +94,6 @@ class Row:
     @property
     def seeds(self) -> list[int]:
         return sorted(run.config["seed"] for run in self.runs)
-
-
-def split(run: Record, name: str | None) -> dict[str, Any]:
-    """A run's figures on test (None), validation or a further test set."""
-    assert run.result is not None
-    if name is None:
-        return run.result
-    return run.result["validation"] if name == "validation" else run.result["test_sets"][name]
 
 
 @dataclass(frozen=True)
@@ -134,10 +125,18 @@ class SweepComparison:
         return found
 
     @cached_property
+    def tried(self) -> dict[str, list[Row]]:
+        """By method all its rows, of every layer and option: what p-values are corrected for."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.label.name, []).append(row)
+        return found
+
+    @cached_property
     def p_holm(self) -> dict[Row, float]:
-        """The rows' p-values, Holm-corrected for the layers tried within their family."""
+        """The rows' p-values, Holm-corrected for the layers and options tried of their method."""
         corrected: dict[Row, float] = {}
-        for rows in self.families.values():
+        for rows in self.tried.values():
             corrected |= dict(zip(rows, holm([row.p_value for row in rows]), strict=True))
         return corrected
 

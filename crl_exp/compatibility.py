@@ -89,9 +89,10 @@ def _weighs_answers(plain: dict[str, Any]) -> bool:
     return _trains(plain) and per_answer
 
 
-def _starts_at_random(plain: dict[str, Any]) -> bool:
-    policy = plain.get("policy") or {}
-    return _trains(plain) and bool(policy.get("policy_depth") or policy.get("critic_depth"))
+def _tests_a_layer_more_than_once(plain: dict[str, Any]) -> bool:
+    method = plain.get("method") or {}
+    several = len(set(method.get("multipliers") or ())) > 1 or method.get("n_candidates", 1) > 1
+    return _of_class(plain, "method", "CorrSteerP") and several
 
 
 MENDED: tuple[Mended, ...] = (
@@ -101,8 +102,8 @@ MENDED: tuple[Mended, ...] = (
         "directions and features drawn by layer",
         lambda plain: _of_class(plain, "method", "RandomDirection", "RandomFeatures"),
     ),
-    Mended("first weights drawn by layer", _starts_at_random),
     Mended("tokens of an answer counted in the whole rollout", _weighs_answers),
+    Mended("CorrSteer-P tests each layer once", _tests_a_layer_more_than_once),
 )
 
 

@@ -55,7 +55,7 @@ class Draws:
 
 
 def own_seed(use: str, seed: int, layer: int) -> int:
-    """The seed of something drawn once a run and layer (a direction, a network's first weights).
+    """The seed of something drawn once a run and layer (a direction, a random feature).
 
     Of another run's layer it is another one, so that runs at single layers don't share a draw.
     """

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from crl_exp.answers import Answers
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.files import replacing
+from crl_exp.items import items_table, write_items
 from crl_exp.lab import Lab
 from crl_exp.statistics import compare
 from crl_exp.tasks.base import Item
@@ -69,7 +70,7 @@ def changed_outputs(baseline: Answers, steered: Answers) -> np.ndarray:
 
 
 def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
-    """All test sets and validation. Writes interventions.parquet.
+    """All test sets and validation. Writes interventions.parquet and items.parquet.
 
     Returns the result's figures and, for features.json, how often each feature was used on test.
     """
@@ -77,17 +78,20 @@ def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
     used: Used = {}
     unsteered: float | None = None
     tables: list[pa.Table] = []
+    items_of: list[pa.Table] = []
     steered: dict[str, Answers] = {}
     for split in ["test", *lab.splits.extra, "validation"]:
         figures[split], answers = evaluate_split(lab, controller, split)
         if split == "validation":
             _warn_of_harm(lab, figures[split])
         steered[split] = answers
+        items_of.append(_items(lab, split, answers))
         if split != "validation":
             tables.append(_interventions(lab, split, answers))
         if split == "test":
             used, unsteered = _used(answers), _unsteered(answers)
     _write_interventions(lab.run.path / "interventions.parquet", tables)
+    write_items(lab.run.path, items_of)
     result = dict(figures.pop("test"))
     result["validation"] = figures.pop("validation")
     result["test_sets"] = figures
@@ -115,6 +119,15 @@ def _warn_of_harm(lab: Lab, validation: dict[str, Any]) -> None:
             f"on validation this does worse than the unsteered model, {100 * was:.1f} → "
             f"{100 * now:.1f} % of {validation['n']} items, and it steers all the same{way_out}"
         )
+
+
+def _items(lab: Lab, split: str, answers: Answers) -> pa.Table:
+    """A split's items with their rewards."""
+    baseline = lab.baseline(split)
+    return items_table(
+        split, [item.item_id for item in lab.splits.named()[split]], baseline.reward_B.tolist(),
+        answers.reward_B.tolist(), changed_outputs(baseline, answers).tolist(),
+    )  # fmt: skip
 
 
 def over_refusal(items: Sequence[Item], answers: Answers) -> float | None:

@@ -120,6 +120,8 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
             lab.statistics()
     with timed("train"):
         controller, layers = exp.layers.prepare(lab)
+        if few := lab.tried.warning():
+            lab.warn(few)
     with timed("evaluate"):
         figures, used = evaluate(lab, controller)
     write_json(run.path / "features.json", _features(lab, used))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crl_exp.comparison import Row, SweepComparison, split
+from crl_exp.comparison import Row, SweepComparison
+from crl_exp.estimates import split
 from crl_exp.figure_style import (
     COLOURS,
     COLUMN_INCHES,

@@ -38,6 +38,7 @@ from crl_exp.scores import KEPT
 from crl_exp.tasks.base import Splits
 from crl_exp.terminal import progress_bar
 from crl_exp.warmup import STATISTICS_FORMAT, LayerStatistics, shared_statistics
+from crl_exp.winners_curse import Tried
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Lab:
         choices = exp.task.constrained_to
         self.choices = None if choices is None else self.lm.choice_ids(choices)
         self._statistics: dict[int, LayerStatistics] | None = None
+        self.tried = Tried()  # on validation, at all layers
         self._asked = 0  # times that a controller was tried on validation
 
     def _sae(self, layer: int) -> LayerSAE:
@@ -219,14 +221,17 @@ class Lab:
         self._asked += 1
         name, what = f"choice_{self._asked:04d}", f"choice {self._asked} on validation"
 
-        def ask() -> float:
-            return float(self.kept_answers(name, what, controller, "validation").reward_B.mean())
+        def ask() -> Tensor:
+            return self.kept_answers(name, what, controller, "validation").reward_B
 
-        if not isinstance(controller, FixedFeatures):
-            return ask()
-        # CorrSteer-P tries what CorrSteer-S tried at each layer.
-        key = [self.engine_key, asdict(self.exp.task), controller.identity]
-        return shared("choice", key, ask, keep=1000)
+        if isinstance(controller, FixedFeatures):
+            # CorrSteer-P tries what CorrSteer-S tried at each layer.
+            key = [self.engine_key, asdict(self.exp.task), controller.identity]
+            reward_B = shared("choice", key, ask, keep=1000)
+        else:
+            reward_B = ask()
+        self.tried.add(reward_B.numpy())
+        return float(reward_B.mean())
 
     def training_reward(self, controller: Controller, rewards: list[float]) -> float:
         """Mean reward on the validation split, in the middle of training.

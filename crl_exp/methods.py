@@ -13,7 +13,6 @@ import torch
 
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import Steer
-from crl_exp.draws import own_seed
 from crl_exp.errors import UserError
 from crl_exp.online import online_conflicts
 from crl_exp.policy import AgentSetting, LayerAgent, PolicyController
@@ -193,18 +192,32 @@ class CorrSteerA(CorrSteer):
 @dataclass
 class CorrSteerP(CorrSteer):
     """CorrSteer-P: A, kept only where steering that layer alone beats the unsteered model on
-    validation. Where none does, nothing is steered, and the result says so."""
+    validation. Where none does, nothing is steered, and the result says so.
+
+    A layer is tested once, by its most correlated feature with the multiplier nearest to 1: the
+    best of several would beat the unsteered model by luck far more often. Of the layers kept,
+    candidates and multipliers are then chosen as A's are.
+    """
+
+    @property
+    def test_multiplier(self) -> float:
+        """The one that layers are tested with."""
+        return min(self.multipliers, key=lambda multiplier: (abs(math.log(multiplier)), multiplier))
+
+    def helps(self, lab: Lab, steer: Steer, floor: float) -> bool:
+        """Whether steering with this alone beats the unsteered model: one comparison."""
+        tested = Steer(steer.layer, steer.feature_idx, steer.coefficient * self.test_multiplier)
+        return lab.validation_reward(lab.fixed([tested])) > floor
 
     label = "CorrSteer-P"
 
     def select(self, lab: Lab) -> list[Steer]:
         floor = lab.validation_reward(Unsteered())
-        found = [self.pick(lab, steers) for steers in self.candidates(lab)]
-        kept = [steer for steer in found if self.scaled(lab, [steer])[1] > floor]
+        kept = [steers for steers in self.candidates(lab) if self.helps(lab, steers[0], floor)]
         if not kept:
             lab.warn("CorrSteer-P kept no layer: none alone beats the unsteered model")
             return []
-        return self.scaled(lab, kept)[0]
+        return self.scaled(lab, [self.pick(lab, steers) for steers in kept])[0]
 
 
 @dataclass
@@ -248,6 +261,7 @@ class CRL(CorrSteer):
 
     def prepare(self, lab: Lab) -> Controller:
         exp = lab.exp
+        torch.manual_seed(exp.seed)  # initial weights of hidden layers
         agents = self.fixed_agents(lab) if self.features == "fixed" else self.free_agents(lab)
         if not agents:
             return Unsteered()
@@ -292,7 +306,6 @@ def _agent(
     exp = lab.exp
     n_tokens = 1 if exp.task.choices else exp.task.max_new_tokens
     online = isinstance(exp.method, CRL) and exp.method.online_correlation
-    torch.manual_seed(own_seed("policy", exp.seed, layer))  # initial weights of hidden layers
     return LayerAgent(
         lab.saes[layer], lab.statistics()[layer], allowed_C, coefficient_F,
         Pipeline(exp.stages, exp.order),

@@ -11,7 +11,7 @@ from crl_exp.runs import write_atomic
 # What a report may write; nothing else in its folder is ever removed.
 TEXTS = (
     "table.md", "table.csv", "table.tex", "overview.csv", "features.csv", "items.csv",
-    "by_layer.csv", "report.html",
+    "by_layer.csv", "pairs.csv", "report.html",
 )  # fmt: skip
 FIGURE_NAMES = (
     "by_layer", "by_option", "heat_map", "training", "overlap", "diversity", "correlation",

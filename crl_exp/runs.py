@@ -36,6 +36,7 @@ FROM_THE_LAST_TIME = (
     "result.json",
     "features.json",
     "interventions.parquet",
+    "items.parquet",
     "journal.jsonl",
     "heartbeat.json",
     "checkpoint.pt",

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crl_exp.comparison import Row, SweepComparison, split
+from crl_exp.comparison import Row, SweepComparison
+from crl_exp.estimates import split
 from crl_exp.feature_credit import FeatureCredit
+from crl_exp.pairs import difference, same_items
 from crl_exp.records import Record
 from crl_exp.report_parts import SweepParts, best_rows
-from crl_exp.statistics import mean_interval
 
 COLUMNS = (
     "method", "layers", "seeds", "n", "unsteered → steered %", "Δ points [95 %]", "p Holm",
@@ -109,14 +110,18 @@ def notes(sweep: SweepComparison) -> list[str]:
     found = []
     if any(row.over_seeds for row in sweep.rows):
         found.append(
-            "Several seeds: means; the interval is Student's t over seeds (how much training "
-            "varies), the p-value the largest of the seeds. One seed, or all alike: the interval "
-            "is the paired bootstrap over items."
+            "Several seeds: means; interval and p-value are over items and seeds. One seed, or all "
+            "alike: the interval is the paired bootstrap over items, p McNemar's exact test; what "
+            "another seed would give isn't in them."
         )
-    found.append(
-        "p: McNemar's exact test, Holm-corrected for the layers that a method was tried at. SER: "
-        "broken / (fixed + broken)."
-    )
+        if any(row.over_seeds and row.estimates().samples is None for row in sweep.rows):
+            found.append(
+                "Some runs have no items.parquet (they were made before there was one): intervals "
+                "over their seeds take the items' part from single runs and are somewhat too wide."
+            )
+    else:
+        found.append("Intervals: paired bootstrap over items. p: McNemar's exact test.")
+    found.append(f"{holm_note(sweep)} SER: broken / (fixed + broken).")
     if sweep.chosen:
         found.append(f"{CHOSEN} the layers that did best on validation; test was not looked at.")
     found += harmful(sweep)
@@ -143,6 +148,17 @@ def harmful(sweep: SweepComparison) -> list[str]:
             f"{'; '.join(worse)}."]  # fmt: skip
 
 
+def holm_note(sweep: SweepComparison) -> str:
+    """What p-values are corrected for."""
+    tried = [
+        f"{name} {len(rows)}" for name, rows in sweep.tried.items() if rows[0].method != "none"
+    ]
+    return (
+        "p Holm: corrected for every row of the same method, all its layers and options "
+        f"({', '.join(tried)})."
+    )
+
+
 def headline(sweep: SweepComparison) -> str | None:
     """CRL at its chosen layer against the CorrSteer that does best on validation."""
     learned = [row for row in sweep.rows if row.method == "crl" and not row.control]
@@ -151,13 +167,13 @@ def headline(sweep: SweepComparison) -> str | None:
         return None
     best = max(learned, key=lambda row: row.validation)
     rival = max(fixed, key=lambda row: row.validation)
-    gains = best.values("accuracy_steered") - rival.mean("accuracy_steered")
-    interval = points(float(gains.mean()), mean_interval(gains))
-    if len(gains) < 2:
-        interval = f"{100 * gains.mean():+.1f}"
+    found = difference(*same_items(best, rival))
+    seeds = " and ".join(map(str, found.n_seeds))
+    paired = "paired by item" if found.paired else "not paired by item, so too wide"
     return (
         f"Best on validation, measured on test: {_named(best)}; {_named(rival)}; difference "
-        f"{interval} points (seeds: {len(gains)}, n = {best.mean('n'):.0f})."
+        f"{points(found.value, found.interval)} points ({paired}; seeds: {seeds}, "
+        f"n = {found.n})."
     )
 
 
@@ -194,8 +210,8 @@ OVERVIEW_COLUMNS = (
 )  # fmt: skip
 OVERVIEW_NOTE = (
     "Where a method was tried at several layers: the one that did best on validation, for "
-    "controls too. Interval of the accuracy: Student's t over seeds; where there is one seed, or "
-    "all give the same, Wilson's over items."
+    "controls too. Intervals are over items and, where there are several, seeds; that of "
+    "the accuracy is Wilson's."
 )
 
 

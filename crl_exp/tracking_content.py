@@ -16,7 +16,7 @@ from crl_exp.tracking_state import digest
 
 ARTIFACTS = (
     "config.yaml", "code.json", "data.json", "result.json", "features.json",
-    "interventions.parquet", "*.png", "figures/*",
+    "interventions.parquet", "items.parquet", "*.png", "figures/*",
 )  # fmt: skip
 SWEEP_ARTIFACTS = ("submission.json", "code-*.diff", "report/**/*")
 STATUS = {

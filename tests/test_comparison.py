@@ -13,8 +13,8 @@ from crl_exp.comparison import Row, SweepComparison, compare_runs, holm
 from crl_exp.errors import UserError
 from crl_exp.records import find_records
 from crl_exp.runs import RunDirectory, write_json
-from crl_exp.statistics import compare
-from tests.synthetic import config, figures, finished_run
+from crl_exp.statistics import compare, crossed
+from tests.synthetic import config, figures, finished_run, run_of_items
 
 SHUFFLED = {"task.shuffle_labels": True}
 
@@ -52,9 +52,52 @@ def test_seeds_are_put_together(tmp_path):
     (one,) = compared(tmp_path).rows
     assert one.seeds == [0, 1, 2]
     assert one.mean("delta") == pytest.approx(0.12)
-    # t(2) = 4.302653, standard deviation 0.02: half width 4.302653 * 0.02 / sqrt(3)
-    assert one.interval() == pytest.approx((0.12 - 0.0496828, 0.12 + 0.0496828), abs=1e-6)
-    assert one.p_value == 0.2 and one.ser == pytest.approx(30 / 150)
+    # Without items.parquet: t(2) = 4.302653, standard deviation 0.02, 4.302653 * 0.02 / sqrt(3) for
+    # the seeds; for the items half of a single run's interval, 0.02.
+    half = (0.0496828**2 + 0.02**2) ** 0.5
+    assert one.interval() == pytest.approx((0.12 - half, 0.12 + half), abs=1e-6)
+    low, _ = one.interval()
+    assert one.p_value < 0.05 and low > 0, "p and interval say the same"
+    assert one.ser == pytest.approx(30 / 150)
+
+
+def test_seeds_and_items_are_in_the_interval(tmp_path):
+    """Of rewards by item: means over seeds .5 of the items that change, seeds that agree."""
+    draw = np.random.default_rng(0)
+    was = draw.integers(0, 2, 600).astype(float)
+    found = []
+    for seed in range(3):
+        now = np.where(draw.random(600) < 0.2, 1.0, was)
+        found.append(now - was)
+        run_of_items(config(tmp_path, seed=seed), was, now)
+    (one,) = compared(tmp_path).rows
+    expected = crossed(np.stack(found))
+    assert one.interval() == pytest.approx(expected.interval)
+    assert one.p_value == pytest.approx(expected.p_value)
+    # Seeds alone, as before, are far too narrow or too wide by luck; items alone leave seeds out.
+    means = np.stack(found).mean(axis=1)
+    assert one.over_seeds and one.mean("delta") == pytest.approx(means.mean())
+
+
+def test_seeds_that_got_the_same_keep_the_runs_own_interval_and_p(tmp_path):
+    was, now = np.repeat([0.0, 1.0], 50), np.repeat([0.0, 1.0, 1.0, 0.0], 25)
+    for seed in range(3):
+        run_of_items(config(tmp_path, seed=seed), was, now)
+    (one,) = compared(tmp_path).rows
+    own = compare(was, now, was != now)
+    assert not one.over_seeds and one.interval() == own.delta_ci95 and one.p_value == own.p_value
+
+
+def test_seeds_of_equal_delta_on_other_items_are_not_alike(tmp_path):
+    was = np.zeros(100)
+    for seed in range(2):
+        now = np.zeros(100)
+        now[10 * seed : 10 * seed + 10] = 1
+        run_of_items(config(tmp_path, seed=seed), was, now)
+    (one,) = compared(tmp_path).rows
+    assert one.over_seeds and one.interval() == pytest.approx(
+        (0.1 - 1.96 * 0.02, 0.1 + 1.96 * 0.02), abs=1e-4
+    )  # item means .5 on 20 of 100: variance .04, and no deviation of seeds
 
 
 def test_one_seed_or_equal_seeds_have_the_paired_interval(tmp_path):
@@ -64,6 +107,21 @@ def test_one_seed_or_equal_seeds_have_the_paired_interval(tmp_path):
     sweep = compared(tmp_path)
     assert row(sweep, "CorrSteer-S", 18).interval() == pytest.approx((0.07, 0.13))
     assert row(sweep, "CRL", 18).interval() == pytest.approx((0.19, 0.21))
+
+
+def test_p_values_are_corrected_for_layers_and_options(tmp_path):
+    """What was really tried of a method, stated below the table."""
+    multiply = {"fusion": {"_target_": "crl_exp.stages.fusion.Multiply"}}
+    for layer, p in ((8, 0.01), (12, 0.04), (15, 0.03)):
+        set_result(finished_run(config(tmp_path, layers=(layer,)), 0.1), p_value=p)
+    set_result(finished_run(config(tmp_path, layers=(8,), more=multiply), 0.1), p_value=0.012)
+    finished_run(config(tmp_path, "none"), 0.0)
+    sweep = compared(tmp_path)
+    corrected = {(r.family, r.layers[0]): p for r, p in sweep.p_holm.items() if r.method == "crl"}
+    assert corrected == pytest.approx(
+        {("CRL", 8): 0.04, ("CRL fusion=multiply", 8): 0.04, ("CRL", 15): 0.06, ("CRL", 12): 0.06}
+    )
+    assert "all its layers and options (CRL 4)" in tables.markdown(sweep)
 
 
 def test_p_values_are_corrected_within_a_method(tmp_path):

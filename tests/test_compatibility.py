@@ -104,8 +104,8 @@ def test_rewards_said_to_be_0_or_1_are_so(as_it_is):
 @pytest.mark.parametrize(
     ("overrides", "mended"),
     [
+        ([], []),
         (["policy.policy_depth=0"], []),
-        ([], ["first weights drawn by layer"]),
         (["method.stage2=false"], []),
         (["method=corrsteer_s"], []),
         (["method=random"], ["directions and features drawn by layer"]),

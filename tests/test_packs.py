@@ -97,6 +97,9 @@ def test_the_plan_tells_jobs_and_what_is_alone(tmp_path):
     assert "seed=2" in alone[0] and "others of its kind fill their jobs" in alone[0]
     assert "seed=7" in alone[1] and "no other run to start has its task" in alone[1]
     assert "batch_size" not in said, "16 rows hold two rollouts of 8"
+    assert "can show, with 8 test items, 1 seed: 44.3 points in four of five cases" in said
+    assert "2 points would need 3,925 items with 1 seed" in said
+    assert "items, 3 seeds: " in said and "assumed: 20 % of the items change, seeds" in said
     assert "packed" not in plan_text(packed(1, *typed), points[:0], states, tmp_path / "s")
     assert pack_lines(packs_of(packed(1, *typed))) == []
     assert "there is no other run" in "".join(pack_lines(packs_of(points[:1])))

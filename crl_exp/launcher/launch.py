@@ -17,6 +17,7 @@ from crl_exp.launcher.estimate import estimate
 from crl_exp.launcher.packs import pack_lines, packs_of
 from crl_exp.launcher.plan import Point, Settings, check, compose_points, folder_of
 from crl_exp.launcher.settings import SlurmSettings
+from crl_exp.launcher.shows import shows_text
 from crl_exp.launcher.states import is_started, states_of
 from crl_exp.launcher.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.sweep_file import SweepFile, locked
@@ -120,6 +121,7 @@ def plan_text(
         gpus = sum(pack[0].settings.gpus_asked for pack in packs)
         lines.append(f"  GPUs, if all ran at once: {gpus}")
         lines.append(f"  estimate: {estimate(packs, folder.parent)}")
+    lines += [f"  {line}" for line in shows_text(points)]
     return "\n".join(lines)
 
 

@@ -71,8 +71,9 @@ def _start(record: Record, sweep: SweepFile, overrides: list[str]) -> Start:
     # A run that was begun by hand in this folder is started as the others were.
     submission = found[0] if found else sweep.submissions[-1]
     part = found[1] if found else submission["parts"][-1]
-    # A sweep may have been submitted before there were packs.
-    values = {"pack": 1, **part["settings"]}
+    # A sweep may have been submitted before there were these.
+    later = {"pack": 1, "assumed_change": 0.2, "assumed_seed_deviation": 0.01}
+    values = {**later, **part["settings"]}
     settings = changed(make_settings(submission["launcher"], values), overrides)
     return Start(RunDirectory(frozen_config(record.path)), settings)
 

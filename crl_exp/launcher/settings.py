@@ -29,6 +29,9 @@ class LaunchSettings:
     python: the interpreter of the jobs, as a shell command; null: the one that launches.
     wait: stay until all runs have ended, with a live table, and hand their results to the sweeper.
     extend: allow a sweep into a folder that holds runs of which this sweep has none.
+    assumed_change, assumed_seed_deviation: what the plan takes for granted when it says what a
+        sweep can show (`crl_exp.power`): the share of the test items that come right or go wrong,
+        and the standard deviation of the seeds' differences, as a share.
     """
 
     gpus: int | None
@@ -37,6 +40,8 @@ class LaunchSettings:
     python: str | None
     wait: bool
     extend: bool
+    assumed_change: float
+    assumed_seed_deviation: float
 
     def faults(self) -> list[str]:
         found = []
@@ -44,6 +49,16 @@ class LaunchSettings:
             found.append(f"hydra.launcher.gpus={self.gpus}: must be 0 or more, or null")
         if self.pack < 1:
             found.append(f"hydra.launcher.pack={self.pack}: must be at least 1, one run a job")
+        if not 0 < self.assumed_change <= 1:
+            found.append(
+                f"hydra.launcher.assumed_change={self.assumed_change}: must be a share of "
+                "the items above 0, up to 1"
+            )
+        if not 0 <= self.assumed_seed_deviation <= 1:
+            found.append(
+                f"hydra.launcher.assumed_seed_deviation={self.assumed_seed_deviation}: must be a "
+                "share, 0.01 for one point"
+            )
         return found
 
     def for_device(self, device: str) -> Any:

@@ -64,12 +64,19 @@ class Splits:
         }
 
     def check_disjoint(self) -> None:
-        """Raise `UserError` where two splits share an item, or one is empty."""
+        """Raise `UserError` where two splits share an item, one is empty or has an id twice."""
         seen: dict[str, str] = {}
         for name, items in self.named().items():
             if not items:
                 raise UserError(
                     f"the {name} split of this task is empty; raise task.n_{name} or give more data"
+                )
+            twice = len(items) - len({item.item_id for item in items})
+            if twice:
+                raise UserError(
+                    f"{twice} of the {len(items)} items of {name} have an id that another one of "
+                    "them has: runs are paired by it. Leave out what comes twice (`unique` in "
+                    "crl_exp/tasks/base.py does), or give each item an id of its own"
                 )
             for item in items:
                 other = seen.setdefault(item.item_id, name)
