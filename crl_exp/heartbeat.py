@@ -32,6 +32,7 @@ class Progress:
         self.packed = 1
         self._since = self._phase_since = time.perf_counter()
         self._first = 0
+        self._bars = 0  # that are open
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -44,10 +45,20 @@ class Progress:
         self.seconds[phase] = round(before + now - self._phase_since, 3)
         self._phase_since = now
 
-    def begin(self, what: str, total: int) -> None:
-        """A bar of `total` steps begins."""
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[None]:
+        """A bar of `total` steps; within another one (prompts are read in the middle of training)
+        it takes that one's place only while the block lasts."""
+        outer = self.what, self.done, self.total, self._since, self._first
         self.what, self.done, self.total = what, 0, total
         self._since, self._first = time.perf_counter(), 0
+        self._bars += 1
+        try:
+            yield
+        finally:
+            self._bars -= 1
+            if self._bars:
+                self.what, self.done, self.total, self._since, self._first = outer
 
     def advance(self, n: int) -> None:
         """n more steps are done."""

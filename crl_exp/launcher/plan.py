@@ -162,7 +162,7 @@ def check(
     of: int | None = None,
     here: bool = False,
 ) -> None:
-    """Build and validate every point, and read data that lies in a file.
+    """Build and validate every point, and draw data that lies on this machine.
 
     Raises `UserError` with every fault of every point.
     known: what was found out; at its end how many things had to be. of: see `Faults`.
@@ -176,8 +176,8 @@ def check(
             configs.validate(exp, known)
             if here and (found := exp.model.machine_faults()):
                 raise UserError("\n".join(found))
-            if hasattr(exp.task, "path"):  # data in a file; that of the hub is loaded by the run
-                once(known, ["data", asdict(exp.task)], exp.task.splits)
+            if exp.task.is_local:  # that of the hub is loaded by the run
+                once(known, ["data", asdict(exp.task)], exp.task.drawn)
         except (UserError, OmegaConfBaseException) as error:
             faults.add(error, str(point))
     faults.raise_any()

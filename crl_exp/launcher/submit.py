@@ -15,7 +15,7 @@ from typing import Any
 from crl_exp.code_state import code_state
 from crl_exp.files import replacing
 from crl_exp.launcher import slurm_jobs
-from crl_exp.launcher.local_workers import check_gpus, start_workers
+from crl_exp.launcher.local_workers import check_gpus, check_shell, start_workers
 from crl_exp.launcher.packs import packs_of
 from crl_exp.launcher.plan import Settings
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings, kind_of
@@ -91,6 +91,7 @@ def _to_workers(packs: Sequence[Pack], sweep: SweepFile, parts: list[dict[str, A
     most = max((start.settings for start in starts), key=lambda settings: settings.gpus_asked)
     assert isinstance(most, LocalSettings)
     check_gpus(most)
+    check_shell(most)
     _queue(starts, dict.fromkeys((start.run.key for start in starts), None))
     part = _part(packs, workers=[]) | {"settings": asdict(most)}
     part["workers"] = start_workers(most, _paths(packs), sweep.folder)

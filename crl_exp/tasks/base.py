@@ -138,9 +138,13 @@ class Task:
 
     def splits(self) -> Splits:
         """Draw the splits: same seed and data, same splits, in every run and on every machine."""
-        if found := self.faults():
-            raise UserError("\n".join(found))
+        self._raise_faults()
         self.load_scorer()
+        return self.drawn()
+
+    def drawn(self) -> Splits:
+        """The splits, without asking whether answers can be scored here."""
+        self._raise_faults()
         splits = self.draw()
         if self.shuffle_labels:
             splits = replace(
@@ -150,6 +154,15 @@ class Task:
             )
         splits.check_disjoint()
         return splits
+
+    def _raise_faults(self) -> None:
+        if found := self.faults():
+            raise UserError("\n".join(found))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the data lies on this machine, so that a sweep can draw it beforehand."""
+        return True
 
     @abstractmethod
     def draw(self) -> Splits:

@@ -61,6 +61,10 @@ class HubTask(Task):
     data_files: Any
 
     @property
+    def is_local(self) -> bool:
+        return self.data_files is not None
+
+    @property
     def source(self) -> Source:
         return Source(self.hub_id, self.revision, self.subsets, self.data_files)
 
