@@ -6,6 +6,7 @@ Shapes: F d_sae. A coefficient multiplies the feature's `W_dec` row.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ class Coefficient:
         raw_F = (self.raw_against if against else self.raw)(statistics, sae)
         return raw_F.to(sae.W_dec_FD.device, torch.float32) * self.multiplier
 
+    @abstractmethod
     def raw(self, statistics: LayerStatistics, sae: LayerSAE) -> Tensor:
         raise NotImplementedError
 

@@ -19,6 +19,7 @@ from crl_exp.errors import UserError
 from crl_exp.evaluation import evaluate
 from crl_exp.heartbeat import PHASES, beating
 from crl_exp.lab import Lab
+from crl_exp.loaded import shared_splits
 from crl_exp.methods import NoSteering
 from crl_exp.models import LanguageModel
 from crl_exp.records import Record
@@ -65,11 +66,13 @@ def run_experiment(
     if exp.resume == "retry" and (state := Record(run.path).state) not in RETRIED:
         log.info("%s, left alone by resume=retry: %s", state, run.path)
         return None
+    if run.anew or not run.result_path.exists():
+        _check_machine(exp)
     try:
         with preemption.guard(), run.held():
             # Only now: until here another process may have been at it.
-            done = run.result()
-            if done is not None and not run.anew:
+            done = None if run.anew else run.result()
+            if done is not None:
                 _already(run, skip_finished)
                 return done
             return _attempt(exp, layers, run, place or Place())
@@ -78,6 +81,17 @@ def run_experiment(
             raise
         log.info("left alone: %s", error)
         return None
+
+
+def _check_machine(exp: Experiment) -> None:
+    """What only the machine that runs it can tell, before there is a run directory.
+
+    Raises `UserError` for a device that isn't here, and data that lies here and doesn't do.
+    """
+    if found := exp.model.machine_faults():
+        raise UserError("\n".join(found))
+    if exp.task.is_local:
+        shared_splits(exp.task)
 
 
 def _already(run: RunDirectory, skip_finished: bool) -> None:

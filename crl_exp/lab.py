@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +25,9 @@ from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.controllers.vector import FixedVectors
 from crl_exp.dictionaries import with_dictionary
 from crl_exp.engine import Engine, EngineConfig, Prompts
+from crl_exp.files import home
 from crl_exp.generation import Generation, Job
-from crl_exp.loaded import shared, shared_model, shared_sae
+from crl_exp.loaded import shared, shared_model, shared_sae, shared_splits
 from crl_exp.measuring import measure_of, warn_of_one_outcome
 from crl_exp.models import LanguageModel, load_model
 from crl_exp.preemption import Pace
@@ -56,7 +56,7 @@ class Lab:
         self.exp, self.run = exp, run
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
-        self.splits: Splits = shared("splits", asdict(exp.task), exp.task.splits, keep=4)
+        self.splits: Splits = shared_splits(exp.task)
         self.model_key = asdict(exp.model)
         self.engine_key = [self.model_key, asdict(exp.engine)]
         self.lm = shared_model(self.model_key, lambda: checked(load_model(exp.model)))
@@ -112,8 +112,7 @@ class Lab:
     def bar(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
         """A progress bar, told by the heartbeat too. done: steps of an earlier attempt."""
         told = self.run.progress
-        told.begin(what, total)
-        with progress_bar(what, total) as bar:
+        with told.bar(what, total), progress_bar(what, total) as bar:
 
             def advance(n: int) -> None:
                 told.advance(n)
@@ -256,7 +255,7 @@ class Lab:
             if exp.warmup.score in KEPT:
                 asked.append(f"{KEPT[exp.warmup.score]} kept")
             key = content_key([self.engine_key, self.lm.fingerprint(), *asked])
-            folder = Path(exp.output_dir).expanduser() / "shared" / "warmup"
+            folder = home(exp.output_dir, "output_dir") / "shared" / "warmup"
             with self.engine.alone():
                 found = shared_statistics(folder, key, self.saes, partial(measure_of, self))
             self._statistics = {layer: one.scored(exp.warmup) for layer, one in found.items()}

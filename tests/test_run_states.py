@@ -114,8 +114,7 @@ def test_a_heartbeat_comes_at_once_and_again(tmp_path, monkeypatch):
     progress.seconds = {"warmup": 5.0}
     with beating(path, progress):
         assert read_heartbeat(path)["phase"] == "load"
-        with progress.timed("warmup"):
-            progress.begin("warmup", 40)
+        with progress.timed("warmup"), progress.bar("warmup", 40):
             progress.advance(30)
             progress.known(20)
             progress.metrics["reward"] = 0.5
@@ -127,6 +126,24 @@ def test_a_heartbeat_comes_at_once_and_again(tmp_path, monkeypatch):
     assert told["left_seconds"] == pytest.approx(told["seconds"]["warmup"] - 5.0, abs=0.3)
     last = read_heartbeat(path)
     assert last["seconds"]["warmup"] == pytest.approx(progress.seconds["warmup"], abs=0.3)
+
+
+def test_a_bar_within_a_bar_leaves_it_as_it_was():
+    """As where prompts are read in the middle of training."""
+    progress = Progress()
+    with progress.bar("training", 50):
+        progress.advance(3)
+        progress.known(1)
+        with progress.bar("reading validation prompts", 8):
+            progress.advance(8)
+            assert (progress.what, progress.done, progress.total) == (
+                "reading validation prompts", 8, 8,
+            )  # fmt: skip
+        progress.advance(1)
+        told = progress.told()
+    assert (told["what"], told["done"], told["total"]) == ("training", 4, 50)
+    assert told["left_seconds"] is not None
+    assert (progress.done, progress.total) == (4, 50), "shown until the next one begins"
 
 
 def test_no_heartbeat_ends_no_run(tmp_path, caplog):

@@ -11,7 +11,7 @@ from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.launch import submitted_text
 from crl_exp.launcher.packs import pack_lines, packs_of
 from crl_exp.launcher.settings import SlurmSettings, changed, make_settings
-from crl_exp.launcher.states import is_started, states_of
+from crl_exp.launcher.states import UNASKED, is_started, states_of
 from crl_exp.launcher.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.sweep_file import SweepFile, locked
 from crl_exp.records import Record, find_records, find_sweep
@@ -54,8 +54,12 @@ def retry(folder: Path, overrides: list[str]) -> list[str]:
         again = [r for r in records if is_started(states[r.key][0], r, "retry")]
         for record in again:
             print(f"{states[record.key][0]}: {record.key} {sweep.overrides(record.key)}")
+        unknown = [key for key, (_, why) in states.items() if why == UNASKED]
+        if unknown:
+            print(f"left out: {', '.join(unknown)}: {UNASKED}. Try again once squeue answers")
         if not again:
-            print(f"{folder.name}: no run failed, was lost or was cancelled")
+            what = "no other run" if unknown else "no run"
+            print(f"{folder.name}: {what} failed, was lost or was cancelled")
             return []
         starts = [_start(record, sweep, overrides) for record in again]
         if any(isinstance(start.settings, SlurmSettings) for start in starts):

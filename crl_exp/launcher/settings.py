@@ -108,6 +108,12 @@ class SlurmSettings(LaunchSettings):
                 f"hydra.launcher.time={self.time}: must be minutes or [DAYS-]HH:MM:SS, "
                 "such as hydra.launcher.time=08:00:00"
             )
+        elif (seconds := seconds_of(self.time)) <= self.signal_seconds:
+            found.append(
+                f"hydra.launcher.time={self.time}: is {seconds} s (SLURM takes 0 for no limit); it "
+                f"must be more than hydra.launcher.signal_seconds={self.signal_seconds}, or each "
+                "start would be asked to end before it has begun"
+            )
         if self.mem is not None and not MEMORY.fullmatch(self.mem):
             found.append(f"hydra.launcher.mem={self.mem}: must look like 16GB or 500MB")
         if self.gres is not None and self.gpus:
@@ -145,6 +151,17 @@ class LocalSettings(LaunchSettings):
     @property
     def gpus_asked(self) -> int:
         return self.gpus or 0
+
+
+def seconds_of(time: str) -> int:
+    """A time limit as SLURM reads it: M, M:S, H:M:S, or D-H, D-H:M, D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+        return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
+    hours, minutes, seconds = parts if len(parts) == 3 else (0, *parts, 0)[:3]
+    return (hours * 60 + minutes) * 60 + seconds
 
 
 KINDS: dict[str, type[SlurmSettings] | type[LocalSettings]] = {

@@ -26,6 +26,19 @@ from crl_exp.launcher.settings import SlurmSettings
 
 log = logging.getLogger(__name__)
 ASKING_SECONDS = 60.0
+# What sbatch's words are about.
+ABOUT = {
+    "cpu count": ("cpus",),
+    "processors": ("cpus",),
+    "memory": ("mem",),
+    "node configuration is not available": ("cpus", "mem", "gpus", "gres", "constraint"),
+    "generic resource": ("gpus", "gres"),
+    "partition": ("partition",),
+    "account": ("account", "partition"),
+    "qos": ("qos",),
+    "time limit": ("time",),
+    "feature": ("constraint",),
+}
 # SLURM's own default, for where it can't be asked.
 MAX_ARRAY_SIZE = 1001
 # Run by the batch script, in bash. Where a node doesn't see the folder its log can't be written
@@ -80,10 +93,23 @@ def submit_held(settings: SlurmSettings, jobs: list[list[Path]], folder: Path) -
         list_path.unlink()
         said = str(error).strip() or repr(error.__cause__ or error)
         raise UserError(
-            f"SLURM refused the sweep:\n{said}\nNothing was submitted. The settings are those of "
-            "hydra.launcher (partition, account, qos, gpus, gres, mem, time, …)"
+            f"SLURM refused the sweep:\n{said}\nNothing was submitted. "
+            f"{refused_for(said, settings)}"
         ) from error
     return job.job_id
+
+
+def refused_for(said: str, settings: SlurmSettings) -> str:
+    """The settings that sbatch's words are about, with their values."""
+    names = next((names for words, names in ABOUT.items() if words in said.lower()), None)
+    if names is None:
+        return (
+            "The settings are those of hydra.launcher (partition, account, qos, gpus, gres, cpus, "
+            "mem, time, …)"
+        )
+    given = [f"hydra.launcher.{name}={getattr(settings, name)}" for name in names
+             if getattr(settings, name) is not None]  # fmt: skip
+    return f"Change {' or '.join(given or [f'hydra.launcher.{name}' for name in names])}"
 
 
 def _sbatch_parameters(settings: SlurmSettings, list_path: Path, name: str) -> dict[str, Any]:

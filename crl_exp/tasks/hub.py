@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -61,6 +62,10 @@ class HubTask(Task):
     data_files: Any
 
     @property
+    def is_local(self) -> bool:
+        return self.data_files is not None
+
+    @property
     def source(self) -> Source:
         return Source(self.hub_id, self.revision, self.subsets, self.data_files)
 
@@ -79,10 +84,12 @@ class HubTask(Task):
         """Those and others that a file may be given for."""
         return self.needed_splits()
 
+    @abstractmethod
     def question(self, row: Row) -> Question | None:
         """What a row asks; `None` if it isn't one of this task. Raises `UserError` if it is bad."""
         raise NotImplementedError
 
+    @abstractmethod
     def prompt(self, question: Question, shots: Sequence[Question]) -> str:
         """The user turn."""
         raise NotImplementedError
