@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from crl_exp.errors import UserError
 
+SWEEP_CONFIG = "multirun.yaml"
+"""In a sweep's folder: what was asked for, by the launch that was taken last."""
 REFUSALS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "your quota of that disk is used up",

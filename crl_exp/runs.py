@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from crl_exp import slurm
 from crl_exp.checkpoints import Checkpoint
-from crl_exp.files import write_atomic, write_json, writing
+from crl_exp.files import SWEEP_CONFIG, write_atomic, write_json, writing
 from crl_exp.heartbeat import Progress, read_heartbeat
 from crl_exp.preemption import Preempted
 from crl_exp.run_keys import NOT_IN_KEY, RESUME, content_key, freeze, frozen_config, run_key
@@ -45,8 +45,6 @@ FROM_THE_LAST_TIME = (
     "system.jsonl",
     MLFLOW_BEGUN,
 )
-SWEEP_CONFIG = "multirun.yaml"
-"""In a sweep's folder: what was asked for, by the launch that was taken last."""
 ANSWERS = "answers"
 """Folder of the answers given so far; removed when the run is done."""
 
