@@ -58,8 +58,7 @@ class Row:
         values = self.values("delta", test_set)
         if np.ptp(values) > 0:
             return mean_interval(values)
-        low, high = split(self.runs[0], test_set)["delta_ci95"]
-        return low, high
+        return delta_of(self.runs[0], test_set)[1]
 
     def accuracy_interval(self, test_set: str | None = None) -> tuple[float, float]:
         """95 % interval of the steered accuracy: Student's t over seeds; where there is one seed,
@@ -87,8 +86,9 @@ class Row:
 
     @property
     def validation(self) -> float:
-        """Mean reward on validation: what layers are chosen by."""
-        return float(np.mean([split(r, "validation")["accuracy_steered"] for r in self.runs]))
+        """Mean reward on validation: what layers are chosen by. An undefined one is the worst."""
+        mean = self.mean("accuracy_steered", "validation")
+        return mean if np.isfinite(mean) else -np.inf
 
     @property
     def control(self) -> bool:
@@ -105,6 +105,18 @@ def split(run: Record, name: str | None) -> dict[str, Any]:
     if name is None:
         return run.result
     return run.result["validation"] if name == "validation" else run.result["test_sets"][name]
+
+
+def as_float(value: float | None) -> float:
+    """A figure of a result; an undefined one, which is null there, is NaN."""
+    return np.nan if value is None else float(value)
+
+
+def delta_of(run: Record, name: str | None) -> tuple[float, tuple[float, float]]:
+    """A run's own difference with its interval."""
+    figures = split(run, name)
+    low, high = map(as_float, figures["delta_ci95"])
+    return as_float(figures["delta"]), (low, high)
 
 
 @dataclass(frozen=True)
@@ -191,10 +203,13 @@ def _row(key: tuple[Label, str, bool, tuple[int, ...]], runs: list[Record]) -> R
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction: the i-th smallest of m is multiplied by m - i, made monotone."""
-    order = np.argsort(p_values, kind="stable")
-    corrected, largest = [0.0] * len(p_values), 0.0
+    """Holm's step-down correction: the i-th smallest of m is multiplied by m - i, made monotone.
+
+    Undefined ones (NaN) stay so and aren't counted.
+    """
+    order = [i for i in np.argsort(p_values, kind="stable") if np.isfinite(p_values[i])]
+    corrected, largest = [float("nan")] * len(p_values), 0.0
     for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected

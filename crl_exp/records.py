@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 import time
@@ -49,7 +50,12 @@ class Record:
 
     @cached_property
     def features(self) -> dict[str, Any]:
-        return self._json("features.json") or {}
+        """features.json; an undefined figure is NaN."""
+        found = self._json("features.json") or {}
+        for row in (row for layer in found.values() for row in layer["found"] + layer["used"]):
+            undefined = [k for k, v in row.items() if v is None and k != "neuronpedia"]
+            row |= dict.fromkeys(undefined, math.nan)
+        return found
 
     @cached_property
     def heartbeat(self) -> dict[str, Any]:
@@ -63,10 +69,13 @@ class Record:
 
     @cached_property
     def journal(self) -> list[dict[str, Any]]:
-        """Lines written to their end: {"step", "time", "metrics"}."""
+        """Lines written to their end: {"step", "time", "metrics"}; an undefined metric is NaN."""
         path = self.path / "journal.jsonl"
-        text = path.read_text() if path.exists() else ""
-        return [self._parse(line, path) for line in text.split("\n")[:-1]]
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = [self._parse(line, path) for line in text.split("\n")[:-1]]
+        for line in lines:
+            line["metrics"] = {k: math.nan if v is None else v for k, v in line["metrics"].items()}
+        return lines
 
     @cached_property
     def layers(self) -> list[int] | None:

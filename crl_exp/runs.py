@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from crl_exp import slurm
 from crl_exp.checkpoints import Checkpoint
-from crl_exp.files import SWEEP_CONFIG, write_atomic, write_json, writing
+from crl_exp.files import SWEEP_CONFIG, finite, write_atomic, write_json, writing
 from crl_exp.heartbeat import Progress, read_heartbeat
 from crl_exp.preemption import Preempted
 from crl_exp.run_keys import NOT_IN_KEY, RESUME, content_key, freeze, frozen_config, run_key
@@ -154,8 +154,9 @@ class RunDirectory(RunStatus):
         return self.path / "journal.jsonl"
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append metrics of one step (an update of the policy)."""
-        line = json.dumps({"step": step, "time": time.time(), "metrics": metrics})
+        """Append metrics of one step (an update of the policy); undefined ones are null."""
+        metrics = finite(metrics)
+        line = json.dumps({"step": step, "time": time.time(), "metrics": metrics}, allow_nan=False)
         with writing(self.journal_path), self.journal_path.open("a") as file:
             file.write(line + "\n")
         self.progress.metrics |= {k: v for k, v in metrics.items() if "/" not in k}
