@@ -104,4 +104,4 @@ def beating(path: Path, progress: Progress) -> Iterator[None]:
 
 def read_heartbeat(path: Path) -> dict[str, Any]:
     """The last heartbeat; {} where there is none (yet)."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -46,7 +46,7 @@ def log_files(record: Record) -> list[Path]:
 
 def tail(path: Path, n_lines: int) -> str:
     """The last lines of a file; 0: all of them. Of a progress bar only what it showed last."""
-    with path.open(errors="replace", newline="") as file:
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
         lines = file.read().split("\n")
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
     return "\n".join(lines[-n_lines - 1 :] if n_lines else lines).rstrip()

@@ -87,7 +87,7 @@ class Record:
 
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
-        return self._parse(path.read_text(), path) if path.exists() else None
+        return self._parse(path.read_text(encoding="utf-8"), path) if path.exists() else None
 
     @staticmethod
     def _parse(text: str, path: Path) -> dict[str, Any]:
@@ -187,17 +187,34 @@ def _gone(record: Record) -> str:
         if not _alive(status["pid"]):
             return "its process is gone"
         return "" if _held(record.path / ".lock") else "its process has gone on to something else"
-    last = max(record.heartbeat.get("time", 0.0), status.get("updated", 0.0))
-    silent = time.time() - last
+    silent = _silent_seconds(record.path)
     if silent <= LOST_SECONDS:
         return ""
     return f"no heartbeat from {status.get('host')} for {silent:.0f} s"
 
 
+def _silent_seconds(run: Path) -> float:
+    """How long a run has written nothing of itself, by the clock of its file system.
+
+    The times of a file that it wrote and of one written now are told by the same clock; those that
+    another machine writes into its files are told by its own, which may be minutes off.
+    """
+    files = [run / name for name in ("heartbeat.json", "status.json")]
+    last = max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
+    probe = run / f".now-{socket.gethostname()}-{os.getpid()}"
+    try:
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink(missing_ok=True)
+    except OSError:  # read-only here
+        now = time.time()
+    return now - last
+
+
 def _held(lock: Path) -> bool:
     """Whether a process holds the lock file. Has it for a moment where none does."""
     try:
-        with lock.open() as file:
+        with lock.open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -88,7 +88,7 @@ class RunStatus:
 
     def status(self) -> dict[str, Any]:
         path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def set_status(self, state: str, **more: Any) -> None:
         """Record the state, one of `STATES`, with `more` of error, traceback, signal, ….

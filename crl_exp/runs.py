@@ -93,7 +93,11 @@ class RunDirectory(RunStatus):
 
     def result(self) -> dict[str, Any] | None:
         """The finished run's result, or None."""
-        return json.loads(self.result_path.read_text()) if self.result_path.exists() else None
+        return (
+            json.loads(self.result_path.read_text(encoding="utf-8"))
+            if self.result_path.exists()
+            else None
+        )
 
     def freeze(self) -> None:
         """Write the config that a job will run from. With resume=force forgets the last attempt.
@@ -157,7 +161,7 @@ class RunDirectory(RunStatus):
         """Append metrics of one step (an update of the policy); undefined ones are null."""
         metrics = finite(metrics)
         line = json.dumps({"step": step, "time": time.time(), "metrics": metrics}, allow_nan=False)
-        with writing(self.journal_path), self.journal_path.open("a") as file:
+        with writing(self.journal_path), self.journal_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self.progress.metrics |= {k: v for k, v in metrics.items() if "/" not in k}
 
@@ -165,7 +169,10 @@ class RunDirectory(RunStatus):
         """Lines written to their end."""
         if not self.journal_path.exists():
             return []
-        return [json.loads(line) for line in self.journal_path.read_text().split("\n")[:-1]]
+        return [
+            json.loads(line)
+            for line in self.journal_path.read_text(encoding="utf-8").split("\n")[:-1]
+        ]
 
     def cut_journal(self, n_bytes: int) -> None:
         """Drop what was logged after the checkpoint that a resumed run goes on from."""
@@ -176,7 +183,7 @@ class RunDirectory(RunStatus):
     def take_journal(self, part: RunDirectory) -> None:
         """Make a part's journal this run's own."""
         if part.journal_path.exists():
-            write_atomic(self.journal_path, part.journal_path.read_text())
+            write_atomic(self.journal_path, part.journal_path.read_text(encoding="utf-8"))
 
     # --- checkpoint ---
 

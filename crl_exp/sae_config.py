@@ -125,7 +125,7 @@ class SAEConfig:
         """
         try:
             if self.folder is not None:
-                cfg = json.loads((self.path(layer) / "cfg.json").read_text())
+                cfg = json.loads((self.path(layer) / "cfg.json").read_text(encoding="utf-8"))
             else:
                 from sae_lens.loading.pretrained_sae_loaders import (
                     load_sae_config_from_huggingface,

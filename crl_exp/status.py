@@ -124,7 +124,7 @@ def left_seconds(record: Record, usual: dict[str, dict[str, float]]) -> float | 
     beat = record.heartbeat
     if not beat:
         return None
-    age = time.time() - beat["time"]
+    age = max(0.0, time.time() - beat["time"])  # another machine's clock may be ahead
     now = _by_journal(record) if beat["phase"] == "train" else None
     if now is None and beat["left_seconds"] is not None:
         now = beat["left_seconds"] - age

@@ -48,7 +48,7 @@ class SystemMonitor:
         while not self._stop.wait(self.seconds):
             line = {"step": step, "time": time.time(), "metrics": finite(self.read())}
             try:
-                with self.path.open("a") as file:
+                with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line, allow_nan=False) + "\n")
             except OSError as error:
                 log.warning("no more system metrics: %s", error)
@@ -101,7 +101,9 @@ def nvidia_smi() -> str:
         "--format=csv,noheader,nounits",
     ]
     try:
-        done = subprocess.run([*command, *which], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            [*command, *which], capture_output=True, encoding="utf-8", errors="replace", timeout=10
+        )
     except subprocess.TimeoutExpired:
         return ""
     return done.stdout if done.returncode == 0 else ""

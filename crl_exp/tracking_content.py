@@ -222,4 +222,4 @@ def files(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[Path, str |
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

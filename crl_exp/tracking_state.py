@@ -23,7 +23,7 @@ class Sent:
     def __init__(self, folder: Path, uri: str | None, experiment: str):
         self.path = folder / SENT
         self._all: list[dict[str, Any]] = (
-            json.loads(self.path.read_text()) if self.path.exists() else []
+            json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
         )
         self.place = {"uri": uri, "experiment": experiment}
         same = [r for r in self._all if r["uri"] == uri and r["experiment"] == experiment]
@@ -46,7 +46,7 @@ def life(run: Path) -> str:
     path = run / MLFLOW_BEGUN
     if not path.exists():
         write_json(path, {"id": uuid.uuid4().hex})
-    return json.loads(path.read_text())["id"]
+    return json.loads(path.read_text(encoding="utf-8"))["id"]
 
 
 def begun_anew(record: Record, sent: dict[str, Any], now: str) -> bool:

@@ -101,7 +101,9 @@ def test_one_undefined_metric_ends_neither_journal_nor_heartbeat(tmp_path):
     lines = [strict(line) for line in run.journal_path.read_text().splitlines()]
     assert [line["metrics"]["reward"] for line in lines] == [0.5, None]
     read = Record(run.path).journal
-    assert math.isnan(read[1]["metrics"]["reward"]) and read[1]["metrics"]["layer_1/critic_loss"] == 2
+    assert (
+        math.isnan(read[1]["metrics"]["reward"]) and read[1]["metrics"]["layer_1/critic_loss"] == 2
+    )
     sent = [(p.name, p.step) for p in points(lines)]
     assert sent == [("reward", 1), ("layer_1/critic_loss", 2)]
 

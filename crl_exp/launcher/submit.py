@@ -130,7 +130,7 @@ def _queue(starts: Sequence[Start], ids: dict[str, str | None]) -> None:
 
 def _status_text(run: RunDirectory) -> str | None:
     path = run.path / "status.json"
-    return path.read_text() if path.exists() else None
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def _restore(run: RunDirectory, status: str | None) -> None:

@@ -42,7 +42,7 @@ class SweepFile:
         if not path.exists():
             return cls(folder)
         try:
-            held = json.loads(path.read_text())
+            held = json.loads(path.read_text(encoding="utf-8"))
             if held["format"] != FORMAT:
                 raise UserError(
                     f"{path} was written by another version of crl_exp (format {held['format']}, "
