@@ -5,6 +5,7 @@ Values live in `conf/algorithm/`. Shapes: B answers, T tokens.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,10 +63,12 @@ class Algorithm:
             )
         return found
 
+    @abstractmethod
     def answered(self, prompts: list[int]) -> list[int]:
         """The prompt of each answer that an update rolls out."""
         raise NotImplementedError
 
+    @abstractmethod
     def advantages(self, value_BT: Tensor | None, alive_BT: Tensor, reward_B: Tensor) -> Tensor:
         """Advantage of every steered token [B, T]; 0 where the answer is over."""
         raise NotImplementedError

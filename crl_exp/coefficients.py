@@ -6,6 +6,7 @@ Shapes: F d_sae. A coefficient multiplies the feature's `W_dec` row.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ class Coefficient:
         values_F = self.raw(statistics, sae).to(sae.W_dec_FD.device, torch.float32)
         return values_F * self.multiplier
 
+    @abstractmethod
     def raw(self, statistics: LayerStatistics, sae: LayerSAE) -> Tensor:
         raise NotImplementedError
 

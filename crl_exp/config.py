@@ -24,7 +24,7 @@ from crl_exp.model_config import ModelConfig
 from crl_exp.networks import PolicyConfig
 from crl_exp.runs import RESUME
 from crl_exp.sae_config import SAEConfig
-from crl_exp.sections import Known, build, fill, once
+from crl_exp.sections import Known, build, fill, number_faults, once
 from crl_exp.stages.base import STAGES, Stage
 from crl_exp.tasks.base import Task
 from crl_exp.tracking import TrackingConfig
@@ -147,6 +147,7 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
             f"{did_you_mean(config.resume, RESUME)}"
         )
     faults += _order_faults(list(config.order))
+    faults += number_faults("seed", config.seed)
     if faults:
         raise UserError("\n".join(faults))
     top = {key: config[key] for key in ("sweep_name", "seed", "output_dir", "resume")}

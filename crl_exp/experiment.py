@@ -69,8 +69,8 @@ def run_experiment(
     try:
         with preemption.guard(), run.held():
             # Only now: until here another process may have been at it.
-            done = run.result()
-            if done is not None and not run.anew:
+            done = None if run.anew else run.result()
+            if done is not None:
                 _already(run, skip_finished)
                 return done
             return _attempt(exp, layers, run, place or Place())

@@ -72,6 +72,34 @@ def write_atomic(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def read_json(path: Path, advice: str, kind: type = dict) -> Any:
+    """What a file of ours holds; None where there is none.
+
+    kind: of the whole of it. Raises `UserError` with the advice for one that was cut off, is not
+    text, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, not even UTF-8
+        raise UserError(f"{path} is damaged ({error}); {advice}") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} is damaged (it holds a {type(value).__name__}); {advice}")
+    return value
+
+
+def home(path: str | Path, key: str) -> Path:
+    """A path with `~` and `~user` put in. Raises `UserError` naming the key for an unknown user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = Path(path).parts[0]
+        raise UserError(
+            f"{key}={path}: there is no home folder of {user!r} here; give the whole path"
+        ) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON; a number that isn't finite is null."""
     write_atomic(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from crl_exp.files import write_json
+from crl_exp.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 10.0
@@ -103,5 +102,5 @@ def beating(path: Path, progress: Progress) -> Iterator[None]:
 
 
 def read_heartbeat(path: Path) -> dict[str, Any]:
-    """The last heartbeat; {} where there is none (yet)."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """The last heartbeat; {} where there is none (yet). Raises `UserError` for a damaged one."""
+    return read_json(path, "set resume=force to start this run anew") or {}

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.controllers.vector import FixedVectors
 from crl_exp.engine import Engine, EngineConfig, Prompts
+from crl_exp.files import home
 from crl_exp.generation import Generation, Job
 from crl_exp.loaded import shared, shared_model, shared_sae
 from crl_exp.measuring import measure_of, warn_of_one_outcome
@@ -257,7 +257,7 @@ class Lab:
             if self.keeps_values:
                 asked.append("values kept")
             key = content_key([self.engine_key, self.lm.fingerprint(), *asked])
-            folder = Path(exp.output_dir).expanduser() / "shared" / "warmup"
+            folder = home(exp.output_dir, "output_dir") / "shared" / "warmup"
             with self.engine.alone():
                 found = shared_statistics(folder, key, self.saes, partial(measure_of, self))
             self._statistics = {layer: one.scored(exp.warmup) for layer, one in found.items()}

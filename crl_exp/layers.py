@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def _repeated(key: str, layers: list[int]) -> list[str]:
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    return [f"{key}={layers}: names {twice} more than once"] if twice else []
+
+
 @dataclass
 class LayerSet:
     """Base of the layer sets."""
 
+    @abstractmethod
     def wanted(self, available: list[int]) -> list[int]:
         raise NotImplementedError
 
@@ -66,6 +73,9 @@ class Listed(LayerSet):
     """These layers, steered together."""
 
     layers: list[int]
+
+    def faults(self) -> list[str]:
+        return _repeated("layers.layers", self.layers)
 
     def wanted(self, available: list[int]) -> list[int]:
         return self.layers
@@ -119,6 +129,9 @@ class BestOnValidation(LayerSet):
     """
 
     among: list[int] | None
+
+    def faults(self) -> list[str]:
+        return _repeated("layers.among", self.among or [])
 
     def wanted(self, available: list[int]) -> list[int]:
         return available if self.among is None else self.among

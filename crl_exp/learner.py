@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from crl_exp import selection
 from crl_exp.algorithms import PPO, Algorithm
+from crl_exp.errors import UserError
 from crl_exp.generation import Generation, Step
 from crl_exp.losses import ppo_policy_loss, token_weights, value_loss
 from crl_exp.policy import LayerAgent
@@ -41,7 +42,7 @@ class Rollout:
         )  # fmt: skip
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """A loss or gradient was not finite; the run stops rather than log it as a result."""
 
 

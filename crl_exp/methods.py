@@ -6,6 +6,7 @@ Each is one dataclass and one YAML file. All go through the same engine and the 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ class Method:
         """What of the rest of the config this method can't honour."""
         return []
 
+    @abstractmethod
     def prepare(self, lab: Lab) -> Controller:
         """Find, choose or learn what to add, on train and validation items only."""
         raise NotImplementedError
@@ -72,6 +74,9 @@ class CorrSteer(Method):
             found.append(f"method.multipliers={self.multipliers}: must be positive finite numbers")
         if self.n_candidates < 1:
             found.append(f"method.n_candidates={self.n_candidates}: must be at least 1")
+        cls = type(self)
+        if cls.prepare is CorrSteer.prepare and cls.select is CorrSteer.select:
+            found.append(f"method: {cls.__name__} chooses no features; set method=corrsteer_s")
         return found
 
     def best_features(self, lab: Lab, statistics: LayerStatistics) -> list[int]:

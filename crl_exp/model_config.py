@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 
 from crl_exp.assets import asset_path
 from crl_exp.errors import UserError, did_you_mean
-from crl_exp.hub import hub_trouble
+from crl_exp.files import home
+from crl_exp.hub import hub_trouble, own_code
 
 ASSET_PREFIX = "asset:"
 TINY_PREFIX = "tiny:"
+DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -26,6 +29,27 @@ OFFLINE = (
 )
 
 
+def device_faults(key: str, device: str) -> list[str]:
+    """What is wrong with a device's name. key: of the config."""
+    if DEVICE.fullmatch(device):
+        return []
+    near = did_you_mean(device.partition(":")[0], ("cpu", "cuda", "mps"))
+    return [f"{key}={device}: must be cpu, cuda, cuda:N or mps{near}"]
+
+
+def missing_device(key: str, device: str) -> list[str]:
+    """What this machine lacks of a device."""
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            return [f"{key}={device}: no CUDA device here; set {key}=cpu"]
+        n, index = torch.cuda.device_count(), int(device.partition(":")[2] or 0)
+        if index >= n:
+            return [f"{key}={device}: there are {n} CUDA devices here, cuda:0 to cuda:{n - 1}"]
+    if device == "mps" and not torch.backends.mps.is_available():
+        return [f"{key}=mps: no such device here; set {key}=cpu"]
+    return []
+
+
 @dataclass
 class ModelConfig:
     """Which language model.
@@ -35,7 +59,7 @@ class ModelConfig:
         for a tiny random one made on the spot.
     revision: hub revision (null: the default branch).
     dtype: float32, bfloat16 or float16.
-    device: cpu, cuda, cuda:1, …
+    device: cpu, cuda, cuda:1, …, or mps.
     attn_implementation: sdpa, eager or null (transformers' own choice for the architecture).
     quantization: of the weights by bitsandbytes, on an NVIDIA GPU: int8 (LLM.int8, arXiv
         2208.07339), nf4 (QLoRA's 4 bits, arXiv 2305.14314) or null.
@@ -61,7 +85,13 @@ class ModelConfig:
 
     def faults(self) -> list[str]:
         """What can be said to be wrong before anything is loaded."""
-        found = []
+        found = device_faults("model.device", self.device)
+        ours = self.path.startswith((ASSET_PREFIX, TINY_PREFIX))
+        if self.revision is not None and (ours or home(self.path, "model.path").is_dir()):
+            found.append(
+                f"model.revision={self.revision}: model.path={self.path} is a folder, which has no "
+                "revisions; set model.revision=null, or model.path to the model's hub id"
+            )
         if self.dtype not in DTYPES:
             near = did_you_mean(self.dtype, DTYPES)
             found.append(f"model.dtype={self.dtype}: must be one of {', '.join(DTYPES)}{near}")
@@ -86,8 +116,7 @@ class ModelConfig:
     def machine_faults(self) -> list[str]:
         """What this machine lacks; asked where the model is loaded, as a login node has no GPU."""
         found = []
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            found.append(f"model.device={self.device}: no CUDA device here; set model.device=cpu")
+        found += missing_device("model.device", self.device)
         if self.quantization and importlib.util.find_spec("bitsandbytes") is None:
             found.append(
                 f"model.quantization={self.quantization}: bitsandbytes is not installed; "
@@ -115,7 +144,9 @@ class ModelConfig:
 
         path = self.local_path()
         try:
-            config = AutoConfig.from_pretrained(path, revision=self.revision)
+            config = AutoConfig.from_pretrained(
+                path, revision=self.revision, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise UserError(cannot_load(self, path, error)) from error
         text = config.get_text_config()
@@ -130,5 +161,6 @@ class ModelConfig:
 def cannot_load(config: ModelConfig, path: str, error: Exception) -> str:
     """The message for a model that can't be had, its id and the way without the hub named."""
     said = str(error).strip()
-    why = hub_trouble(error, path) or (said.splitlines()[0] if said else repr(error))
+    why = own_code(error) or hub_trouble(error, path)
+    why = why or (said.splitlines()[0] if said else repr(error))
     return f"model.path={config.path}: can't load a language model from {path!r} ({why}). {OFFLINE}"

@@ -88,11 +88,19 @@ class LanguageModel:
             return self.tokenizer(user)["input_ids"]
         if not self.tokenizer.chat_template:
             raise UserError(f"model {self.name} has no chat template; set task.chat_template=false")
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": user}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": user}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except TemplateError as error:  # a fault of the template, or what jinja's sandbox forbids
+            raise UserError(
+                f"model {self.name}: its chat template can't be rendered ({error}); mend "
+                "chat_template in the model's folder, or set task.chat_template=false"
+            ) from error
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def choice_ids(self, choices: Sequence[str]) -> list[int]:
@@ -207,10 +215,12 @@ def load_model(config: ModelConfig) -> LanguageModel:
             "device_map": {"": config.device},
         }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+        # False, not missing: transformers would ask on the terminal whether to run a folder's code.
+        plain = {"revision": config.revision, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(path, **plain)
         model = AutoModelForCausalLM.from_pretrained(
             path,
-            revision=config.revision,
+            **plain,
             dtype=DTYPES[config.dtype],
             attn_implementation=config.attn_implementation,
             use_safetensors=True,

@@ -130,7 +130,7 @@ def _warmup_key(exp: configs.Experiment) -> str:
 
 def _is_done(config: DictConfig) -> bool:
     run = RunDirectory(config)
-    return run.result() is not None and not run.anew
+    return not run.anew and run.result() is not None
 
 
 def _end_together(outcomes: Sequence[Outcome]) -> None:

@@ -16,7 +16,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from crl_exp.errors import UserError, did_you_mean
+from crl_exp.files import read_json
 from crl_exp.heartbeat import HEARTBEAT_SECONDS
+from crl_exp.run_keys import read_config
+
+AGAIN = "set resume=force to run this config again"
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Record:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The frozen config."""
-        plain = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+        plain = OmegaConf.to_container(read_config(self.path / "config.yaml"))
         assert isinstance(plain, dict)
         return {str(key): value for key, value in plain.items()}
 
@@ -71,8 +75,8 @@ class Record:
     def journal(self) -> list[dict[str, Any]]:
         """Lines written to their end: {"step", "time", "metrics"}; an undefined metric is NaN."""
         path = self.path / "journal.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = [self._parse(line, path) for line in text.split("\n")[:-1]]
+        text = path.read_bytes() if path.exists() else b""
+        lines = [self._parse(line, path) for line in text.split(b"\n")[:-1]]
         for line in lines:
             line["metrics"] = {k: math.nan if v is None else v for k, v in line["metrics"].items()}
         return lines
@@ -86,17 +90,14 @@ class Record:
         return [section["layer"]] if "layer" in section else section.get("layers")
 
     def _json(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
-        return self._parse(path.read_text(encoding="utf-8"), path) if path.exists() else None
+        return read_json(self.path / name, AGAIN)
 
     @staticmethod
-    def _parse(text: str, path: Path) -> dict[str, Any]:
+    def _parse(text: bytes, path: Path) -> dict[str, Any]:
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path} is damaged ({error}); set resume=force to run this config again"
-            ) from error
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); {AGAIN}") from error
 
 
 def find_records(folder: Path) -> list[Record]:

@@ -169,7 +169,7 @@ def main(argv: list[str]) -> int:
     console.print("\nwritten:")
     here = [path for path in written if path.parent == folder / "report"]
     for path in here:
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+        console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
     if len(here) < len(written):
         console.print(f"  and {len(written) - len(here)} files in folders there, one for each part")
     attach(records, folder)

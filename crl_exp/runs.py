@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from crl_exp import slurm
 from crl_exp.checkpoints import Checkpoint
-from crl_exp.files import SWEEP_CONFIG, finite, write_atomic, write_json, writing
+from crl_exp.files import SWEEP_CONFIG, finite, home, read_json, write_atomic, write_json, writing
 from crl_exp.heartbeat import Progress, read_heartbeat
 from crl_exp.preemption import Preempted
 from crl_exp.run_keys import NOT_IN_KEY, RESUME, content_key, freeze, frozen_config, run_key
@@ -54,7 +54,7 @@ class RunDirectory(RunStatus):
 
     def __init__(self, config: DictConfig):
         self.key = run_key(config)
-        path = Path(config.output_dir).expanduser() / config.sweep_name / self.key
+        path = home(config.output_dir, "output_dir") / config.sweep_name / self.key
         super().__init__(path, config.resume == "force")
         own = slurm.job_id()
         if own and slurm.restarts() and self.status().get("slurm_job_id") == own:
@@ -92,12 +92,8 @@ class RunDirectory(RunStatus):
         return self.path / "result.json"
 
     def result(self) -> dict[str, Any] | None:
-        """The finished run's result, or None."""
-        return (
-            json.loads(self.result_path.read_text(encoding="utf-8"))
-            if self.result_path.exists()
-            else None
-        )
+        """The finished run's result, or None. Raises `UserError` for a damaged one."""
+        return read_json(self.result_path, ANEW)
 
     def freeze(self) -> None:
         """Write the config that a job will run from. With resume=force forgets the last attempt.

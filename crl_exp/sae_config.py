@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crl_exp.errors import UserError, did_you_mean
+from crl_exp.files import home
 from crl_exp.hub import hub_trouble
 from crl_exp.sae_metadata import SAEMetadata
 
@@ -59,7 +60,7 @@ class SAEConfig:
             from crl_exp.tiny import tiny_saes
 
             return tiny_saes(self.folder.removeprefix(TINY_PREFIX))
-        folder = Path(self.folder).expanduser()
+        folder = home(self.folder, "sae.folder")
         return folder if folder.is_absolute() else REPO / folder
 
     def path(self, layer: int) -> Path:
@@ -126,6 +127,8 @@ class SAEConfig:
         try:
             if self.folder is not None:
                 cfg = json.loads((self.path(layer) / "cfg.json").read_text(encoding="utf-8"))
+                if not isinstance(cfg, dict):
+                    raise ValueError(f"cfg.json holds a {type(cfg).__name__}, not a config")
             else:
                 from sae_lens.loading.pretrained_sae_loaders import (
                     load_sae_config_from_huggingface,

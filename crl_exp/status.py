@@ -152,7 +152,7 @@ def shown(lines: Sequence[Line], sweep: str) -> Table:
     """The table, with the counts of the states above it."""
     counts = Counter(line.state for line in lines)
     told = ", ".join(f"{n} {state}" for state, n in counts.items())
-    table = Table(title=f"{sweep}: {told}", title_justify="left", show_edge=False)
+    table = Table(title=escape(f"{sweep}: {told}"), title_justify="left", show_edge=False)
     jobs = Counter(line.job for line in lines if line.job)
     packed = any(n > 1 for n in jobs.values())
     told_of = ("run", "what", "state", "progress", "left", "last", "node")
@@ -162,8 +162,9 @@ def shown(lines: Sequence[Line], sweep: str) -> Table:
         colour = COLOURS[line.state]
         why = f"\n[dim]{escape(line.why)}[/]" if line.why else ""
         table.add_row(
-            line.key, escape(line.label), f"[{colour}]{line.state}[/]{why}", line.progress,
-            duration(line.left), line.metrics, line.node, *[line.job] * packed,
+            escape(line.key), escape(line.label), f"[{colour}]{line.state}[/]{why}",
+            line.progress, duration(line.left), escape(line.metrics), escape(line.node),
+            *[escape(line.job)] * packed,
             str(line.attempts or ""),
         )  # fmt: skip
     return table

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from crl_exp.comparison import SweepComparison
@@ -105,13 +106,13 @@ def print_parts(parts: SweepParts, console: Console) -> None:
     """Where there are several parts, methods by part first; then each part."""
     if parts.several:
         _print_table(console, parts.name, overview_columns(parts), overview_cells(parts))
-        console.print(OVERVIEW_NOTE, highlight=False)
+        console.print(OVERVIEW_NOTE, highlight=False, markup=False)
     for part in parts.parts:
         if parts.several:
             console.print()
         print_report(part.sweep, console)
     for line in unfinished(parts.unfinished):
-        console.print(f"not finished: {line}", style="yellow", highlight=False)
+        console.print(f"not finished: {line}", style="yellow", highlight=False, markup=False)
 
 
 def print_report(sweep: SweepComparison, console: Console) -> None:
@@ -123,30 +124,30 @@ def print_report(sweep: SweepComparison, console: Console) -> None:
         console.print("A wider terminal, and table.md, show more columns.", style="dim")
     best = headline(sweep)
     for line in ([best] if best else []) + notes(sweep):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         _print_table(console, set_title(sweep), set_columns(sweep), cells)
     for line in unfinished(sweep.unfinished):
-        console.print(f"not finished: {line}", style="yellow", highlight=False)
+        console.print(f"not finished: {line}", style="yellow", highlight=False, markup=False)
 
 
 def _print_table(
     console: Console, name: str, columns: Sequence[str], rows: list[list[str]]
 ) -> None:
-    """Numbers are never wrapped; a method is named once."""
-    table = Table(title=name, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+    """Numbers are never wrapped; a method is named once. Names may hold what looks like markup."""
+    table = Table(title=escape(name), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
                   show_edge=False)  # fmt: skip
     for i, column in enumerate(columns):
         header = column
         for at, new in ((" → ", "\n→ "), ("/ ", "/\n"), (" [", "\n["), (", ", "\n")):
             header = header.replace(at, new)
-        table.add_column(header, justify="left" if i < 2 else "right", no_wrap=i > 0,
+        table.add_column(escape(header), justify="left" if i < 2 else "right", no_wrap=i > 0,
                          min_width=12 if i == 0 else None)  # fmt: skip
     before = None
     for row in rows:
         if before is not None and row[0] != before:
             table.add_section()
-        table.add_row(row[0] if row[0] != before else "", *row[1:])
+        table.add_row(*map(escape, [row[0] if row[0] != before else "", *row[1:]]))
         before = row[0]
     console.print(table)

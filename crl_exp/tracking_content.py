@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crl_exp.records import Record, flatten
+from crl_exp.files import read_json as read_our_json
+from crl_exp.records import AGAIN, Record, flatten
 from crl_exp.runs import NOT_IN_KEY
 from crl_exp.shown import undefined
 from crl_exp.tracking_state import digest
@@ -222,4 +223,4 @@ def files(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[Path, str |
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_our_json(path, AGAIN)

@@ -75,21 +75,40 @@ def refused(overrides: list[str]) -> str:
         ("task.choices=[w1,w2]", r"line 1: the answer .* not one of task\.choices"),
         ("task.path=no/such.jsonl", r"task\.path=no/such\.jsonl: can't be read"),
         ("coefficient.multiplier=-1", r"coefficient\.multiplier=-1\.0: must be a positive"),
-        ("coefficient.multiplier=nan", r"coefficient\.multiplier=nan: must be a positive finite"),
-        ("coefficient.ratio=inf", r"coefficient\.ratio=inf: must be a positive finite"),
+        ("coefficient.multiplier=nan", r"coefficient\.multiplier=nan: must be finite"),
+        ("coefficient.ratio=inf", r"coefficient\.ratio=inf: must be finite"),
         ("coefficient=constant coefficient.value=nan", r"coefficient\.value=nan: must be"),
         ("method=corrsteer_a method.multipliers=[1,nan]", r"method\.multipliers=.*nan"),
         ("method=corrsteer_s method.n_candidates=0", r"method\.n_candidates=0.*at least 1"),
+        ("layers=list layers.layers=[2,0,2]", r"layers\.layers=.*names \[2\] more than once"),
+        ("layers=best_on_validation layers.among=[1,1]", r"layers\.among=.*names \[1\] more"),
+        ("method._target_=crl_exp.methods.CorrSteer method.multipliers=[1]",
+         r"CorrSteer chooses no features|method\."),
+        ("model.device=tpu", r"model\.device=tpu: must be cpu, cuda, cuda:N or mps"),
+        ("model.device=cpu:99", r"model\.device=cpu:99: must be cpu, cuda"),
+        ("model.device=cud", r"model\.device=cud: .*did you mean 'cuda'"),
+        ("model.device=cuda:99", r"no CUDA device here|there are \d+ CUDA devices here"),
+        ("model.revision=nope", r"model\.revision=nope: .* is a folder.*set model\.revision=null"),
+        ("model.path=tiny:llama model.revision=nope", r"model\.revision=nope: .* is a folder"),
+        ("task._target_=crl_exp.tasks.base.Task", r"is a base .* leaves draw, score, scorer_name"),
+        ("fusion._target_=crl_exp.stages.base.Stage", r"is a base .*choose .*fusion=NAME"),
+        ("task.choices=['','']", r"task\.choices=\['', ''\]: an answer is empty"),
+        ("task.choices=[yes,yes]", r"an answer is there twice"),
+        ("output_dir='~nosuchuser/x'", r"output_dir=~nosuchuser/x: there is no home folder of"),
+        ("sae.folder='~nosuchuser/x'", r"sae\.folder=~nosuchuser/x: there is no home folder of"),
+        ("task.path='~nosuchuser/x'", r"task\.path=~nosuchuser/x: there is no home folder of"),
+        ("model.path='~nosuchuser/x' model.revision=a", r"model\.path=~nosuchuser/x: there is no"),
+        ("task.path=/dev/zero", r"task\.path=/dev/zero: is no file"),
         ("policy.k=0", r"policy\.k=0: must be at least 1"),
         ("policy.k=64 warmup.min_frequency=0.9",
          r"only \d+ features may be steered, but policy\.k=64; lower policy\.k"),
         ("method.features=fixed policy.k=2", r"method\.features=fixed .* policy\.k=2"),
         ("decay.gamma=0", r"decay\.gamma=0\.0: must be in \(0, 1\]"),
-        ("decay.gamma=nan", r"decay\.gamma=nan: must be in \(0, 1\]"),
+        ("decay.gamma=nan", r"decay\.gamma=nan: must be finite"),
         ("engine.batch_size=0", r"engine\.batch_size=0: must be at least 1"),
         ("algorithm.prompts_per_update=0", r"algorithm\.prompts_per_update=0: must be at least 1"),
         ("algorithm.minibatches=3", r"algorithm\.minibatches=3 doesn't divide"),
-        ("algorithm.lr_policy=nan", r"algorithm\.lr_policy=nan: must be positive"),
+        ("algorithm.lr_policy=nan", r"algorithm\.lr_policy=nan: must be finite"),
         ("noise=gaussian noise.std=nan", r"noise\.std=nan"),
         ("noise=gaussian noise.schedule=cos", r"noise\.schedule=cos: must be one of .*'cosine'"),
         ("algorithm=grpo activation=jumprelu", r"activation=jumprelu .* but grpo has none; set"),
@@ -247,6 +266,14 @@ def test_a_task_that_is_not_text_is_named(own_files, tmp_path):
     garble(own_files.root / "task.jsonl")
     said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
     assert "task.path=" in said and "can't be read" in said
+
+
+def test_a_data_set_that_is_no_file(tiny_files, tmp_path):
+    plain = [o for o in tiny_files.overrides() if not o.startswith("task")]
+    said = refused(
+        [*plain, "task=gsm8k", "task.data_files=/dev/zero", f"output_dir={tmp_path / 'out'}"]
+    )
+    assert "task.data_files: /dev/zero is no file" in said
 
 
 def test_a_task_without_items(own_files, tmp_path):

@@ -232,7 +232,7 @@ def test_a_job_submitted_from_inside_a_job_inherits_nothing_of_it(tmp_path, monk
     for name in ("sbatch", "srun"):  # submitit wants one of the latter
         (tmp_path / name).write_text(ENVIRONMENT.format(told=tmp_path / "told"))
         (tmp_path / name).chmod(0o755)
-    inherited = {"SLURM_JOB_ID": "7", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURMD_NODENAME": "n",
+    inherited = {"SLURM_JOB_ID": "7", "SLURM_CPU_BIND": "mask_cpu:0x1", "SLURMD_NODENAME": "n",
                  "SLURM_MEM_PER_CPU": "100", "SLURM_CONF": "/x", "SBATCH_ACCOUNT": "a"}  # fmt: skip
     for name, value in inherited.items():
         monkeypatch.setenv(name, value)

@@ -16,12 +16,17 @@ from crl_exp.config import Known
 from crl_exp.errors import UserError
 from crl_exp.launcher.compose import Composer
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings, changed
-from crl_exp.runs import RunDirectory
+from crl_exp.runs import NOT_IN_KEY, RunDirectory
 from crl_exp.sections import once
 
 Settings = SlurmSettings | LocalSettings
 # Of the points that a fault is in, so many are named.
 NAMED = 3
+# Of a sweep with more points than this, so many are looked at before all are composed, which takes
+# a while: a fault that all of them share is told at once.
+SAMPLE = 64
+HERE = LocalSettings(gpus=0, pack=1, setup=[], python=None, wait=False, extend=False, parallel=1)
+"""Of runs that this process runs itself, one after another."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,13 @@ class Point:
 
 
 class Faults:
-    """Faults of many points, each told once with the points that have it."""
+    """Faults of many points, each told once with the points that have it.
 
-    def __init__(self, n_points: int):
-        self.n_points = n_points
+    n_points: that were looked at. of: of how many, where that isn't all.
+    """
+
+    def __init__(self, n_points: int, of: int | None = None):
+        self.n_points, self.of = n_points, of
         self._points: dict[str, list[str]] = {}
 
     def add(self, error: Exception, point: str) -> None:
@@ -63,7 +71,12 @@ class Faults:
         if not self._points:
             return
         bad = {point for points in self._points.values() for point in points}
-        told = [f"{len(bad)} of {self.n_points} runs can't be submitted; none was:"]
+        n = (
+            f"{self.n_points} runs"
+            if self.of is None
+            else (f"{self.n_points} runs looked at, of {self.of} in all,")
+        )
+        told = [f"{len(bad)} of {n} can't be submitted; none was:"]
         for fault, points in self._points.items():
             named = "; ".join(point or "(no override)" for point in points[:NAMED])
             more = f"; and {len(points) - NAMED} more" if len(points) > NAMED else ""
@@ -76,21 +89,15 @@ def compose_points(
 ) -> list[Point]:
     """The point of every job, with its config and run directory.
 
-    Raises `UserError` with every fault of the overrides and of the launcher's settings.
+    Raises `UserError` with every fault of the overrides and of the launcher's settings; of a large
+    sweep, with those of its points that are found in a sample of it.
     """
-    composer, faults = Composer(loader, master), Faults(len(jobs))
-    points: list[Point] = []
-    for job in jobs:
-        try:
-            config, resources = composer.config(job)
-            run = RunDirectory(config)
-            run.path = run.path.absolute()
-            own = changed(settings, resources) if resources else settings
-            own = own.for_device(str(config.model.device))
-            points.append(Point(tuple(job), config, run, own))
-        except (UserError, HydraException, OmegaConfBaseException) as error:
-            faults.add(error, " ".join(job))
-    faults.raise_any()
+    composer = Composer(loader, master)
+    if len(jobs) > SAMPLE:
+        some = [jobs[n * len(jobs) // SAMPLE] for n in range(SAMPLE)]
+        sample = _compose(composer, some, settings, len(jobs))
+        check([point for point in sample if is_open(point)], of=len(jobs))
+    points = _compose(composer, jobs, settings, None)
     if len(folders := {str(point.run.path.parent) for point in points}) > 1:
         raise UserError(
             f"sweep_name and output_dir must be the same for all runs of a sweep, not {folders}"
@@ -98,18 +105,77 @@ def compose_points(
     return points
 
 
-def check(points: Sequence[Point], known: Known | None = None) -> None:
+def _compose(
+    composer: Composer, jobs: Sequence[Sequence[str]], settings: Settings, of: int | None
+) -> list[Point]:
+    faults = Faults(len(jobs), of)
+    points: dict[str, Point] = {}
+    all_points: list[Point] = []
+    for job in jobs:
+        try:
+            config, resources = composer.config(job)
+            run = RunDirectory(config)
+            run.path = run.path.absolute()
+            own = changed(settings, resources) if resources else settings
+            own = own.for_device(str(config.model.device))
+            point = Point(tuple(job), config, run, own)
+            if differing := _only_outside(points.setdefault(point.key, point), point):
+                raise UserError(
+                    f"{', '.join(differing)} can't differ within a sweep: it doesn't change what a "
+                    "run computes, so these are one run"
+                )
+            all_points.append(point)
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            faults.add(error, " ".join(job))
+    faults.raise_any()
+    return all_points
+
+
+def _only_outside(one: Point, other: Point) -> list[str]:
+    """Sections that are not in the run key and that differ between two points of one key."""
+    if one is other:
+        return []
+    outside = [name for name in NOT_IN_KEY if name in one.config and name in other.config]
+    return [name for name in outside if one.config[name] != other.config[name]]
+
+
+def is_open(point: Point) -> bool:
+    """Whether a run has no result, or is to get a new one."""
+    return point.config.resume == "force" or not point.run.result_path.exists()
+
+
+def check_all(
+    loader: ConfigLoader, master: DictConfig, jobs: Sequence[Sequence[str]]
+) -> list[Point]:
+    """Compose the points of a sweep that this process runs, and check those that it will run.
+
+    Raises `UserError` with every fault of every point.
+    """
+    points = compose_points(loader, master, jobs, HERE)
+    check([point for point in points if is_open(point)], here=True)
+    return points
+
+
+def check(
+    points: Sequence[Point],
+    known: Known | None = None,
+    of: int | None = None,
+    here: bool = False,
+) -> None:
     """Build and validate every point, and read data that lies in a file.
 
     Raises `UserError` with every fault of every point.
-    known: what was found out; at its end how many things had to be.
+    known: what was found out; at its end how many things had to be. of: see `Faults`.
+    here: they are run on this machine, so that what it lacks is a fault.
     """
     known = {} if known is None else known
-    faults = Faults(len(points))
+    faults = Faults(len(points), of)
     for point in points:
         try:
             exp = configs.experiment(point.config, known)
             configs.validate(exp, known)
+            if here and (found := exp.model.machine_faults()):
+                raise UserError("\n".join(found))
             if hasattr(exp.task, "path"):  # data in a file; that of the hub is loaded by the run
                 once(known, ["data", asdict(exp.task)], exp.task.splits)
         except (UserError, OmegaConfBaseException) as error:

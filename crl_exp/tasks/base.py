@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -124,6 +125,10 @@ class Task:
                 f"task.choices={self.choices}: give two answers or more, e.g. "
                 "task.choices=[yes,no], or task.choices=null for free text"
             )
+        if self.choices and any(not choice.strip() for choice in self.choices):
+            found.append(f"task.choices={self.choices}: an answer is empty")
+        if self.choices and len(set(self.choices)) < len(self.choices):
+            found.append(f"task.choices={self.choices}: an answer is there twice")
         if self.choices and self.max_new_tokens > 1:
             found.append(
                 f"task.max_new_tokens={self.max_new_tokens}: an answer restricted to task.choices "
@@ -146,6 +151,7 @@ class Task:
         splits.check_disjoint()
         return splits
 
+    @abstractmethod
     def draw(self) -> Splits:
         """Load the data and split it. Raises `UserError` where data is missing or too small."""
         raise NotImplementedError
@@ -166,11 +172,13 @@ class Task:
         """Texts that end an answer; they and what follows are no part of it."""
         return []
 
+    @abstractmethod
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
         """Score generated answers (text without the prompt), one `Score` an item."""
         raise NotImplementedError
 
     @property
+    @abstractmethod
     def scorer_name(self) -> str:
         """The rule behind `score`, as the result records it."""
         raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -78,10 +79,12 @@ class HubTask(Task):
         """Those and others that a file may be given for."""
         return self.needed_splits()
 
+    @abstractmethod
     def question(self, row: Row) -> Question | None:
         """What a row asks; `None` if it isn't one of this task. Raises `UserError` if it is bad."""
         raise NotImplementedError
 
+    @abstractmethod
     def prompt(self, question: Question, shots: Sequence[Question]) -> str:
         """The user turn."""
         raise NotImplementedError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from crl_exp.errors import UserError
+from crl_exp.files import home
 from crl_exp.scorers.choice import ChoiceScorer
 from crl_exp.tasks.base import Item, Score, Splits, Task, content_id, split_items, unique
 
@@ -42,7 +42,9 @@ class JsonLines(Task):
         return Splits(train, validation, test)
 
     def _items(self) -> Iterator[Item]:
-        path = Path(self.path).expanduser()
+        path = home(self.path, "task.path")
+        if path.exists() and not path.is_file():  # a device may go on for ever
+            raise UserError(f"task.path={self.path}: is no file")
         try:
             # Not splitlines(): JSON strings may hold line separators that aren't line ends.
             lines = path.read_text(encoding="utf-8").split("\n")

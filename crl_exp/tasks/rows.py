@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from crl_exp.errors import UserError, did_you_mean
+from crl_exp.files import home
 
 KINDS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 ONE_FILE = "data_files"
@@ -150,11 +151,13 @@ def _paths(chosen: Any) -> list[Path]:
     """Files of a path, a pattern or a list of them."""
     found: list[Path] = []
     for pattern in [chosen] if isinstance(chosen, str) else chosen:
-        full = str(Path(pattern).expanduser())
+        full = str(home(pattern, "task.data_files"))
         # A file may have brackets in its name.
         here = [full] if Path(full).is_file() else sorted(glob.glob(full))
         if not here:
             raise UserError(f"task.data_files: there is no file {pattern}")
+        if odd := [name for name in here if not Path(name).is_file()]:
+            raise UserError(f"task.data_files: {odd[0]} is no file")
         found += map(Path, here)
     return found
 
