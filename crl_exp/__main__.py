@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from crl_exp import slurm
 from crl_exp.errors import UserError
 from crl_exp.preemption import guard
 
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     # A job may be asked to end while it still imports; the run then says so and goes on later.
     guarded = guard() if parsed.command == "run" else nullcontext()
+    if parsed.command == "run" and "--queued" in parsed.arguments:  # as our batch scripts type it
+        slurm.claim()
     try:
         with guarded:
             module = importlib.import_module(COMMANDS[parsed.command][0])

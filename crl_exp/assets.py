@@ -69,7 +69,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
 def write_manifest(root: Path, entries: dict[str, Any]) -> None:
     """Replaces the manifest in one step."""
     temporary = root / (MANIFEST + ".new")
-    temporary.write_text(json.dumps({"version": 1, "assets": entries}, indent=1, sort_keys=True))
+    temporary.write_text(
+        json.dumps({"version": 1, "assets": entries}, indent=1, sort_keys=True), encoding="utf-8"
+    )
     os.replace(temporary, root / MANIFEST)
 
 

@@ -84,8 +84,9 @@ class Row:
 
     @property
     def validation(self) -> float:
-        """Mean reward on validation: what layers are chosen by."""
-        return float(np.mean([split(r, "validation")["accuracy_steered"] for r in self.runs]))
+        """Mean reward on validation: what layers are chosen by. An undefined one is the worst."""
+        mean = self.mean("accuracy_steered", "validation")
+        return mean if np.isfinite(mean) else -np.inf
 
     @property
     def control(self) -> bool:
@@ -188,10 +189,13 @@ def _row(key: tuple[Label, str, bool, tuple[int, ...]], runs: list[Record]) -> R
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction: the i-th smallest of m is multiplied by m - i, made monotone."""
-    order = np.argsort(p_values, kind="stable")
-    corrected, largest = [0.0] * len(p_values), 0.0
+    """Holm's step-down correction: the i-th smallest of m is multiplied by m - i, made monotone.
+
+    Undefined ones (NaN) stay so and aren't counted.
+    """
+    order = [i for i in np.argsort(p_values, kind="stable") if np.isfinite(p_values[i])]
+    corrected, largest = [float("nan")] * len(p_values), 0.0
     for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected

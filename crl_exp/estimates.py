@@ -25,6 +25,22 @@ def split(run: Record, name: str | None) -> dict[str, Any]:
     return run.result["validation"] if name == "validation" else run.result["test_sets"][name]
 
 
+def as_float(value: float | None) -> float:
+    """A figure of a result; an undefined one, which is null there, is NaN."""
+    return np.nan if value is None else float(value)
+
+
+def delta_of(run: Record, name: str | None) -> tuple[float, tuple[float, float]]:
+    """A run's own difference with its interval."""
+    figures = split(run, name)
+    return as_float(figures["delta"]), _ends(figures)
+
+
+def _ends(figures: dict[str, Any]) -> tuple[float, float]:
+    low, high = map(as_float, figures["delta_ci95"])
+    return low, high
+
+
 @dataclass(frozen=True)
 class Samples:
     """Rewards of the same items under each seed."""
@@ -56,7 +72,7 @@ class Estimates:
         """Whether there is one seed, or all got the same: seeds then add no uncertainty."""
         if self.samples is not None:
             delta_SI = self.samples.delta_SI
-            return bool((delta_SI == delta_SI[0]).all())
+            return all(np.array_equal(one, delta_SI[0], equal_nan=True) for one in delta_SI)
         return not any(np.ptp(self.values(key)) for key in ("delta", "accuracy_steered"))
 
     @property
@@ -68,7 +84,7 @@ class Estimates:
         """Steered minus unsteered."""
         if self.samples is not None:
             return crossed(self.samples.delta_SI)
-        v_items = np.mean([_half(figures["delta_ci95"]) ** 2 for figures in self.figures]) / Z**2
+        v_items = np.mean([_half(_ends(figures)) ** 2 for figures in self.figures]) / Z**2
         return crossed_parts(self.values("delta"), float(v_items), float(v_items), self.n)
 
     @property
@@ -86,8 +102,7 @@ class Estimates:
         """95 % interval of delta, over items and seeds; for one seed, or where all got the same,
         the run's own paired bootstrap over items."""
         if self.alike:
-            low, high = self.figures[0]["delta_ci95"]
-            return low, high
+            return _ends(self.figures[0])
         return self.delta.interval
 
     @property
@@ -99,7 +114,7 @@ class Estimates:
     def p_value(self) -> float:
         """That the difference is none: McNemar's exact test for one seed, or where all got the
         same; else over items and seeds, as the interval."""
-        return float(self.figures[0]["p_value"]) if self.alike else self.delta.p_value
+        return as_float(self.figures[0]["p_value"]) if self.alike else self.delta.p_value
 
 
 def estimates(runs: Sequence[Record], name: str | None) -> Estimates:

@@ -54,6 +54,8 @@ def evaluate_split(lab: Lab, controller: Controller, split: str) -> tuple[dict[s
         steered = lab.kept_answers(
             f"steered_{split}", f"steered on {split}", controller, split, record=True
         )
+    for answers in (baseline, steered):
+        lab.warn_of_undefined(answers, split)
     changed = changed_outputs(baseline, steered)
     was, now = (answers.reward_B.double().numpy() for answers in (baseline, steered))
     figures = asdict(compare(was, now, changed))

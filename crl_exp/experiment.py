@@ -17,6 +17,7 @@ from crl_exp.config import Experiment
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
 from crl_exp.evaluation import evaluate
+from crl_exp.files import defined
 from crl_exp.heartbeat import PHASES, beating
 from crl_exp.lab import Lab
 from crl_exp.loaded import shared_splits
@@ -117,6 +118,7 @@ def _attempt(exp: Experiment, layers: list[int], run: RunDirectory, place: Place
         run.progress.packed = max(run.progress.packed, place.packed)
         place.begun(run)
         result = _run(exp, layers, run, place) | code | {"packed": run.progress.packed}
+        result = defined(result)
         write_json(run.result_path, result)
         run.clear_answers()
     return result

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import numbers
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from typing import IO, Any
 
 from crl_exp.errors import UserError
 
+SWEEP_CONFIG = "multirun.yaml"
+"""In a sweep's folder: what was asked for, by the launch that was taken last."""
 REFUSALS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "your quota of that disk is used up",
@@ -97,4 +101,34 @@ def home(path: str | Path, key: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write strict JSON; a number that isn't finite is null."""
+    write_atomic(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: Any, undefined: dict[str, str] | None = None, at: str = "") -> Any:
+    """A JSON-like value in which numbers that aren't finite are null, and NumPy's are Python's.
+
+    undefined: is given, by their keys joined by dots, what those numbers were. at: keys so far.
+    """
+    if isinstance(value, dict):
+        return {k: finite(v, undefined, f"{at}.{k}" if at else str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v, undefined, f"{at}.{i}" if at else str(i)) for i, v in enumerate(value)]
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):
+        number = int(value) if isinstance(value, numbers.Integral) else float(value)
+        if math.isfinite(number):
+            return number
+        if undefined is not None:
+            undefined[at] = "not a number" if math.isnan(number) else "infinite"
+        return None
+    return value
+
+
+def defined(figures: dict[str, Any]) -> dict[str, Any]:
+    """A result in which every undefined figure is null and `undefined` says of each what it was.
+
+    A result whose figures are all finite is as it was.
+    """
+    reasons: dict[str, str] = {}
+    made = finite(figures, reasons)
+    return {**made, "undefined": reasons} if reasons else figures

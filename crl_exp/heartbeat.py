@@ -27,7 +27,7 @@ class Progress:
     def __init__(self) -> None:
         self.phase = PHASES[0]
         self.what, self.done, self.total = "", 0, 0
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, float | None] = {}  # null: undefined
         self.seconds: dict[str, float] = {}
         self.packed = 1
         self._since = self._phase_since = time.perf_counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -90,6 +91,16 @@ class Lab:
         """Say it now and keep it in the result."""
         log.warning(message)
         self.warnings.append(message)
+
+    def warn_of_undefined(self, answers: Answers, split: str) -> None:
+        """Say how many rewards of a split are no numbers, which makes its mean none."""
+        n = int((~answers.reward_B.isfinite()).sum())
+        message = (
+            f"{n} of {len(answers.scores)} rewards on {split} aren't finite: their mean is "
+            f"undefined. They come from the scorer ({self.exp.task.scorer_name})"
+        )
+        if n and message not in self.warnings:
+            self.warn(message)
 
     def note(self, name: str, value: Any) -> None:
         """Keep something found on the way (a chosen multiplier, say) in the result."""
@@ -211,17 +222,27 @@ class Lab:
         return answers.generation, answers.reward_B.to(self.lm.device)
 
     def validation_reward(self, controller: Controller) -> float:
-        """Mean reward on the validation split, for choosing between controllers.
+        """Mean reward on the validation split, for choosing between controllers: -inf where it is
+        undefined, so that such a one isn't chosen.
 
         Saved by its number: a method asks for the same ones in the same order in every attempt.
         """
+
+        def mean(reward_B: Tensor) -> float:
+            reward = float(reward_B.mean())
+            return -math.inf if math.isnan(reward) else reward
+
+        def rewards(answers: Answers) -> Tensor:
+            self.warn_of_undefined(answers, "validation")
+            return answers.reward_B
+
         if isinstance(controller, Unsteered):
-            return float(self.baseline("validation").reward_B.mean())
+            return mean(rewards(self.baseline("validation")))
         self._asked += 1
         name, what = f"choice_{self._asked:04d}", f"choice {self._asked} on validation"
 
         def ask() -> Tensor:
-            return self.kept_answers(name, what, controller, "validation").reward_B
+            return rewards(self.kept_answers(name, what, controller, "validation"))
 
         if isinstance(controller, FixedFeatures):
             # CorrSteer-P tries what CorrSteer-S tried at each layer.
@@ -230,7 +251,7 @@ class Lab:
         else:
             reward_B = ask()
         self.tried.add(reward_B.numpy())
-        return float(reward_B.mean())
+        return mean(reward_B)
 
     def training_reward(self, controller: Controller, rewards: list[float]) -> float:
         """Mean reward on the validation split, in the middle of training.

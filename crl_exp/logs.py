@@ -64,7 +64,7 @@ def _in_order(paths: Iterable[Path]) -> list[Path]:
 
 
 def _text(path: Path) -> str:
-    with path.open(errors="replace", newline="") as file:
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
         return file.read()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 import time
@@ -53,7 +54,12 @@ class Record:
 
     @cached_property
     def features(self) -> dict[str, Any]:
-        return self._json("features.json") or {}
+        """features.json; an undefined figure is NaN."""
+        found = self._json("features.json") or {}
+        for row in (row for layer in found.values() for row in layer["found"] + layer["used"]):
+            undefined = [k for k, v in row.items() if v is None and k != "neuronpedia"]
+            row |= dict.fromkeys(undefined, math.nan)
+        return found
 
     @cached_property
     def heartbeat(self) -> dict[str, Any]:
@@ -67,10 +73,13 @@ class Record:
 
     @cached_property
     def journal(self) -> list[dict[str, Any]]:
-        """Lines written to their end: {"step", "time", "metrics"}."""
+        """Lines written to their end: {"step", "time", "metrics"}; an undefined metric is NaN."""
         path = self.path / "journal.jsonl"
         text = path.read_bytes() if path.exists() else b""
-        return [self._parse(line, path) for line in text.split(b"\n")[:-1]]
+        lines = [self._parse(line, path) for line in text.split(b"\n")[:-1]]
+        for line in lines:
+            line["metrics"] = {k: math.nan if v is None else v for k, v in line["metrics"].items()}
+        return lines
 
     @cached_property
     def layers(self) -> list[int] | None:
@@ -179,17 +188,34 @@ def _gone(record: Record) -> str:
         if not _alive(status["pid"]):
             return "its process is gone"
         return "" if _held(record.path / ".lock") else "its process has gone on to something else"
-    last = max(record.heartbeat.get("time", 0.0), status.get("updated", 0.0))
-    silent = time.time() - last
+    silent = _silent_seconds(record.path)
     if silent <= LOST_SECONDS:
         return ""
     return f"no heartbeat from {status.get('host')} for {silent:.0f} s"
 
 
+def _silent_seconds(run: Path) -> float:
+    """How long a run has written nothing of itself, by the clock of its file system.
+
+    The times of a file that it wrote and of one written now are told by the same clock; those that
+    another machine writes into its files are told by its own, which may be minutes off.
+    """
+    files = [run / name for name in ("heartbeat.json", "status.json")]
+    last = max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
+    probe = run / f".now-{socket.gethostname()}-{os.getpid()}"
+    try:
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink(missing_ok=True)
+    except OSError:  # read-only here
+        now = time.time()
+    return now - last
+
+
 def _held(lock: Path) -> bool:
     """Whether a process holds the lock file. Has it for a moment where none does."""
     try:
-        with lock.open() as file:
+        with lock.open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -64,7 +64,9 @@ def page(parts: SweepParts, figures: dict[str, list[Path]], credits: dict[str, l
     for part in parts.parts:
         body += _section(part, figures[part.folder], credits[part.folder], parts.several)
     body += _not_finished(parts.unfinished)
-    style, script = ((ASSETS / name).read_text() for name in ("page.css", "page.js"))
+    style, script = (
+        (ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

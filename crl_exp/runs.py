@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from crl_exp import slurm
 from crl_exp.checkpoints import Checkpoint
-from crl_exp.files import home, read_json, write_atomic, write_json, writing
+from crl_exp.files import SWEEP_CONFIG, finite, home, read_json, write_atomic, write_json, writing
 from crl_exp.heartbeat import Progress, read_heartbeat
 from crl_exp.preemption import Preempted
 from crl_exp.run_keys import NOT_IN_KEY, RESUME, content_key, freeze, frozen_config, run_key
@@ -46,8 +46,6 @@ FROM_THE_LAST_TIME = (
     "system.jsonl",
     MLFLOW_BEGUN,
 )
-SWEEP_CONFIG = "multirun.yaml"
-"""In a sweep's folder: what was asked for, by the launch that was taken last."""
 ANSWERS = "answers"
 """Folder of the answers given so far; removed when the run is done."""
 
@@ -157,9 +155,10 @@ class RunDirectory(RunStatus):
         return self.path / "journal.jsonl"
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append metrics of one step (an update of the policy)."""
-        line = json.dumps({"step": step, "time": time.time(), "metrics": metrics})
-        with writing(self.journal_path), self.journal_path.open("a") as file:
+        """Append metrics of one step (an update of the policy); undefined ones are null."""
+        metrics = finite(metrics)
+        line = json.dumps({"step": step, "time": time.time(), "metrics": metrics}, allow_nan=False)
+        with writing(self.journal_path), self.journal_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self.progress.metrics |= {k: v for k, v in metrics.items() if "/" not in k}
 
@@ -167,7 +166,10 @@ class RunDirectory(RunStatus):
         """Lines written to their end."""
         if not self.journal_path.exists():
             return []
-        return [json.loads(line) for line in self.journal_path.read_text().split("\n")[:-1]]
+        return [
+            json.loads(line)
+            for line in self.journal_path.read_text(encoding="utf-8").split("\n")[:-1]
+        ]
 
     def cut_journal(self, n_bytes: int) -> None:
         """Drop what was logged after the checkpoint that a resumed run goes on from."""
@@ -178,7 +180,7 @@ class RunDirectory(RunStatus):
     def take_journal(self, part: RunDirectory) -> None:
         """Make a part's journal this run's own."""
         if part.journal_path.exists():
-            write_atomic(self.journal_path, part.journal_path.read_text())
+            write_atomic(self.journal_path, part.journal_path.read_text(encoding="utf-8"))
 
     # --- checkpoint ---
 

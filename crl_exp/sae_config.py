@@ -142,7 +142,7 @@ class SAEConfig:
         """
         try:
             if self.folder is not None:
-                cfg = json.loads((self.path(layer) / "cfg.json").read_text())
+                cfg = json.loads((self.path(layer) / "cfg.json").read_text(encoding="utf-8"))
                 if not isinstance(cfg, dict):
                     raise ValueError(f"cfg.json holds a {type(cfg).__name__}, not a config")
             else:

@@ -21,6 +21,7 @@ from crl_exp.labels import labels
 from crl_exp.launcher.states import in_work, states_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.records import Record, find_records, find_sweep
+from crl_exp.shown import number
 
 # Table columns don't fit a narrow terminal; where there is none, this many characters.
 WIDTH = 150
@@ -97,10 +98,11 @@ def _progress(beat: dict[str, Any]) -> str:
 def _metrics(record: Record) -> str:
     if record.result is not None:
         result = record.result
-        low, high = (100 * bound for bound in result["delta_ci95"])
-        return f"Δ {100 * result['delta']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        figures = (result["delta"], *result["delta_ci95"])
+        delta, low, high = (number(f if f is None else 100 * f, "+.1f") for f in figures)
+        return f"Δ {delta} [{low}, {high}]"
     told = record.heartbeat.get("metrics", {})
-    return " ".join(f"{name} {told[name]:.3f}" for name in SHOWN if name in told)
+    return " ".join(f"{name} {number(told[name], '.3f')}" for name in SHOWN if name in told)
 
 
 def usual_seconds(records: Sequence[Record]) -> dict[str, dict[str, float]]:
@@ -122,7 +124,7 @@ def left_seconds(record: Record, usual: dict[str, dict[str, float]]) -> float | 
     beat = record.heartbeat
     if not beat:
         return None
-    age = time.time() - beat["time"]
+    age = max(0.0, time.time() - beat["time"])  # another machine's clock may be ahead
     now = _by_journal(record) if beat["phase"] == "train" else None
     if now is None and beat["left_seconds"] is not None:
         now = beat["left_seconds"] - age

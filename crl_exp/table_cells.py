@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from crl_exp.comparison import Row, SweepComparison
-from crl_exp.estimates import split
+from crl_exp.estimates import as_float, delta_of, split
 from crl_exp.feature_credit import FeatureCredit
 from crl_exp.pairs import difference, same_items
 from crl_exp.records import Record
 from crl_exp.report_parts import SweepParts, best_rows
+from crl_exp.shown import UNDEFINED, number, undefined
 
 COLUMNS = (
     "method", "layers", "seeds", "n", "unsteered → steered %", "Δ points [95 %]", "p Holm",
@@ -39,17 +40,21 @@ def row_layers(row: Row) -> str:
 def points(value: float, interval: Sequence[float]) -> str:
     """A difference of shares in percentage points, `+9.1 [7.0, 11.2]`."""
     middle, low, high = (round(100 * number, 1) + 0.0 for number in (value, *interval))
-    return f"{middle:+.1f} [{low:.1f}, {high:.1f}]"
+    if undefined(middle):
+        return UNDEFINED
+    return f"{middle:+.1f} [{number(low, '.1f')}, {number(high, '.1f')}]"
 
 
 def share(value: float, interval: Sequence[float]) -> str:
     """A share in percent, `84.6 [82.1, 87.0]`."""
     middle, low, high = (100 * number for number in (value, *interval))
-    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+    if undefined(middle):
+        return UNDEFINED
+    return f"{middle:.1f} [{number(low, '.1f')}, {number(high, '.1f')}]"
 
 
 def p_text(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "< 0.001" if p < 0.001 else number(p, ".3f")
 
 
 def main_cells(sweep: SweepComparison, row: Row) -> list[str]:
@@ -60,13 +65,17 @@ def main_cells(sweep: SweepComparison, row: Row) -> list[str]:
         row_layers(row) + mark,
         str(len(row.runs)),
         f"{row.mean('n'):.0f}",
-        f"{100 * row.mean('accuracy_baseline'):.1f} → {100 * row.mean('accuracy_steered'):.1f}",
+        f"{_percent(row.mean('accuracy_baseline'))} → {_percent(row.mean('accuracy_steered'))}",
         points(row.mean("delta"), row.interval()),
         p_text(sweep.p_holm[row]),
-        f"{row.mean('fixed'):.0f}/{row.mean('broken'):.0f}",
+        f"{number(row.mean('fixed'), '.0f')}/{number(row.mean('broken'), '.0f')}",
         ser,
-        f"{row.mean('unique_features'):.0f}",
+        number(row.mean("unique_features"), ".0f"),
     ]
+
+
+def _percent(share: float | None) -> str:
+    return number(None if share is None else 100 * share, ".1f")
 
 
 def set_columns(sweep: SweepComparison) -> list[str]:
@@ -84,7 +93,7 @@ def set_cells(sweep: SweepComparison, row: Row) -> list[str]:
         was, now = row.mean("accuracy_baseline", name), row.mean("accuracy_steered", name)
         if name == "benign":  # it is scored 1 where the prompt was answered
             was, now, delta, low, high = 1 - was, 1 - now, -delta, -high, -low
-        cells.append(f"{100 * was:.1f} → {100 * now:.1f}\n{points(delta, (low, high))}")
+        cells.append(f"{_percent(was)} → {_percent(now)}\n{points(delta, (low, high))}")
     return cells
 
 
@@ -100,8 +109,8 @@ def run_cells(row: Row, run: Record) -> list[str]:
     figures = split(run, None)
     return [
         row.family, layers_text(run.layers or ()), str(run.config["seed"]),
-        f"{100 * figures['accuracy_steered']:.1f}",
-        points(figures["delta"], figures["delta_ci95"]), p_text(figures["p_value"]), run.key,
+        _percent(figures["accuracy_steered"]),
+        points(*delta_of(run, None)), p_text(as_float(figures["p_value"])), run.key,
     ]  # fmt: skip
 
 
@@ -125,6 +134,7 @@ def notes(sweep: SweepComparison) -> list[str]:
     if sweep.chosen:
         found.append(f"{CHOSEN} the layers that did best on validation; test was not looked at.")
     found += harmful(sweep)
+    found += undefined_lines(sweep)
     baselines = {row.mean("accuracy_baseline") for row in sweep.rows}
     if np.ptp(list(baselines)) > 1e-9:
         found.append(
@@ -159,6 +169,20 @@ def holm_note(sweep: SweepComparison) -> str:
     )
 
 
+def undefined_lines(sweep: SweepComparison) -> list[str]:
+    """Which figures are a dash, of how many runs, and why."""
+    runs: dict[str, int] = {}
+    for run in (run for row in sweep.rows for run in row.runs):
+        assert run.result is not None
+        for name, what in run.result.get("undefined", {}).items():
+            line = f"{name}: {what}"
+            runs[line] = runs.get(line, 0) + 1
+    if not runs:
+        return []
+    told = "; ".join(f"{line} (runs: {n})" for line, n in runs.items())
+    return [f"{UNDEFINED}: undefined in result.json, whose `warnings` may say why: {told}."]
+
+
 def headline(sweep: SweepComparison) -> str | None:
     """CRL at its chosen layer against the CorrSteer that does best on validation."""
     learned = [row for row in sweep.rows if row.method == "crl" and not row.control]
@@ -179,8 +203,8 @@ def headline(sweep: SweepComparison) -> str | None:
 
 def _named(row: Row) -> str:
     word = "layer" if row.single or row.alternatives else "layers"
-    share = 100 * row.mean("accuracy_steered")
-    return f"{row.family}, {word} {row_layers(row)}: {share:.1f} %"
+    share = _percent(row.mean("accuracy_steered"))
+    return f"{row.family}, {word} {row_layers(row)}: {share} %"
 
 
 def set_title(sweep: SweepComparison) -> str:
@@ -271,6 +295,7 @@ def feature_cells(credit: FeatureCredit) -> list[str]:
     counts = (credit.rank, credit.items, credit.changed, credit.fixed, credit.broken)
     return [
         credit.row.family, row_layers(credit.row), f"{credit.layer}/{credit.feature}",
-        f"{credit.tokens:,}", f"{credit.coefficient:.1f}", f"{credit.correlation:+.3f}",
+        f"{credit.tokens:,}", number(credit.coefficient, ".1f"),
+        number(credit.correlation, "+.3f"),
         *["–" if count is None else f"{count:,}" for count in counts],
     ]  # fmt: skip

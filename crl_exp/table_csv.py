@@ -9,6 +9,7 @@ from typing import Any
 
 from crl_exp.comparison import Row, SweepComparison
 from crl_exp.report_parts import SweepParts, best_rows
+from crl_exp.shown import csv_cell
 
 COLUMNS = (
     "method", "layers", "seeds", "test_set", "chosen_on_validation", "validation", "n",
@@ -74,5 +75,5 @@ def as_csv(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
-    writer.writerows(lines)
+    writer.writerows([csv_cell(cell) for cell in line] for line in lines)
     return text.getvalue()

@@ -13,6 +13,7 @@ from crl_exp.files import read_json as read_our_json
 from crl_exp.records import AGAIN, Record, flatten
 from crl_exp.runs import NOT_IN_KEY
 from crl_exp.sae_config import DICTIONARIES
+from crl_exp.shown import undefined
 from crl_exp.tracking_state import digest
 
 ARTIFACTS = (
@@ -143,18 +144,22 @@ def run_name(record: Record) -> str:
 
 
 def points(lines: list[dict[str, Any]], prefix: str = "") -> list[Point]:
-    """Every metric of journal lines, under the journal's own names."""
+    """Every metric of journal lines, under the journal's own names.
+
+    Undefined ones are left out: MLflow stores NaN as 0 and infinity as the largest number.
+    """
     return [
         Point(prefix + name, float(value), line["step"], int(line["time"] * 1000))
         for line in lines
         for name, value in line["metrics"].items()
+        if not undefined(value)
     ]
 
 
 def final_points(result: dict[str, Any], time_ms: int) -> list[Point]:
     """The result's figures: `eval/…`, and `eval_NAME/…` for further test sets and validation.
 
-    Figures that make no sense for a run (null) are left out.
+    Undefined figures (null, or not finite in a result of before) are left out.
     """
     values = _split_values("eval", result)
     values["eval/over_refusal"] = result["over_refusal_steered"]
@@ -163,8 +168,8 @@ def final_points(result: dict[str, Any], time_ms: int) -> list[Point]:
     sets = {**result["test_sets"], "validation": result["validation"]}
     for name, figures in sets.items():
         values |= _split_values(f"eval_{name}", figures)
-    known = {name: value for name, value in values.items() if value is not None}
-    return [Point(name, float(value), 0, time_ms) for name, value in known.items()]
+    known = {n: float(v) for n, v in values.items() if v is not None and not undefined(v)}
+    return [Point(name, value, 0, time_ms) for name, value in known.items()]
 
 
 def _split_values(prefix: str, figures: dict[str, Any]) -> dict[str, float | None]:

@@ -199,7 +199,7 @@ def run(config: TrainSaeConfig, tasks: dict[str, Task], command: str) -> dict[in
     for layer, found in figures.items():
         found |= trained_on
         path = Path(config.out) / hook_name(layer) / "quality.json"
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     write_card(config, command, figures)
     return figures
 
@@ -242,7 +242,7 @@ def write_card(config: TrainSaeConfig, command: str, figures: dict[int, dict[str
         ce_tokens=config.quality.ce_tokens,
     )
     text = card(config.model.name, command, notes, figures)
-    (Path(config.out) / "README.md").write_text(text)
+    (Path(config.out) / "README.md").write_text(text, encoding="utf-8")
 
 
 @hydra.main(version_base="1.3", config_path="../sae_training", config_name="train_sae")

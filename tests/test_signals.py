@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from crl_exp import preemption
+from crl_exp import preemption, slurm
 from crl_exp.preemption import Preempted, guard
 from crl_exp.warmup import shared_statistics
 from tests.test_run_states import program
@@ -69,6 +69,10 @@ def test_the_job_is_requeued_and_old_handlers_come_back(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     program(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/asked')
+    with pytest.raises(Preempted):
+        _asked_within(preemption.check)
+    assert not (tmp_path / "asked").exists(), "a session of a person's isn't requeued"
+    monkeypatch.setenv(slurm.OURS, "5")
     before = [signal.getsignal(signum) for signum in preemption.SIGNALS]
     with pytest.raises(Preempted):
         _asked_within(preemption.check)
@@ -107,6 +111,7 @@ def test_who_was_cancelled_does_not_come_back(tmp_path, monkeypatch, state, aske
     """scancel, time limit and requeue send SIGTERM as preemption does; then SLURM has decided."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv(slurm.OURS, "5")
     program(tmp_path, "scontrol", f"touch {tmp_path}/asked")
     program(tmp_path, "squeue", f'echo "5 {state}"')
     with pytest.raises(Preempted):

@@ -98,7 +98,10 @@ def _detached(log_path: Path) -> Iterator[None]:
     log_path.parent.mkdir(parents=True, exist_ok=True)
     kept = [os.dup(fd) for fd in (0, 1, 2)]
     try:
-        with open(os.devnull) as nothing, log_path.open("a") as log:
+        with (
+            open(os.devnull, encoding="utf-8") as nothing,
+            log_path.open("a", encoding="utf-8") as log,
+        ):
             os.dup2(nothing.fileno(), 0)
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
@@ -122,7 +125,7 @@ def next_job(list_path: Path) -> list[Path] | None:
 def n_taken(list_path: Path) -> int:
     """How many lines of a list have been taken."""
     path = _taken(list_path)
-    return int(path.read_text()) if path.exists() else 0
+    return int(path.read_text(encoding="utf-8")) if path.exists() else 0
 
 
 def _taken(list_path: Path) -> Path:

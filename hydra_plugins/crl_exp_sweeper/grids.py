@@ -2,6 +2,8 @@
 
 `hydra.sweeper.grids` is a list of grids; each is the product of its values, and the sweep is their
 union. Overrides on the command line go into every grid. One failed job doesn't stop the others.
+
+Every Hydra application of the environment imports this file: nothing heavy is imported at its top.
 """
 
 from __future__ import annotations
@@ -23,8 +25,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from crl_exp.errors import UserError
-from crl_exp.files import home
-from crl_exp.runs import SWEEP_CONFIG, write_atomic
+from crl_exp.files import SWEEP_CONFIG, home, write_atomic
 
 log = logging.getLogger(__name__)
 
