@@ -21,6 +21,11 @@ NAMES = {
     "corrsteer_a": "CorrSteer-A",
     "corrsteer_p": "CorrSteer-P",
     "crl": "CRL",
+    "prompting": "prompting",
+    "calibration": "bias on the answer",
+    "probe": "linear probe (reads only)",
+    "probe_steering": "probe that steers",
+    "lora": "LoRA",
 }
 # Said in the method's name.
 IN_THE_NAME = ("task.shuffle_labels", "method.stage2", "method.name")
@@ -100,7 +105,8 @@ def _name(record: Record) -> str:
 
 def best_on_validation(record: Record) -> bool:
     """Whether the run chose its layer itself, so that its seeds may have different ones."""
-    return str(record.config["layers"].get("_target_")).endswith(".BestOnValidation")
+    target = str(record.config["layers"].get("_target_"))
+    return record.layers != [] and target.endswith(".BestOnValidation")
 
 
 def _options(records: list[Record]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Methods: how the controller that will be evaluated comes about. `method=…` picks one.
+"""Methods: how what will be evaluated, mostly a controller, comes about. `method=…` picks one.
 
 Each is one dataclass and one YAML file. All go through the same engine and the same evaluation.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from crl_exp.answerer import Answerer
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import Steer
 from crl_exp.errors import UserError
@@ -31,6 +32,16 @@ class Method:
 
     name: str
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether stage 1 is made for it."""
+        return True
+
+    @property
+    def uses_layers(self) -> bool:
+        """Whether `layers` says anything to it; if not, no SAE is looked for."""
+        return True
+
     def faults(self) -> list[str]:
         return []
 
@@ -38,14 +49,19 @@ class Method:
         """What of the rest of the config this method can't honour."""
         return []
 
-    def prepare(self, lab: Lab) -> Controller:
-        """Find, choose or learn what to add, on train and validation items only."""
+    def prepare(self, lab: Lab) -> Answerer:
+        """Find, choose or learn what answers the test items, on train and validation items only;
+        for most methods a controller."""
         raise NotImplementedError
 
 
 @dataclass
 class NoSteering(Method):
     """The unsteered model against itself: what a difference of zero looks like."""
+
+    @property
+    def needs_statistics(self) -> bool:
+        return False
 
     def prepare(self, lab: Lab) -> Controller:
         return Unsteered()
