@@ -183,6 +183,8 @@ def compare_runs(records: list[Record]) -> SweepComparison:
 def _row(key: tuple[Label, str, bool, tuple[int, ...]], runs: list[Record]) -> Row:
     label, method, shuffled, layers = key
     layers = layers or tuple(sorted({layer for run in runs for layer in run.layers or ()}))
+    if not layers:  # a sweep over layers runs it again and again, each time the same
+        runs = list({run.config["seed"]: run for run in runs}.values())
     return Row(
         label, method, shuffled, layers, tuple(sorted(runs, key=lambda run: run.config["seed"]))
     )

@@ -186,8 +186,9 @@ def validate(exp: Experiment, known: Known | None = None) -> list[int]:
     layers: list[int] = []
     faults: list[str] = []
     try:
-        available = once(known, ["available", sae], lambda: exp.sae.available)
-        layers = exp.layers.resolve(available, config.num_hidden_layers)
+        if exp.method.uses_layers:
+            available = once(known, ["available", sae], lambda: exp.sae.available)
+            layers = exp.layers.resolve(available, config.num_hidden_layers)
     except UserError as error:
         faults.append(str(error))
     k = exp.policy.k if isinstance(exp.method, CRL) else 1

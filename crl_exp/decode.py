@@ -3,7 +3,8 @@
 Here the controllers meet the model: their hooks are set for one forward pass at a time. Rows whose
 answers have ended leave the batch. Where rows come from and where answers go is `crl_exp.engine`'s
 part.
-Shapes: B rows of the batch, R rows still in it, T tokens, D d_model, V vocabulary or choices.
+Shapes: B rows of the batch, R rows still in it, T tokens, D d_model, V vocabulary or choices,
+X either of them.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Decoding:
                 past_key_values=now.cache,
                 use_cache=True,
             ).last_hidden_state
-        now.token_R = self._next(hidden_RTD[:, -1], choices)
+        now.token_R = self._next(hidden_RTD[:, -1], choices, index)
         now.position_R = now.position_R + 1
         return now.token_R
 
@@ -167,9 +168,25 @@ class Decoding:
             rows = list(self.job_rows[index])
             self.steps[index].append(Step(troop.layer, token_index, rows, alive, action.part(part)))
 
-    def _next(self, hidden_BD: Tensor, choices: Sequence[int] | None) -> Tensor:
-        best_B = self.lm.logits(hidden_BD, choices).argmax(dim=-1)
+    def _next(self, hidden_BD: Tensor, choices: Sequence[int] | None, token_index: int) -> Tensor:
+        best_B = self._weighed(self.lm.logits(hidden_BD, choices), token_index).argmax(dim=-1)
         return best_B if choices is None else torch.as_tensor(choices, device=best_B.device)[best_B]
+
+    def _weighed(self, score_RX: Tensor, token_index: int) -> Tensor:
+        """The candidates' scores, after the controllers that have a say in them."""
+        weighed_RX = score_RX
+        lineup = self.lineup
+        for part, rows, context in zip(self.parts, lineup.rows, lineup.contexts, strict=True):
+            if not part.controller.at_output or rows.start == rows.stop:
+                continue
+            context.token_index, context.alive_B = token_index, self.alive_R[rows]
+            mine_BX = part.controller.weigh(score_RX[rows], context)
+            if mine_BX is None:
+                continue
+            if weighed_RX is score_RX:
+                weighed_RX = score_RX.clone()
+            weighed_RX[rows] = mine_BX
+        return weighed_RX
 
     def _note_tokens(self, token_index: int, token_R: Tensor) -> None:
         for index, rows in enumerate(self.lineup.rows):

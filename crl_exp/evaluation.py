@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from crl_exp.answerer import Answerer
 from crl_exp.answers import Answers
-from crl_exp.controllers.base import Controller, Unsteered
+from crl_exp.controllers.base import Unsteered
 from crl_exp.files import replacing
 from crl_exp.items import items_table, write_items
 from crl_exp.lab import Lab
@@ -45,14 +46,14 @@ length of what was added to the residual. `changed`: whether the item's answer d
 unsteered one. The rewards are the item's, unsteered and steered."""
 
 
-def evaluate_split(lab: Lab, controller: Controller, split: str) -> tuple[dict[str, Any], Answers]:
+def evaluate_split(lab: Lab, answerer: Answerer, split: str) -> tuple[dict[str, Any], Answers]:
     """Compare on one split. Returns the figures and the steered answers."""
     baseline = lab.baseline(split)
-    if isinstance(controller, Unsteered):
+    if isinstance(answerer, Unsteered):
         steered = baseline
     else:
         steered = lab.kept_answers(
-            f"steered_{split}", f"steered on {split}", controller, split, record=True
+            f"steered_{split}", f"steered on {split}", answerer, split, record=True
         )
     for answers in (baseline, steered):
         lab.warn_of_undefined(answers, split)
@@ -71,7 +72,7 @@ def changed_outputs(baseline: Answers, steered: Answers) -> np.ndarray:
     return np.array([a != b for a, b in pairs])
 
 
-def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
+def evaluate(lab: Lab, answerer: Answerer) -> tuple[dict[str, Any], Used]:
     """All test sets and validation. Writes interventions.parquet and items.parquet.
 
     Returns the result's figures and, for features.json, how often each feature was used on test.
@@ -83,7 +84,7 @@ def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
     items_of: list[pa.Table] = []
     steered: dict[str, Answers] = {}
     for split in ["test", *lab.splits.extra, "validation"]:
-        figures[split], answers = evaluate_split(lab, controller, split)
+        figures[split], answers = evaluate_split(lab, answerer, split)
         if split == "validation":
             _warn_of_harm(lab, figures[split])
         steered[split] = answers

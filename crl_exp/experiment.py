@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from crl_exp import config as configs
 from crl_exp import preemption
+from crl_exp.answerer import Answerer
 from crl_exp.code_state import note_code
 from crl_exp.config import Experiment
 from crl_exp.engine import Engine, EngineConfig
@@ -21,7 +22,6 @@ from crl_exp.files import defined
 from crl_exp.heartbeat import PHASES, beating
 from crl_exp.lab import Lab
 from crl_exp.loaded import shared_splits
-from crl_exp.methods import NoSteering
 from crl_exp.models import LanguageModel
 from crl_exp.records import Record
 from crl_exp.run_status import RETRIED, HeldError
@@ -131,15 +131,15 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
         preemption.check()
     write_json(run.path / "data.json", lab.splits.facts())
     with timed("warmup"):
-        if not isinstance(exp.method, NoSteering):
+        if exp.method.needs_statistics:
             place.warming_up(lab)
             lab.statistics()
     with timed("train"):
-        controller, layers = exp.layers.prepare(lab)
+        answerer, layers = prepared(lab)
         if few := lab.tried.warning():
             lab.warn(few)
     with timed("evaluate"):
-        figures, used = evaluate(lab, controller)
+        figures, used = evaluate(lab, answerer)
     write_json(run.path / "features.json", _features(lab, used))
     result = _identity(exp, layers, run, lab) | figures
     seconds = {phase: run.progress.seconds[phase] for phase in PHASES}
@@ -147,6 +147,13 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
     result["peak_memory_bytes"] = peak_memory_bytes()
     result["versions"] = {name: version(name) for name in VERSIONS}
     return result
+
+
+def prepared(lab: Lab) -> tuple[Answerer, list[int]]:
+    """What the method found, and the layers that it reads or steers."""
+    if lab.exp.method.uses_layers:
+        return lab.exp.layers.prepare(lab)
+    return lab.exp.method.prepare(lab), []
 
 
 def _identity(exp: Experiment, layers: list[int], run: RunDirectory, lab: Lab) -> dict[str, Any]:
@@ -170,7 +177,7 @@ def _identity(exp: Experiment, layers: list[int], run: RunDirectory, lab: Lab) -
 
 def _features(lab: Lab, used: dict[int, dict[int, dict[str, float]]]) -> dict[str, Any]:
     """features.json: by layer, the best found in stage 1 and those added on the test set."""
-    if isinstance(lab.exp.method, NoSteering):
+    if not lab.exp.method.needs_statistics:
         return {}
     layers: dict[str, Any] = {}
     for layer, statistics in lab.statistics().items():

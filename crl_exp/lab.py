@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from crl_exp import preemption
+from crl_exp.answerer import Answerer
 from crl_exp.answers import AnswerBook, Answers, batches
 from crl_exp.config import Experiment
 from crl_exp.controllers.base import Controller, Unsteered
@@ -30,13 +31,13 @@ from crl_exp.files import home
 from crl_exp.generation import Generation, Job
 from crl_exp.loaded import shared, shared_model, shared_sae, shared_splits
 from crl_exp.measuring import measure_of, warn_of_one_outcome
-from crl_exp.models import LanguageModel, load_model
+from crl_exp.models import LanguageModel, Turns, load_model
 from crl_exp.preemption import Pace
 from crl_exp.probe import checked
 from crl_exp.runs import RunDirectory, content_key
 from crl_exp.saes import LayerSAE, load_saes
 from crl_exp.scores import KEPT
-from crl_exp.tasks.base import Splits
+from crl_exp.tasks.base import Item, Splits
 from crl_exp.terminal import progress_bar
 from crl_exp.warmup import STATISTICS_FORMAT, LayerStatistics, shared_statistics
 from crl_exp.winners_curse import Tried
@@ -147,13 +148,17 @@ class Lab:
 
     # --- prompts and answers ---
 
-    def prompts(self, split: str) -> Prompts:
-        """The split's prompts, read when first asked for."""
+    def prompts(self, split: str, wording: Callable[[Item], Turns] | None = None) -> Prompts:
+        """The split's prompts, read when first asked for.
+
+        wording: each item's user turn, and the turns before it, in place of the task's own.
+        """
         items = self.splits.named()[split]
         chat = self.exp.task.chat_template
+        turns = [wording(item) if wording else ((), item.user) for item in items]
 
         def read() -> Prompts:
-            ids = [self.lm.prompt_ids(item.user, chat) for item in items]
+            ids = [self.lm.prompt_ids(user, chat, before) for before, user in turns]
             with self.bar(f"reading {split} prompts", len(ids)) as advance:
 
                 def progress(n: int) -> None:
@@ -162,29 +167,40 @@ class Lab:
 
                 return self.engine.read(ids, progress)
 
-        users = [item.user for item in items]
+        users = turns if wording else [item.user for item in items]
         return shared("prompts", [self.engine_key, chat, users], read, keep=6)
+
+    def generated(
+        self,
+        controller: Controller,
+        prompts: Prompts,
+        items: Sequence[int],
+        record: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Generation:
+        """The model's answers to these of the prompts, under a controller."""
+        return self.engine.generate(
+            prompts, [Job(controller, items)], self.exp.task.max_new_tokens, self.choices,
+            record, advance, self.exp.task.stop_strings,
+        )[0]  # fmt: skip
 
     def answer(
         self,
-        controller: Controller,
+        answerer: Answerer,
         split: str,
         items: Sequence[int] | None = None,
         record: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> Answers:
-        """Answers to these items of a split (all, by default) under a controller."""
-        prompts = self.prompts(split)
-        chosen = range(len(prompts)) if items is None else items
-        generation = self.engine.generate(
-            prompts, [Job(controller, chosen)], self.exp.task.max_new_tokens, self.choices,
-            record, advance, self.exp.task.stop_strings,
-        )[0]  # fmt: skip
-        asked = [self.splits.named()[split][i] for i in chosen]
+        """Answers to these items of a split (all, by default), scored by the task."""
+        there = self.splits.named()[split]
+        chosen = range(len(there)) if items is None else items
+        generation = answerer.generation(self, split, chosen, record, advance)
+        asked = [there[i] for i in chosen]
         return Answers(generation, self.exp.task.score(asked, generation.texts))
 
     def kept_answers(
-        self, name: str, what: str, controller: Controller, split: str, record: bool = False
+        self, name: str, what: str, answerer: Answerer, split: str, record: bool = False
     ) -> Answers:
         """Answers to a whole split, saved under a name as they come and read back from there.
 
@@ -194,10 +210,10 @@ class Lab:
         whole, pace = book.load(), Pace(self.exp.checkpoint)
         n, first = len(self.splits.named()[split]), len(whole.scores)
         if first < n:
-            self.prompts(split)
+            answerer.ready(self, split)
             with self.bar(what, n, first) as advance:
                 for items in batches(first, n, self.exp.engine.items_together):
-                    batch = self.answer(controller, split, items, record).compact()
+                    batch = self.answer(answerer, split, items, record).compact()
                     book.add(batch)
                     whole.append(batch)
                     advance(len(items))
@@ -221,9 +237,10 @@ class Lab:
         answers = self.answer(controller, "train", items, record=True)
         return answers.generation, answers.reward_B.to(self.lm.device)
 
-    def validation_reward(self, controller: Controller) -> float:
-        """Mean reward on the validation split, for choosing between controllers: -inf where it is
-        undefined, so that such a one isn't chosen.
+    def validation_reward(self, answerer: Answerer) -> float:
+        """Mean reward on the validation split, for choosing between controllers and the like.
+
+        -inf where it is undefined, so that such a one isn't chosen.
 
         Saved by its number: a method asks for the same ones in the same order in every attempt.
         """
@@ -236,32 +253,33 @@ class Lab:
             self.warn_of_undefined(answers, "validation")
             return answers.reward_B
 
-        if isinstance(controller, Unsteered):
+        if isinstance(answerer, Unsteered):
             return mean(rewards(self.baseline("validation")))
         self._asked += 1
         name, what = f"choice_{self._asked:04d}", f"choice {self._asked} on validation"
 
         def ask() -> Tensor:
-            return rewards(self.kept_answers(name, what, controller, "validation"))
+            return rewards(self.kept_answers(name, what, answerer, "validation"))
 
-        if isinstance(controller, FixedFeatures):
+        if isinstance(answerer, FixedFeatures):
             # CorrSteer-P tries what CorrSteer-S tried at each layer.
-            key = [self.engine_key, asdict(self.exp.task), controller.identity]
+            key = [self.engine_key, asdict(self.exp.task), answerer.identity]
             reward_B = shared("choice", key, ask, keep=1000)
         else:
             reward_B = ask()
         self.tried.add(reward_B.numpy())
         return mean(reward_B)
 
-    def training_reward(self, controller: Controller, rewards: list[float]) -> float:
+    def training_reward(self, answerer: Answerer, rewards: list[float]) -> float:
         """Mean reward on the validation split, in the middle of training.
 
         rewards: of the items answered so far; goes on behind them and adds to them.
         """
-        n = len(self.prompts("validation"))
+        answerer.ready(self, "validation")
+        n = len(self.splits.validation)
         for items in batches(len(rewards), n, self.exp.engine.items_together):
             preemption.check()
-            rewards += self.answer(controller, "validation", items).reward_B.tolist()
+            rewards += self.answer(answerer, "validation", items).reward_B.tolist()
         return float(torch.tensor(rewards).mean())
 
     # --- stage 1 ---

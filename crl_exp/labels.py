@@ -25,6 +25,11 @@ NAMES = {
     "corrsteer_a": "CorrSteer-A",
     "corrsteer_p": "CorrSteer-P",
     "crl": "CRL",
+    "prompting": "prompting",
+    "calibration": "bias on the answer",
+    "probe": "linear probe (reads only)",
+    "probe_steering": "probe that steers",
+    "lora": "LoRA",
 }
 CONTROLS = ("none", "random", "random_direction", "top_activation", "raw_residual")
 # Said in the method's name.
@@ -123,7 +128,8 @@ def is_control(record: Record) -> bool:
 
 def best_on_validation(record: Record) -> bool:
     """Whether the run chose its layer itself, so that its seeds may have different ones."""
-    return str(record.config["layers"].get("_target_")).endswith(".BestOnValidation")
+    target = str(record.config["layers"].get("_target_"))
+    return record.layers != [] and target.endswith(".BestOnValidation")
 
 
 def _options(records: list[Record]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Methods: how the controller that will be evaluated comes about. `method=…` picks one.
+"""Methods: how what will be evaluated, mostly a controller, comes about. `method=…` picks one.
 
 Each is one dataclass and one YAML file. All go through the same engine and the same evaluation.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from crl_exp.answerer import Answerer
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import Steer
 from crl_exp.errors import UserError
@@ -38,6 +39,16 @@ class Method:
     label: ClassVar[str | None] = None
     control: ClassVar[bool] = False
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether stage 1 is made for it."""
+        return True
+
+    @property
+    def uses_layers(self) -> bool:
+        """Whether `layers` says anything to it; if not, no SAE is looked for."""
+        return True
+
     def faults(self) -> list[str]:
         return []
 
@@ -46,8 +57,9 @@ class Method:
         return []
 
     @abstractmethod
-    def prepare(self, lab: Lab) -> Controller:
-        """Find, choose or learn what to add, on train and validation items only."""
+    def prepare(self, lab: Lab) -> Answerer:
+        """Find, choose or learn what answers the test items, on train and validation items only;
+        for most methods a controller."""
         raise NotImplementedError
 
 
@@ -57,6 +69,10 @@ class NoSteering(Method):
 
     label = "unsteered"
     control = True
+
+    @property
+    def needs_statistics(self) -> bool:
+        return False
 
     def prepare(self, lab: Lab) -> Controller:
         return Unsteered()
@@ -303,6 +319,13 @@ class CRL(CorrSteer):
                 lab, steer.layer, torch.tensor([steer.feature_idx]), coefficient_F
             )
         return agents
+
+
+@dataclass
+class PublishedCRL(CRL):
+    """CRL with the parts that its paper gives it; `conf/method/crl_published.yaml` sets them."""
+
+    label = "CRL as published"
 
 
 def _agent(

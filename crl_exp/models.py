@@ -21,6 +21,9 @@ from crl_exp.cache import Scratch
 from crl_exp.errors import UserError
 from crl_exp.model_config import DTYPES, ModelConfig, cannot_load
 
+Turns = tuple[Sequence[tuple[str, str]], str]
+"""Earlier user turns with their answers, and the user turn that is to be answered."""
+
 
 class LanguageModel:
     """A frozen causal language model with handles on its decoder layers."""
@@ -82,17 +85,29 @@ class LanguageModel:
         ids = listed if isinstance(listed, list) else [listed]
         return {i for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
 
-    def prompt_ids(self, user: str, chat_template: bool) -> list[int]:
-        """Token ids of a user turn, ready for the first output token."""
+    def prompt_ids(
+        self, user: str, chat_template: bool, before: Sequence[tuple[str, str]] = ()
+    ) -> list[int]:
+        """Token ids of a user turn, ready for the first output token.
+
+        before: user turns with their answers that stand before it; without a chat template, texts
+            with an empty line between them.
+        """
         if not chat_template:
-            return self.tokenizer(user)["input_ids"]
+            asked = "".join(f"{turn}{answer}\n\n" for turn, answer in before)
+            return self.tokenizer(asked + user)["input_ids"]
         if not self.tokenizer.chat_template:
             raise UserError(f"model {self.name} has no chat template; set task.chat_template=false")
         from jinja2 import TemplateError
 
+        earlier = [
+            {"role": role, "content": text}
+            for pair in before
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
         try:
             text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": user}],
+                [*earlier, {"role": "user", "content": user}],
                 tokenize=False,
                 add_generation_prompt=True,
             )

@@ -71,12 +71,13 @@ def _line(
     status, beat = record.status, record.heartbeat
     config = record.config
     layers = ",".join(map(str, record.layers or [])) or "all"
+    where = "" if record.layers == [] else f" · layer {layers}"
     at_work = state == "running"
     error = str(status.get("error") or "").strip().split("\n")[0]
     reasons = [why, status.get("signal") or "", error if state == "failed" else ""]
     return Line(
         key=record.key,
-        label=f"{label} · layer {layers} · seed {config['seed']}",
+        label=f"{label}{where} · seed {config['seed']}",
         state=state,
         why="; ".join(reason for reason in reasons if reason),
         progress=_progress(beat) if state not in ("done", "queued", "missing") else "",

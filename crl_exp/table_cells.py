@@ -24,9 +24,9 @@ LAYERS_SHOWN = 2
 
 
 def layers_text(layers: Sequence[int], between: str = ", ") -> str:
-    """`18`, `8, 12` or, for more, `8…22 (5)`."""
+    """`18`, `8, 12` or, for more, `8…22 (5)`; `–` for none."""
     if len(layers) <= LAYERS_SHOWN:
-        return between.join(map(str, layers))
+        return between.join(map(str, layers)) or "–"
     return f"{layers[0]}…{layers[-1]} ({len(layers)})"
 
 
@@ -203,8 +203,8 @@ def headline(sweep: SweepComparison) -> str | None:
 
 def _named(row: Row) -> str:
     word = "layer" if row.single or row.alternatives else "layers"
-    share = _percent(row.mean("accuracy_steered"))
-    return f"{row.family}, {word} {row_layers(row)}: {share} %"
+    where = f", {word} {row_layers(row)}" if row.layers else ""
+    return f"{row.family}{where}: {_percent(row.mean('accuracy_steered'))} %"
 
 
 def set_title(sweep: SweepComparison) -> str:

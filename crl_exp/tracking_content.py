@@ -130,14 +130,17 @@ def code_tags(code: dict[str, Any]) -> dict[str, str]:
 
 
 def layers_text(record: Record) -> str:
-    """`18`, `8,12,15` or `all`."""
+    """`18`, `8,12,15` or `all`; `none` of a method that has no use for them."""
+    if record.layers == []:
+        return "none"
     return "all" if record.layers is None else ",".join(map(str, record.layers))
 
 
 def run_name(record: Record) -> str:
     """How a run is listed: `crl layer 18 seed 0`."""
     word = "layer" if record.layers is not None and len(record.layers) == 1 else "layers"
-    name = f"{record.config['method']['name']} {word} {layers_text(record)}"
+    where = "" if record.layers == [] else f" {word} {layers_text(record)}"
+    name = f"{record.config['method']['name']}{where}"
     dictionary = DICTIONARIES[(record.config.get("sae") or {}).get("dictionary", "sae")]
     shuffled = "shuffled labels" if record.config["task"].get("shuffle_labels") else ""
     return " ".join(filter(None, [name, f"seed {record.config['seed']}", dictionary, shuffled]))

@@ -2,20 +2,25 @@
 
 Unsteered, fixed, random and learned steering are all controllers. The engine and the evaluation
 can't tell them apart, so a difference between two methods is a difference in what they add.
-Shapes: B rows, R rows that stay, D d_model, K features picked at once.
+Shapes: B rows, R rows that stay, D d_model, K features picked at once, X candidates for the next
+token: the task's options, or the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from crl_exp.answerer import Answerer
+
 if TYPE_CHECKING:
     from crl_exp.controllers.team import Team
+    from crl_exp.generation import Generation
+    from crl_exp.lab import Lab
     from crl_exp.prompt_acts import PromptActs
 
 
@@ -131,18 +136,34 @@ class Action:
         )
 
 
-class Controller:
+class Controller(Answerer):
     """Base: steers nowhere, which makes it the unsteered model.
 
     sites: residual index of every layer that the controller acts at, by layer number. Index r is
         the output of decoder layer r; -1 is the input of layer 0.
     steers: false for a controller that only looks; it is handed the residuals but adds nothing.
+    at_output: whether it is shown the candidates' scores (`weigh`).
     """
 
     steers = True
+    at_output = False
 
     def __init__(self, sites: dict[int, int] | None = None):
         self.sites = sites or {}
+
+    def ready(self, lab: Lab, split: str) -> None:
+        lab.prompts(split)
+
+    def generation(
+        self,
+        lab: Lab,
+        split: str,
+        items: Sequence[int],
+        record: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Generation:
+        """The model's answers under this controller."""
+        return lab.generated(self, lab.prompts(split), items, record, advance)
 
     def begin(self, context: StepContext) -> None:
         """Called before the first token, while the model is free to run: read what has to be."""
@@ -159,6 +180,14 @@ class Controller:
     def team(members: Sequence[Controller], layer: int) -> Team:
         """One that acts for all of these, who are of one kin. A controller with a kin has one."""
         raise NotImplementedError
+
+    def weigh(self, score_BX: Tensor, context: StepContext) -> Tensor | None:
+        """The candidates' scores, of which the highest is taken; what it returns is taken instead.
+
+        score_BX: of each row's next token; of the options, in their order, where the answer is
+            restricted to options.
+        """
+        return None
 
     def end(self, context: StepContext) -> None:
         """Called when all answers of a batch are there. A batch that didn't fit into memory is
