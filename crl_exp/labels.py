@@ -20,6 +20,7 @@ NAMES = {
     "corrsteer_s": "CorrSteer-S",
     "corrsteer_a": "CorrSteer-A",
     "corrsteer_p": "CorrSteer-P",
+    "attribution": "attribution",
     "crl": "CRL",
 }
 # Said in the method's name.
