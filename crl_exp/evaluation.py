@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from crl_exp.answers import Answers
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.files import replacing
 from crl_exp.lab import Lab
+from crl_exp.quality import quality
 from crl_exp.statistics import compare
 from crl_exp.tasks.base import Item
 
@@ -59,6 +61,7 @@ def evaluate_split(lab: Lab, controller: Controller, split: str) -> tuple[dict[s
     figures["delta_ci95"] = list(figures["delta_ci95"])
     figures["invalid_baseline"] = baseline.invalid
     figures["invalid_steered"] = steered.invalid
+    figures |= quality(lab, split, steered, torch.from_numpy(changed))
     return figures, steered
 
 
