@@ -59,9 +59,7 @@ def log_likelihood(
     items: positions in the split; all by default.
     """
     lm, task, prompts = lab.lm, lab.exp.task, lab.prompts(split)
-    given = teacher_forcing.forced(
-        lm, answers.generation, task.max_new_tokens, task.stop_strings
-    )
+    given = teacher_forcing.forced(lm, answers.generation, task.max_new_tokens, task.stop_strings)
     chosen = range(len(given)) if items is None else items
     # Like with like: rows of a batch are padded to the longest.
     order = sorted(chosen, key=lambda i: (given[i].n_scored, len(prompts.prompts[i]), i))
