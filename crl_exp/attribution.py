@@ -43,6 +43,8 @@ class Attribution(CorrSteerS):
         the output is restricted to options, else reward.
     """
 
+    label = "attribution"
+
     objective: str
 
     def faults(self) -> list[str]:

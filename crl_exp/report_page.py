@@ -31,6 +31,7 @@ from crl_exp.table_cells import (
     title,
     unfinished,
 )
+from crl_exp.table_quality import further_tables
 
 ASSETS = Path(__file__).parent / "report_assets"
 FEATURES_SHOWN = 300
@@ -114,9 +115,18 @@ def _section(
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         found += [f"<h3>{escape(set_title(sweep))}</h3>", table(set_columns(sweep), cells, 2)]
+    found += _further(sweep)
     found += ['<div class="figures">', *map(figure, figures), "</div>"]
     found += _features(credits) + _runs(sweep) + _not_finished(sweep.unfinished)
     return ["<section>", *found, "</section>"]
+
+
+def _further(sweep: SweepComparison) -> list[str]:
+    found = []
+    for more in further_tables(sweep):
+        found += [f"<h3>{escape(more.title)}</h3>", table(more.columns, more.lines, n_left=2)]
+        found += [f"<p class=note>{escape(line)}</p>" for line in more.notes]
+    return found
 
 
 def _features(credits: list[FeatureCredit]) -> list[str]:

@@ -11,12 +11,14 @@ import numpy as np
 
 from crl_exp.comparison import Row, SweepComparison
 from crl_exp.report_parts import SweepParts, best_rows
+from crl_exp.table_quality import CSV_COLUMNS as QUALITY_COLUMNS
+from crl_exp.table_quality import quality_csv
 
 COLUMNS = (
     "method", "layers", "seeds", "test_set", "chosen_on_validation", "validation", "n",
     "accuracy_baseline", "accuracy_steered", "accuracy_low", "accuracy_high", "delta", "delta_low",
     "delta_high", "interval_over", "p_value", "p_holm", "fixed", "broken", "ser",
-    "invalid_baseline", "invalid_steered", "unique_features",
+    "invalid_baseline", "invalid_steered", "unique_features", *QUALITY_COLUMNS,
 )  # fmt: skip
 
 
@@ -51,6 +53,7 @@ def _line(sweep: SweepComparison, row: Row, name: str | None) -> list[Any]:
         row.mean("delta", name), *row.interval(name), over,
         float(row.values("p_value", name).max()), sweep.p_holm[row] if name is None else "",
         *flips, ser, *invalid, row.mean("unique_features"),
+        *quality_csv(row, name),
     ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from crl_exp.table_cells import (
     set_title,
     title,
 )
+from crl_exp.table_quality import further_tables
 
 HEAD = "% Needs \\usepackage{booktabs,graphicx}. Made by `python -m crl_exp report`.\n"
 SPECIAL = {
@@ -53,6 +54,9 @@ def latex(sweep: SweepComparison, label: str) -> str:
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         found.append(_table(set_columns(sweep), cells, [set_title(sweep) + "."], f"{label}-sets"))
+    for more in further_tables(sweep):
+        caption = [more.title + ".", *more.notes]
+        found.append(_table(more.columns, more.lines, caption, f"{label}-{more.slug}"))
     return HEAD + "\n".join(found)
 
 

@@ -32,6 +32,7 @@ from crl_exp.table_cells import (
     title,
     unfinished,
 )
+from crl_exp.table_quality import further_tables
 
 # A terminal narrower than this is shown fewer columns.
 FULL_WIDTH = 112
@@ -49,6 +50,8 @@ def markdown(sweep: SweepComparison, level: int = 1) -> str:
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         parts += [f"{head}# {set_title(sweep)}", _markdown_table(set_columns(sweep), cells)]
+    for more in further_tables(sweep):
+        parts += [f"{head}# {more.title}", _markdown_table(more.columns, more.lines), *more.notes]
     runs = [run_cells(row, run) for row in sweep.rows for run in row.runs]
     parts += [
         f"{head}# Runs",
@@ -127,6 +130,11 @@ def print_report(sweep: SweepComparison, console: Console) -> None:
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         _print_table(console, set_title(sweep), set_columns(sweep), cells)
+    for more in further_tables(sweep):
+        console.print()
+        _print_table(console, more.title, more.columns, more.lines)
+        for line in more.notes:
+            console.print(line, highlight=False)
     for line in unfinished(sweep.unfinished):
         console.print(f"not finished: {line}", style="yellow", highlight=False)
 

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from crl_exp import tracking_content
+from crl_exp import table_csv, table_latex, table_quality, tables, tracking_content
+from crl_exp.comparison import compare_runs
 from crl_exp.controllers.base import Unsteered
 from crl_exp.evaluation import evaluate_split
+from crl_exp.records import find_records
+from crl_exp.report_parts import compare_parts
 from tests.synthetic import config, finished_run
 from tests.test_parity import TASK
 from tests.tiny_run import lab_of
@@ -82,3 +85,35 @@ def test_it_is_in_mlflow_where_there_is_one(tmp_path):
     old = finished_run(config(tmp_path, seed=1), 0.1)
     sent = {p.name for p in tracking_content.final_points(old.result() or {}, 0)}
     assert not [name for name in sent if "log_likelihood" in name]
+
+
+def of_seeds(tmp_path, deltas: tuple[float, ...], half: float) -> None:
+    for seed, delta in enumerate(deltas):
+        values = dict(zip(KEYS, (-1.0, -1.0 + delta, delta, [delta - half, delta + half]),
+                          strict=True))  # fmt: skip
+        finished_run(config(tmp_path, seed=seed), 0.1, **values)
+
+
+def test_the_report_sets_it_beside_the_reward(tmp_path):
+    """Two seeds: −.2 and −.4, so −.3; half² = .05² + (12.7062 · .141421 / √2)² = 1.2716²."""
+    of_seeds(tmp_path, (-0.2, -0.4), 0.05)
+    sweep = compare_runs(find_records(tmp_path / "demo"))
+    (more,) = table_quality.further_tables(sweep)
+    assert more.lines == [
+        ["CRL", "18", "2", more.lines[0][3], "-1.00 → -1.30", "-0.30 [-1.57, 0.97]"]
+    ]
+    assert more.lines[0][3].startswith("+10.0 [")
+    for text in (tables.markdown(sweep), table_latex.latex(sweep, "x")):
+        assert more.title in text and "-1.00" in text.replace("$-$", "-")
+    head, line = table_csv.rows_csv(compare_parts(find_records(tmp_path / "demo"))).splitlines()[:2]
+    row = dict(zip(head.split(","), line.split(","), strict=True))
+    assert float(row["log_likelihood_delta"]) == pytest.approx(-0.3)
+    assert float(row["log_likelihood_delta_low"]) == pytest.approx(-1.5716, abs=1e-3)
+
+
+def test_one_seed_has_its_own_interval_and_earlier_results_no_table(tmp_path):
+    of_seeds(tmp_path, (-0.2,), 0.05)
+    (more,) = table_quality.further_tables(compare_runs(find_records(tmp_path / "demo")))
+    assert more.lines[0][-1] == "-0.20 [-0.25, -0.15]"
+    finished_run(config(tmp_path / "old"), 0.1)
+    assert table_quality.further_tables(compare_runs(find_records(tmp_path / "old" / "demo"))) == []
