@@ -10,7 +10,10 @@ from crl_exp.errors import UserError
 from crl_exp.records import Record, flatten
 
 # Keys of the task that don't change what is asked and scored on the test items.
-NOT_THE_TEST = ("task.shuffle_labels", "task.n_train", "task.n_train_benign")
+NOT_THE_TEST = (
+    "task.shuffle_labels", "task.n_train", "task.n_train_benign",
+    "task.wording",  # a name; task.question has what it stands for
+)  # fmt: skip
 # Keys of models that change how they are run, not which they are.
 NOT_THE_MODEL = (
     "model.device", "model.attn_implementation", "task.classifier.device",

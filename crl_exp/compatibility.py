@@ -48,6 +48,8 @@ ADDED: tuple[Added, ...] = (
     Added("task", "", "groups", None),
     Added("warmup", "", "rewarded", "half", same=all_or_nothing),
     Added("sae", "", "dictionary", "sae"),
+    Added("task", "Sentiment", "wording", "plain"),
+    Added("task", "Sentiment", "wordings", {}),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 
@@ -107,6 +109,20 @@ MENDED: tuple[Mended, ...] = (
 )
 
 
+TABLES = (("task", "wordings"),)
+"""Keys that others are looked up in (`task.question`). What was found there is hashed; the table
+isn't, so that an entry may be added to it."""
+
+
+def without_tables(plain: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config without `TABLES`."""
+    kept = {k: dict(v) if isinstance(v, dict) else v for k, v in plain.items()}
+    for section, key in TABLES:
+        if isinstance(kept.get(section), dict):
+            kept[section].pop(key, None)
+    return kept
+
+
 def fill_missing(config: DictConfig) -> None:
     """Give each option that came later, where it is missing, the value that meant what was."""
     with open_dict(config):
@@ -144,7 +160,7 @@ def mended_since(plain: dict[str, Any], key: str, content_key: Callable[[Any], s
 
 def hashed(plain: dict[str, Any]) -> dict[str, Any]:
     """A resolved config as its run key sees it: without what means the earlier behaviour."""
-    kept = {k: dict(v) if isinstance(v, dict) else v for k, v in plain.items()}
+    kept = without_tables(plain)
     for added in ADDED:
         section = kept.get(added.section)
         if not isinstance(section, dict) or not _is_of(section.get("_target_"), added):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from crl_exp.answerer import Answerer
 from crl_exp.answers import Answers
@@ -18,6 +19,7 @@ from crl_exp.controllers.base import Unsteered
 from crl_exp.files import replacing
 from crl_exp.items import items_table, write_items
 from crl_exp.lab import Lab
+from crl_exp.quality import quality
 from crl_exp.statistics import compare
 from crl_exp.tasks.base import Item
 
@@ -63,6 +65,7 @@ def evaluate_split(lab: Lab, answerer: Answerer, split: str) -> tuple[dict[str, 
     figures["delta_ci95"] = list(figures["delta_ci95"])
     figures["invalid_baseline"] = baseline.invalid
     figures["invalid_steered"] = steered.invalid
+    figures |= quality(lab, split, steered, torch.from_numpy(changed))
     return figures, steered
 
 

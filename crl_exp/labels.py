@@ -24,6 +24,7 @@ NAMES = {
     "corrsteer_s": "CorrSteer-S",
     "corrsteer_a": "CorrSteer-A",
     "corrsteer_p": "CorrSteer-P",
+    "attribution": "attribution",
     "crl": "CRL",
     "prompting": "prompting",
     "calibration": "bias on the answer",

@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from crl_exp import compatibility
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.files import read_json
 from crl_exp.heartbeat import HEARTBEAT_SECONDS
@@ -39,10 +40,13 @@ class Record:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The frozen config."""
-        plain = OmegaConf.to_container(read_config(self.path / "config.yaml"))
+        """The frozen config, options that came later filled with what meant the same then, so that
+        it can be set beside those of other versions; without what is merely looked up in."""
+        config = read_config(self.path / "config.yaml")
+        compatibility.fill_missing(config)
+        plain = OmegaConf.to_container(config)
         assert isinstance(plain, dict)
-        return {str(key): value for key, value in plain.items()}
+        return compatibility.without_tables({str(key): value for key, value in plain.items()})
 
     @cached_property
     def status(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from crl_exp.comparison import SweepComparison
 from crl_exp.feature_credit import FeatureCredit
+from crl_exp.further_tables import further_tables
 from crl_exp.records import Record
 from crl_exp.report_parts import Part, SweepParts
 from crl_exp.table_cells import (
@@ -31,7 +32,6 @@ from crl_exp.table_cells import (
     title,
     unfinished,
 )
-from crl_exp.table_pairs import further_tables
 
 ASSETS = Path(__file__).parent / "report_assets"
 FEATURES_SHOWN = 300

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,6 +22,17 @@ COLUMNS = (
 RUN_COLUMNS = ("method", "layers", "seed", "steered %", "Δ points [95 %]", "p", "run")
 CHOSEN = "◀"
 LAYERS_SHOWN = 2
+
+
+@dataclass(frozen=True)
+class FurtherTable:
+    """A table below the main one. slug: in a LaTeX label."""
+
+    title: str
+    slug: str
+    columns: tuple[str, ...]
+    lines: list[list[str]]
+    notes: list[str]
 
 
 def layers_text(layers: Sequence[int], between: str = ", ") -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from crl_exp.comparison import SweepComparison
+from crl_exp.further_tables import further_tables
 from crl_exp.report_parts import SweepParts
 from crl_exp.table_cells import (
     COLUMNS,
@@ -20,7 +21,6 @@ from crl_exp.table_cells import (
     set_title,
     title,
 )
-from crl_exp.table_pairs import further_tables
 
 HEAD = "% Needs \\usepackage{booktabs,graphicx}. Made by `python -m crl_exp report`.\n"
 SPECIAL = {

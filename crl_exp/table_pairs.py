@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from crl_exp.comparison import Row, SweepComparison
@@ -15,7 +14,7 @@ from crl_exp.power import (
     seeds_needed,
     smallest_difference,
 )
-from crl_exp.table_cells import p_text, points, row_layers
+from crl_exp.table_cells import FurtherTable, p_text, points, row_layers
 
 PAIR_TITLE = "Methods against each other, at what was chosen on validation"
 PAIR_COLUMNS = ("method", "against", "seeds", "Δ points [95 %]", "p Holm", "better/ worse")
@@ -108,18 +107,7 @@ def shows_cells(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class FurtherTable:
-    """A table below the main one. slug: in a LaTeX label."""
-
-    title: str
-    slug: str
-    columns: tuple[str, ...]
-    lines: list[list[str]]
-    notes: list[str]
-
-
-def further_tables(sweep: SweepComparison) -> list[FurtherTable]:
+def pair_tables(sweep: SweepComparison) -> list[FurtherTable]:
     """Methods against each other, and what the sweep can show; those that have a line."""
     pairs, rows = chosen_pairs(sweep), shows_rows(sweep)
     lines, shown = [pair_cells(pair) for pair in pairs], [shows_cells(row) for row in rows]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from crl_exp.comparison import SweepComparison
 from crl_exp.feature_credit import FeatureCredit
+from crl_exp.further_tables import further_tables
 from crl_exp.records import Record
 from crl_exp.report_parts import SweepParts
 from crl_exp.table_cells import (
@@ -33,7 +34,6 @@ from crl_exp.table_cells import (
     title,
     unfinished,
 )
-from crl_exp.table_pairs import further_tables
 
 # A terminal narrower than this is shown fewer columns.
 FULL_WIDTH = 112

@@ -47,6 +47,8 @@ COMPARED = {
     "ser": "ser",
     "invalid": "invalid_steered",
 }
+# Of free text alone, and not in results of earlier versions.
+QUALITY = ("log_likelihood_baseline", "log_likelihood_steered", "log_likelihood_delta")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def tags(record: Record, code: dict[str, Any] | None = None) -> dict[str, str]:
         "sae": sae["name"],
         "sae_release": sae.get("release") or sae.get("folder"),
         "task": config["task"]["name"],
+        "wording": config["task"].get("wording"),
         "layers": layers_text(record),
         "seed": str(config["seed"]),
         **code_tags(read_json(record.path / "code.json") or code or result),
@@ -178,6 +181,7 @@ def final_points(result: dict[str, Any], time_ms: int) -> list[Point]:
 def _split_values(prefix: str, figures: dict[str, Any]) -> dict[str, float | None]:
     low, high = figures["delta_ci95"]
     values = {f"{prefix}/{name}": figures[key] for name, key in COMPARED.items()}
+    values |= {f"{prefix}/{name}": figures.get(name) for name in QUALITY}
     return {**values, f"{prefix}/delta_low": low, f"{prefix}/delta_high": high}
 
 

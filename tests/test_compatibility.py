@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from crl_exp import compatibility
 from crl_exp.compatibility import Added, Mended, fill_missing, hashed
 from crl_exp.run_keys import content_key, run_key
+from tests.tiny_run import quickly_composed
 
 OLD = {"seed": 0, "method": {"_target_": "crl_exp.methods.CRL", "stage2": True}}
 
@@ -16,6 +17,35 @@ OLD = {"seed": 0, "method": {"_target_": "crl_exp.methods.CRL", "stage2": True}}
 def one_option(monkeypatch):
     monkeypatch.setattr(compatibility, "ADDED", (Added("method", "CRL", "null_action", False),))
     monkeypatch.setattr(compatibility, "MENDED", ())
+
+
+ADDED, MENDED = compatibility.ADDED, compatibility.MENDED
+
+
+@pytest.fixture
+def as_it_is(monkeypatch):
+    """All of them, and not the one made up for the other tests."""
+    monkeypatch.setattr(compatibility, "ADDED", ADDED)
+    monkeypatch.setattr(compatibility, "MENDED", MENDED)
+
+
+def test_a_table_is_not_hashed_but_what_was_found_in_it_is(as_it_is):
+    """So another wording may be added, and a run of before there were any keeps its key."""
+    old = quickly_composed(["task=sentiment"])
+    OmegaConf.set_struct(old, False)
+    key = run_key(old)
+    more = quickly_composed(["task=sentiment", "+task.wordings.mine='My {text}'"])
+    assert run_key(more) == key
+    mine = quickly_composed(["task=sentiment", "+task.wordings.mine='My {text}'",
+                             "task.wording=mine"])  # fmt: skip
+    named = quickly_composed(["task=sentiment", "task.wording=options_named"])
+    assert len({key, run_key(mine), run_key(named)}) == 3
+    for name in ("wording", "wordings"):
+        del old.task[name]
+    old.task.question = more.task.question
+    assert run_key(old) == key
+    fill_missing(old)
+    assert old.task.wording == "plain" and run_key(old) == key
 
 
 def with_option(value):
@@ -53,14 +83,6 @@ def test_a_mended_fault_gives_the_runs_concerned_another_key(monkeypatch):
 
 
 # --- the options and mended faults that there are ---
-
-ADDED, MENDED = compatibility.ADDED, compatibility.MENDED
-
-
-@pytest.fixture
-def as_it_is(monkeypatch):
-    monkeypatch.setattr(compatibility, "ADDED", ADDED)
-    monkeypatch.setattr(compatibility, "MENDED", MENDED)
 
 
 def key(task: dict, **warmup) -> str:

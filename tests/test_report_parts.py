@@ -99,14 +99,62 @@ def test_latex_is_escaped():
 
 def test_within_a_task_unlike_runs_are_still_refused(tmp_path):
     two_tasks(tmp_path)
-    odd = config(tmp_path, seed=7, more={"task.name": "mmlu", "task.question": "other {text}"})
+    odd = config(tmp_path, seed=7, more={"task.name": "mmlu", "task.split_seed": 3})
     key = finished_run(odd, 0.1).key
-    with pytest.raises(UserError, match=rf"(?s)task=mmlu: .*task\.question: .*{key}") as caught:
+    with pytest.raises(UserError, match=rf"(?s)task=mmlu: .*task\.split_seed: .*{key}") as caught:
         parts_of(tmp_path)
     assert "gsm8k" not in str(caught.value)
-    assert "`--by task.question`" in str(caught.value)
-    parts = parts_of(tmp_path, "task.question")
-    assert parts.keys == ["task", "task.question"] and len(parts.parts) == 3
+    assert "`--by task.split_seed`" in str(caught.value)
+    parts = parts_of(tmp_path, "task.split_seed")
+    assert parts.keys == ["task", "task.split_seed"] and len(parts.parts) == 3
+
+
+PLAIN, NAMED = "Good or bad? {text}", "Good or bad? Say Good or Bad. {text}"
+
+
+def worded(tmp_path, wording: str, question: str, method: str, delta: float, **figures):
+    more = {"task.wording": wording, "task.question": question}
+    finished_run(config(tmp_path, method, more=more), delta, **figures)
+
+
+def test_wordings_stand_side_by_side(tmp_path):
+    """Each with an unsteered model of its own; a run of an earlier version is of the plain one."""
+    finished_run(config(tmp_path, "none", more={"task.question": PLAIN}), 0.0, baseline=0.545)
+    worded(tmp_path, "plain", PLAIN, "crl", 0.30, baseline=0.545)
+    worded(tmp_path, "options_named", NAMED, "none", 0.0, baseline=0.691)
+    worded(tmp_path, "options_named", NAMED, "crl", 0.12, baseline=0.691)
+    parts = parts_of(tmp_path)
+    assert parts.keys == ["wording"]
+    assert [part.folder for part in parts.parts] == ["options_named", "plain"]
+    lines = table_cells.overview_cells(parts)
+    assert [(line[0], line[1], line[5].split()[0]) for line in lines] == [
+        ("options_named", "unsteered", "69.1"), ("options_named", "CRL", "81.1"),
+        ("plain", "unsteered", "54.5"), ("plain", "CRL", "84.5"),
+    ]  # fmt: skip
+    assert [line[6].split()[0] for line in lines if line[1] == "CRL"] == ["+12.0", "+30.0"]
+
+
+def test_questions_that_were_typed_are_named_by_how_they_begin(tmp_path):
+    """Long ones that begin alike are numbered; chat_template and shots are said as typed."""
+    long = "Is this review, taken as a whole, positive or negative? "
+    for question in (PLAIN, f"{long}One word. {{text}}", f"{long}Yes? {{text}}"):
+        worded(tmp_path, "plain", question, "crl", 0.1)
+    found = [part.title for part in parts_of(tmp_path).parts]
+    short = "Is this review, taken as a whole, posit…"
+    assert found == [PLAIN, short, f"{short} (2)"]
+    assert len({part.folder for part in parts_of(tmp_path).parts}) == 3
+
+
+def test_other_ways_to_put_a_question_are_parts_too(tmp_path):
+    for shots in (0, 5):
+        more = {"task.name": "mmlu", "task.n_shots": shots, "task.chat_template": shots == 0}
+        finished_run(config(tmp_path, more=more), 0.1)
+    finished_run(config(tmp_path, more={"task.name": "gsm8k"}), 0.1)
+    parts = parts_of(tmp_path)
+    assert parts.keys == ["task", "wording"]
+    assert [part.title for part in parts.parts] == [
+        "gsm8k", "mmlu, n_shots=0, chat_template=true", "mmlu, n_shots=5, chat_template=false",
+    ]  # fmt: skip
 
 
 def test_data_that_changed_on_disk_is_refused(tmp_path):
