@@ -113,6 +113,12 @@ class Decay:
         ok = 0 < self.gamma <= 1
         return [] if ok else [f"decay.gamma={self.gamma}: must be in (0, 1]; 1 is no decay"]
 
+    def cautions(self, n_tokens: int) -> list[str]:
+        """What of it does nothing in answers of so many steered tokens."""
+        if n_tokens > 1 or self.gamma == 1:
+            return []
+        return [f"decay.gamma={self.gamma}: does nothing in answers of one token"]
+
     def at(self, token_index: int | Tensor) -> float | Tensor:
         """γ^t. token_index: t, a number or a tensor []."""
         return self.gamma**token_index

@@ -50,6 +50,15 @@ ADDED: tuple[Added, ...] = (
     Added("sae", "", "dictionary", "sae"),
     Added("task", "Sentiment", "wording", "plain"),
     Added("task", "Sentiment", "wordings", {}),
+    Added("noise", "Gaussian", "on_policy", False),
+    Added("noise", "EpsilonGreedy", "on_policy", False),
+    Added("activation", "STETopK", "value", "probability"),
+    Added("fusion", "Multiply", "negative", "raw"),
+    Added("fusion", "OneOrCorr", "select", "quantile"),
+    Added("fusion", "OneOrCorr", "selected", "corr"),
+    Added("fusion", "ContextScale", "standardise", True),
+    Added("fusion", "PositionLinear", "over", "answer"),
+    Added("fusion", "Attention", "over", "answer"),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 
@@ -97,6 +106,12 @@ def _tests_a_layer_more_than_once(plain: dict[str, Any]) -> bool:
     return _of_class(plain, "method", "CorrSteerP") and several
 
 
+def _gumbel_was_drawn_twice(plain: dict[str, Any]) -> bool:
+    """A rollout of `gumbel_topk` drew from another distribution than the one it recorded."""
+    free = (plain.get("method") or {}).get("features") == "free"
+    return _trains(plain) and free and _of_class(plain, "activation", "GumbelTopK")
+
+
 MENDED: tuple[Mended, ...] = (
     Mended("scores compared across layers as they are", _ranks_by_another_score),
     Mended("steered against by means over failures", _steers_against_by_means),
@@ -105,6 +120,7 @@ MENDED: tuple[Mended, ...] = (
         lambda plain: _of_class(plain, "method", "RandomDirection", "RandomFeatures"),
     ),
     Mended("tokens of an answer counted in the whole rollout", _weighs_answers),
+    Mended("gumbel_topk records the act's probability", _gumbel_was_drawn_twice),
     Mended("CorrSteer-P tests each layer once", _tests_a_layer_more_than_once),
 )
 

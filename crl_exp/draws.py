@@ -36,6 +36,13 @@ class Draws:
         draws.key_B = _later(key_B, token_index)
         return draws
 
+    @classmethod
+    def again(cls, key_B: Tensor) -> Draws:
+        """The same numbers once more. key_B: as it was before any of them was drawn."""
+        draws = cls.__new__(cls)
+        draws.key_B = key_B
+        return draws
+
     def uniform(self, n: int) -> Tensor:
         """[B, N], evenly between 0 and 1 and never either of them."""
         self.key_B = _mix(self.key_B + _signed(GOLDEN))

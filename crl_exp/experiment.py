@@ -15,6 +15,7 @@ from crl_exp import preemption
 from crl_exp.answerer import Answerer
 from crl_exp.code_state import note_code
 from crl_exp.config import Experiment
+from crl_exp.effects import cautions
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
 from crl_exp.evaluation import evaluate
@@ -128,6 +129,8 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
     timed = run.progress.timed
     with timed("load"):
         lab = Lab(exp, layers, run, place.engine)
+        for caution in cautions(exp):
+            lab.warn(caution)
         preemption.check()
     write_json(run.path / "data.json", lab.splits.facts())
     with timed("warmup"):

@@ -26,6 +26,7 @@ class Memory:
         self.total_BC: Tensor | None = None
         self.count_B1: Tensor | None = None
         self.past_B: Tensor | None = None
+        self.prompt_tokens_B: Tensor | None = None
 
     @staticmethod
     def of(layer: int, context: StepContext) -> Memory:
@@ -60,11 +61,20 @@ class Memory:
         self.total_BC, self.count_B1 = self.total_BC + acts_BC, self.count_B1 + 1
         return self.total_BC / self.count_B1
 
-    def past(self, n_rows: int, device: torch.device) -> Tensor:
-        """log Σ exp ‖logits‖ over the earlier tokens; -inf at the first."""
+    def past(self, of_prompt: Callable[[], Tensor]) -> Tensor:
+        """log Σ exp ‖logits‖ over the earlier tokens [B].
+
+        of_prompt: gives it for the first, -inf where the prompt doesn't count; called once.
+        """
         if self.past_B is None:
-            self.past_B = torch.full((n_rows,), -torch.inf, device=device)
+            self.past_B = of_prompt()
         return self.past_B
+
+    def prompt_tokens(self, lengths: Callable[[], Tensor]) -> Tensor:
+        """Tokens of the rows' prompts [B]. lengths: gives them; called once."""
+        if self.prompt_tokens_B is None:
+            self.prompt_tokens_B = lengths()
+        return self.prompt_tokens_B
 
     def note(self, length_B: Tensor | None) -> None:
         """Take in what the stages noted at this token: ‖logits‖, where one asks for it later."""

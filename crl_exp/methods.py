@@ -15,6 +15,7 @@ import torch
 from crl_exp.answerer import Answerer
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import Steer
+from crl_exp.effects import Setting, follows_correlation
 from crl_exp.errors import UserError
 from crl_exp.online import online_conflicts
 from crl_exp.policy import AgentSetting, LayerAgent, PolicyController
@@ -25,6 +26,13 @@ from crl_exp.warmup import LayerStatistics
 if TYPE_CHECKING:
     from crl_exp.config import Experiment
     from crl_exp.lab import Lab
+
+
+NOTHING_TO_CHOOSE_BY = (
+    "method.stage2=false leaves the policy's logits at 0, and with these stages the choice is then "
+    "not by stage 1's correlations: it would be any feature, such as the first. Set fusion=add and "
+    "activation=identity, or method.stage2=true"
+)
 
 
 @dataclass
@@ -271,6 +279,11 @@ class CRL(CorrSteer):
             )
         for stage in exp.stages.values():
             found += stage.conflicts(exp.policy, exp.algorithm)
+        for i, name in enumerate(exp.order):
+            later = {other: exp.stages[other] for other in exp.order[i + 1 :]}
+            found += exp.stages[name].conflicts_behind(later)
+        if not self.stage2 and self.features == "free" and not follows_correlation(Setting.of(exp)):
+            found.append(NOTHING_TO_CHOOSE_BY)
         if self.online_correlation:
             found += online_conflicts(exp.warmup, self.stage2)
         prompts_per_update, n_train = exp.algorithm.prompts_per_update, exp.task.n_train
@@ -308,6 +321,8 @@ class CRL(CorrSteer):
                     f"policy.k={lab.exp.policy.k}; lower policy.k or warmup.min_frequency{keep}"
                 )
             agents[layer] = _agent(lab, layer, allowed_C, lab.coefficients(layer))
+            if not self.stage2 and not agents[layer].tells_apart():
+                raise UserError(f"layer {layer}: {NOTHING_TO_CHOOSE_BY}")
         return agents
 
     def fixed_agents(self, lab: Lab) -> dict[int, LayerAgent]:
@@ -338,7 +353,8 @@ def _agent(
         lab.saes[layer], lab.statistics()[layer], allowed_C, coefficient_F,
         Pipeline(exp.stages, exp.order),
         AgentSetting(
-            exp.policy, exp.warmup, n_tokens, exp.algorithm.uses_critic, online, _score_scale(lab)
+            exp.policy, exp.warmup, n_tokens, exp.algorithm.uses_critic, online, _score_scale(lab),
+            exp.seed,
         ),
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from crl_exp.memory import OF_ACTS, Memory
 from crl_exp.networks import Distribution, PolicyConfig, mlp
 from crl_exp.online import OnlineCorrelation, pooled, steps_of
 from crl_exp.policy_team import PolicyTeam
+from crl_exp.prompt_acts import PromptActs
 from crl_exp.saes import Encoder, LayerSAE
 from crl_exp.stages.base import Observation, Pipeline, Shape, StageContext
 from crl_exp.warmup import LayerStatistics, WarmupConfig
@@ -33,6 +34,7 @@ class AgentSetting:
     n_tokens: steered tokens an answer has at most. with_critic: PPO's; GRPO has none.
     online: `method.online_correlation`; then stage 1's way of pooling is kept to.
     score_scale: the score of 1 in the logits. 1 for r, which is there as it is.
+    seed: of what is drawn in an evaluation, where a stage samples always.
     """
 
     policy: PolicyConfig
@@ -41,6 +43,7 @@ class AgentSetting:
     with_critic: bool
     online: bool
     score_scale: float = 1.0
+    seed: int = 0
 
 
 class LayerAgent(nn.Module):
@@ -69,7 +72,7 @@ class LayerAgent(nn.Module):
         super().__init__()
         config, n_features, d_model = setting.policy, len(allowed_C), len(statistics.mean_D)
         self.sae = [sae]  # in a list: its weights are frozen and not part of the checkpoint
-        self.k, self.critic_kind = config.k, config.critic
+        self.k, self.critic_kind, self.seed = config.k, config.critic, setting.seed
         self.norm_mean, self.norm_std = statistics.norm_mean, max(statistics.norm_std, 1e-6)
         self.encode: Encoder | None = None
         self.pipeline = copy.deepcopy(pipeline)
@@ -101,11 +104,11 @@ class LayerAgent(nn.Module):
         return (x_BD.float() - self.mean_D) / self.std_D
 
     def remember(
-        self, x_BD: Tensor, memory: Memory, prompt_means: Callable[[], tuple[Tensor, Tensor]]
+        self, x_BD: Tensor, memory: Memory, context: StepContext, past: Callable[[], Tensor]
     ) -> dict[str, Tensor]:
         """The optional parts of the observation, where a stage needs them (`Stage.needs`).
 
-        prompt_means: mean activations over the prompts; see `Memory.weigh`.
+        past: `Memory.past` at the first token, where a stage wants the prompt's tokens in it.
         """
         needs, held = self.pipeline.needs, {}
         if self.reads_acts:
@@ -117,9 +120,13 @@ class LayerAgent(nn.Module):
             if "seen" in needs:
                 held["seen_BC"] = memory.see(acts_BC)
             if "importance" in needs:
-                held["importance_BC"] = memory.weigh(acts_BC, prompt_means)
+                held["importance_BC"] = memory.weigh(acts_BC, lambda: self.prompt_means(context))
         if "past" in needs:
-            held["past_B"] = memory.past(len(x_BD), x_BD.device)
+            nothing_B = torch.full((len(x_BD),), -torch.inf, device=x_BD.device)
+            held["past_B"] = memory.past(past if "prompt_past" in needs else lambda: nothing_B)
+        if "prompt_tokens" in needs:
+            assert context.prompt is not None or memory.prompt_tokens_B is not None
+            held["prompt_tokens_B"] = memory.prompt_tokens(lambda: context.prompt.lengths())  # type: ignore[union-attr]
         return held
 
     @property
@@ -148,23 +155,29 @@ class LayerAgent(nn.Module):
         token_index: Tensor,
         key_B: Tensor | None,
         progress: float | Tensor,
+        explore: bool = True,
     ) -> dict[str, Tensor]:
         """Choose features at these residuals: a function of tensors alone.
 
-        held: of `remember`. token_index: []. key_B: of the exploration's draws
-        (`draws.layer_keys`); None: the top features. Returns the fields of the observation that
+        held: of `remember`. token_index: []. key_B: of the draws (`draws.layer_keys`); None: the
+        top features. explore: whether noise is drawn. Returns the fields of the observation that
         aren't in `held`, and choice_BK, feature_idx_BK, coefficient_BK, log_prob_B and, where there
         is a critic, value_B; and length_B where a stage wants it remembered.
         """
         noted: dict[str, Tensor] = {}
         obs_BD, token_index_B = self.standardise(x_BD), token_index.expand(len(x_BD))
-        at = Observation(obs_BD, token_index_B, **held)
-        now = self.distribution(at, noted=noted)
-        if key_B is None:
+        draws = None if key_B is None else Draws.at(key_B, token_index)
+        drawn: dict[str, Tensor] = {}
+        if draws is not None and explore and self.pipeline.on_policy:
+            done = torch.as_tensor(progress, dtype=torch.float32, device=obs_BD.device)
+            drawn = {"draw_key_B": draws.key_B, "progress_B": done.expand(len(x_BD))}
+        at = Observation(obs_BD, token_index_B, **held, **drawn)
+        now = self.distribution(at, draws=draws, noted=noted)
+        if draws is None:
             choice_BK = selection.greedy(now.logits_BC, self.k)
         else:
-            draws, explored = Draws.at(key_B, token_index), now
-            if self.pipeline.explores:
+            explored = now
+            if explore and self.pipeline.explores and not drawn:
                 explored = self.distribution(at, True, progress, draws)
             choice_BK = selection.sample(explored.logits_BC, self.k, draws)
         picked_BK = choice_BK.clamp(min=0)
@@ -172,7 +185,7 @@ class LayerAgent(nn.Module):
             "obs_BD": obs_BD, "token_index_B": token_index_B, "choice_BK": choice_BK,
             "feature_idx_BK": self.allowed_C[picked_BK].masked_fill(choice_BK < 0, -1),
             "coefficient_BK": self.coefficient_C[picked_BK],
-            "log_prob_B": selection.log_prob(now.logits_BC, choice_BK),
+            "log_prob_B": selection.log_prob(now.logits_BC, choice_BK), **drawn,
         }  # fmt: skip
         if now.value_B is not None:
             made["value_B"] = now.value_B
@@ -186,21 +199,41 @@ class LayerAgent(nn.Module):
         draws: Draws | None = None,
         noted: dict[str, Tensor] | None = None,
     ) -> Distribution:
-        """The action distribution at these observations. noted: filled with what to remember."""
+        """The action distribution at these observations. noted: filled with what to remember.
+
+        Where the observations hold noise that is on-policy, it is drawn again and is part of it.
+        """
+        if at.draw_key_B is not None:
+            assert at.progress_B is not None
+            explore, progress = True, at.progress_B[:, None]
+            draws = draws or Draws.again(at.draw_key_B)
         value_BX = None if self.critic is None else self.critic(at.obs_BD)
         context = StageContext(
-            at, self.correlation_C, value_BX, self._length(at.obs_BD), explore, progress,
+            at, self.correlation_C, value_BX, *self._length(at.obs_BD), explore, progress,
             draws, noted={} if noted is None else noted,
         )  # fmt: skip
         logits_BC = self.pipeline(self.policy(at.obs_BD), context)
         return Distribution.of(logits_BC, value_BX, self.critic_kind)
 
-    def _length(self, obs_BD: Tensor) -> Tensor | None:
-        """‖residual‖, standardised, where a stage asks for it."""
+    def _length(self, obs_BD: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """‖residual‖ where a stage asks for it, standardised and as it is."""
         if "length" not in self.pipeline.needs:
-            return None
-        length_B = (obs_BD * self.std_D + self.mean_D).norm(dim=1)
-        return (length_B - self.norm_mean) / self.norm_std
+            return None, None
+        norm_B = (obs_BD * self.std_D + self.mean_D).norm(dim=1)
+        return (norm_B - self.norm_mean) / self.norm_std, norm_B
+
+    @torch.no_grad()
+    def tells_apart(self) -> bool:
+        """Whether the logits at the mean residual differ, were every feature active there."""
+        all_1C = torch.ones_like(self.coefficient_C)[None]
+        obs_1D = torch.zeros_like(self.mean_D)[None]
+        zero_1 = torch.zeros(1, dtype=torch.long, device=obs_1D.device)
+        at = Observation(
+            obs_1D, zero_1, all_1C, all_1C > 0, all_1C, zero_1.float(), zero_1 + 1
+        )  # fmt: skip
+        logits_C = self.distribution(at).logits_BC[0]
+        left = logits_C[~logits_C.isneginf()]
+        return len(left) <= 1 or bool((left != left[0]).any())
 
     def follow(self, played: Generation, reward_B: Tensor) -> None:
         """Take a rollout's answers into the correlations that the fusion reads."""
@@ -213,7 +246,8 @@ class PolicyController(Controller):
     """Steers every layer by its own agent: sampled while training, the top features otherwise.
 
     generator: of the training's exploration; one number is taken, the seed of this rollout. None:
-        the top features.
+        the top features, or where a stage samples always (`Stage.samples`) a draw by the run's
+        seed.
     """
 
     def __init__(
@@ -226,7 +260,10 @@ class PolicyController(Controller):
         super().__init__({layer: agent.sae[0].site for layer, agent in agents.items()})
         self.agents, self.decay = agents, decay
         self.progress = progress
-        self.seed: int | None = None
+        self._past: dict[tuple[int, int, int], float] = {}  # by layer, store and prompt
+        self.explores = generator is not None
+        sampling = [agent for agent in agents.values() if agent.pipeline.samples]
+        self.seed: int | None = sampling[0].seed if sampling else None
         if generator is not None:
             drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
             self.seed = int(drawn)
@@ -235,14 +272,32 @@ class PolicyController(Controller):
         for agent in self.agents.values():
             if "importance" in agent.pipeline.needs:
                 agent.prompt_means(context)
+            if "prompt_past" in agent.pipeline.needs:
+                assert context.prompt is not None
+                self._read_past(agent, context.prompt)
+
+    def prompt_past(self, layer: int, prompt: PromptActs) -> Tensor:
+        """log Σ exp ‖logits‖ over all tokens but the last of each row's prompt [B]."""
+        keys = [(layer, id(prompt.store), item) for item in prompt.items]
+        if any(key not in self._past for key in keys):  # `begin` wasn't called
+            self._read_past(self.agents[layer], prompt)
+        return torch.tensor([self._past[key] for key in keys], device=prompt.store.lm.device)
+
+    def _read_past(self, agent: LayerAgent, prompt: PromptActs) -> None:
+        def length(x_MD: Tensor) -> Tensor:
+            return agent.policy(agent.standardise(x_MD)).norm(dim=1)
+
+        sums = prompt.log_sums(agent.sae[0].site, length).tolist()
+        keys = [(agent.layer, id(prompt.store), item) for item in prompt.items]
+        self._past |= dict(zip(keys, sums, strict=True))
 
     def kin(self, layer: int) -> Hashable:
-        explored = None if self.seed is None else self.progress
+        explored = self.progress if self.explores else None
         return PolicyController, self.setting(layer), explored
 
     def setting(self, layer: int) -> Hashable:
         """What a graph of its step depends on."""
-        return self.agents[layer].setting(), repr(self.decay), self.seed is None
+        return self.agents[layer].setting(), repr(self.decay), self.seed is None, self.explores
 
     @staticmethod
     def team(members: Sequence[Controller], layer: int) -> PolicyTeam:

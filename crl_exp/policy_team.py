@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,10 +36,11 @@ class PolicyTeam(Team):
     """Members of one `PolicyController.kin` at one layer. Their weights are stacked once."""
 
     def __init__(self, members: Sequence[PolicyController], layer: int):
-        self.layer = layer
+        self.layer, self.members = layer, list(members)
         self.agents = [member.agents[layer] for member in members]
         self.first = self.agents[0]
         self.seeds = [member.seed for member in members]
+        self.explores = members[0].explores
         self.setting = members[0].setting(layer), len(members)
         self.decay = members[0].decay
         self.progress: float | Tensor = members[0].progress
@@ -60,25 +62,28 @@ class PolicyTeam(Team):
         made.progress, made.own = self.tensors()[-1].clone(), True
         return made
 
-    @property
-    def explores(self) -> bool:
-        return self.seeds[0] is not None
-
     @torch.no_grad()
     def act(self, x_ND: Tensor, context: StepContext, sizes: Sequence[int]) -> Action:
         first, memory = self.first, Memory.of(self.layer, context)
-        held = first.remember(x_ND, memory, lambda: first.prompt_means(context))
+        held = first.remember(x_ND, memory, context, lambda: self._prompt_past(context, sizes))
         token_index: int | Tensor = context.token_index
         if not isinstance(token_index, Tensor):
             token_index = torch.full((), token_index, device=x_ND.device)
         rows = {"x_BD": x_ND, **held}
-        if self.explores:
+        if self.seeds[0] is not None:
             if memory.key_B is None:
                 memory.key_B = self._keys(context.row_B.to(x_ND.device), sizes)
             rows["key_B"] = memory.key_B
         made = self._made(rows, sizes, token_index)
         memory.note(made.pop("length_B", None))
         return self._action(made, held, self.decay.at(context.token_index))
+
+    def _prompt_past(self, context: StepContext, sizes: Sequence[int]) -> Tensor:
+        assert context.prompt is not None
+        ends = list(accumulate(sizes, initial=0))
+        parts = [context.prompt.part(list(range(a, b))) for a, b in pairwise(ends)]
+        found = zip(self.members, parts, strict=True)
+        return torch.cat([member.prompt_past(self.layer, part) for member, part in found])
 
     def _keys(self, row_N: Tensor, sizes: Sequence[int]) -> Tensor:
         parts = zip(self.seeds, row_N.split(list(sizes)), strict=True)
@@ -91,7 +96,8 @@ class PolicyTeam(Team):
 
         def decide(agent: Callable[..., dict[str, Tensor]], rows: dict[str, Tensor]):
             held = {name: rows[name] for name in rows.keys() - {"x_BD", "key_B"}}
-            return agent(rows["x_BD"], held, token_index, rows.get("key_B"), self.progress)
+            key_B = rows.get("key_B")
+            return agent(rows["x_BD"], held, token_index, key_B, self.progress, self.explores)
 
         if len(self.agents) == 1 and not self.own:
             return decide(self.first, rows)

@@ -7,6 +7,7 @@ Shapes: B rows, N prompts, T tokens, M real tokens, D d_model, C features asked 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,30 @@ class PromptActs:
             self.store.means[key] = _read(self.store, sae, allowed_C)
         mean_NC, tokens_N = self.store.means[key]
         return mean_NC[self.items], tokens_N[self.items]
+
+    def lengths(self) -> Tensor:
+        """Tokens of each row's prompt [B]."""
+        lengths = [len(self.store.prompts[item]) for item in self.items]
+        return torch.tensor(lengths, device=self.store.lm.device)
+
+    def log_sums(self, site: int, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """log Σ exp of(residual) over all tokens of each prompt but the last [B]; -inf for none.
+
+        of: gives a number for each residual, [M, D] → [M]. The prompts are read for it.
+        """
+        items = sorted(set(self.items))
+        found = torch.full((len(self.store),), -torch.inf, device=self.store.lm.device)
+
+        def read(chunk: list[int]) -> None:
+            x_BTD = _residuals(self.store, chunk, site)
+            for row, item in enumerate(chunk):
+                x_MD = x_BTD[row, : len(self.store.prompts[item]) - 1]
+                parts = [of(part_MD) for part_MD in x_MD.split(ENCODED_TOGETHER)]
+                found[item] = torch.cat(parts).logsumexp(dim=0)
+
+        with torch.no_grad():
+            self.store.in_batches(read, items)
+        return found[self.items]
 
 
 @torch.no_grad()

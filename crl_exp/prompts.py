@@ -125,13 +125,16 @@ class PromptStore:
 
         self.in_batches(read)
 
-    def in_batches(self, read: Callable[[list[int]], None]) -> None:
-        """Call `read` for all prompts, as many at a time as fit into memory now.
+    def in_batches(
+        self, read: Callable[[list[int]], None], items: Sequence[int] | None = None
+    ) -> None:
+        """Call `read` for all prompts or these, as many at a time as fit into memory now.
 
         Same-length prompts side by side: little padding, and an order that depends on the prompts
         alone, so that every run reads them in the same batches.
         """
-        order = sorted(range(len(self.prompts)), key=lambda i: (len(self.prompts[i]), i))
+        asked = range(len(self.prompts)) if items is None else items
+        order = sorted(asked, key=lambda i: (len(self.prompts[i]), i))
         n_rows = self.size.rows(self.bytes_a_row, self.lm.device)
         starts = range(0, len(order), n_rows)
         self.size.play([order[at : at + n_rows] for at in starts], read)

@@ -76,11 +76,13 @@ def context(explore: bool = False, seed: int = 0, n: int = 2, **changes: Any) ->
         seen_BC=torch.tensor([True, True, False, True]).expand(n, -1),
         importance_BC=torch.tensor([0.5, 0.0, 0.2, 0.3]).expand(n, -1),
         past_B=rows([-INF, 2.0]),
+        prompt_tokens_B=rows([4, 7]),
     )
     values: dict[str, Any] = {
         "correlation_C": torch.tensor([0.5, -1.0, 0.25, 0.1]),
         "value_BX": rows([[0.75], [-1.0]]),
         "length_B": rows([0.0, 1.0]),
+        "norm_B": rows([40.0, 60.0]),
         "draws": Draws(seed, torch.arange(n)),
     }
     return StageContext(at, explore=explore, **{**values, **changes})

@@ -26,6 +26,7 @@ LEARNED = {
     ("activation", "jumprelu_learnable"): ["log_theta_C"],
     ("activation", "sparse_gate"): ["gate_C"],
     ("activation", "sparse_attention"): ["attention.weight", "attention.bias"],
+    ("activation", "sparse_attention_author"): ["attention.weight", "attention.bias"],
 }
 
 

@@ -56,7 +56,9 @@ def test_a_threshold_learns_within_half_a_bandwidth_only() -> None:
 
 def test_the_straight_through_gradient_is_the_softmaxs() -> None:
     """Also at the features that the forward pass sets to 0."""
-    through, plain = gradient_of(STETopK(2.0, 10.0, 1)), gradient_of(Softmax(2.0, 10.0))
+    through, plain = gradient_of(STETopK(2.0, 10.0, 1, "one_hot")), gradient_of(Softmax(2.0, 10.0))
+    torch.testing.assert_close(through, plain)
+    through = gradient_of(STETopK(2.0, 10.0, 1, "probability"))
     torch.testing.assert_close(through, plain)
     assert through[:3].abs().min() > 0.01 and through[3] == 0
 
@@ -93,7 +95,7 @@ def test_the_learned_mix_by_hand() -> None:
 def test_attention_over_tokens_has_no_trouble_with_zero_logits() -> None:
     """Where ‖logits‖ = 0, as with an untrained policy, and at the first token, where past is −∞."""
     logits = torch.zeros(2, 4, requires_grad=True)
-    Attention(1.0)(logits, context()).sum().backward()
+    Attention(1.0, "answer")(logits, context()).sum().backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
 
 

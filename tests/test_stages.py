@@ -20,7 +20,6 @@ RULING = {
     ("activation", "sparse_attention"),
     *(("mask", m) for m in OPTIONS["mask"] if m != "none"),
 }
-WHILE_EXPLORING = {*RULING, ("activation", "gumbel_topk")}
 
 
 def test_the_globs_find_something() -> None:
@@ -37,8 +36,7 @@ def test_barred_stays_barred_and_the_rest_finite(pair) -> None:
             out = piped(order, **{group: name})(LOGITS, context(explore))
             barred = LOGITS.isneginf()
             assert out[barred].isneginf().all()
-            ruling = WHILE_EXPLORING if explore else RULING
-            if pair not in ruling:
+            if pair not in RULING:
                 assert out[~barred].isfinite().all()
             else:
                 assert not out.isnan().any() and not out.isposinf().any()
@@ -171,6 +169,11 @@ def test_what_stages_need_is_asked_for() -> None:
     assert piped(mask="active").needs == {"feature_acts"}
     assert piped(mask="all", fusion="attention").needs == {"importance", "past"}
     assert piped(mask="generation", fusion="context_scale").needs == {"seen", "length"}
+    assert piped(fusion="position_linear_author").needs == {"prompt_tokens"}
+    assert piped(fusion="attention_author").needs == {"past", "prompt_past"}
+    by_activity = piped()
+    by_activity.stages["fusion"] = built("fusion", "one_or_corr", select="active")
+    assert by_activity.needs == {"feature_acts"}
     assert not piped().needs
 
 

@@ -15,7 +15,14 @@ from crl_exp.errors import UserError
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.estimate import estimate
 from crl_exp.launcher.packs import pack_lines, packs_of
-from crl_exp.launcher.plan import Point, Settings, check, compose_points, folder_of
+from crl_exp.launcher.plan import (
+    Point,
+    Settings,
+    cautions_text,
+    check,
+    compose_points,
+    folder_of,
+)
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings
 from crl_exp.launcher.shows import shows_text
 from crl_exp.launcher.states import is_started, states_of
@@ -60,7 +67,7 @@ def launch(
             abandon_unreleased(SweepFile.read(folder))
     states = look(unique, SweepFile.read(folder))
     missing = [p for p in unique.values() if _is_started(p, states[p.key][0])]
-    check(missing, here=isinstance(settings, LocalSettings))
+    cautions = check(missing, here=isinstance(settings, LocalSettings))
     with locked(folder):
         sweep = SweepFile.read(folder)
         if not (settings.extend or grown):
@@ -69,6 +76,8 @@ def launch(
         states = look(unique, sweep)
         starting = [p for p in missing if _is_started(p, states[p.key][0])]
         print(plan_text(list(unique.values()), starting, states, folder))
+        if cautions:
+            print(cautions_text(cautions))
         write_atomic(folder / SWEEP_CONFIG, OmegaConf.to_yaml(master))
         sweep.points |= {key: list(point.overrides) for key, point in unique.items()}
         if starting:

@@ -8,16 +8,18 @@ from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp import config as configs
 from crl_exp.config import Known
+from crl_exp.effects import Effect, Setting, cautions, effect
 from crl_exp.errors import UserError
 from crl_exp.launcher.compose import Composer
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings, changed
-from crl_exp.runs import NOT_IN_KEY, RunDirectory
+from crl_exp.runs import NOT_IN_KEY, RunDirectory, content_key
 from crl_exp.sections import once
+from crl_exp.stages.base import STAGES
 
 Settings = SlurmSettings | LocalSettings
 # Of the points that a fault is in, so many are named.
@@ -46,15 +48,33 @@ class Point:
         return " ".join(self.overrides)
 
 
-class Faults:
-    """Faults of many points, each told once with the points that have it.
+class Told:
+    """What is said of many points, each thing once with the points that it is said of."""
+
+    def __init__(self) -> None:
+        self.points: dict[str, list[str]] = {}
+
+    def say(self, line: str, point: str) -> None:
+        self.points.setdefault(line, []).append(point)
+
+    def lines(self) -> list[str]:
+        told = []
+        for line, points in self.points.items():
+            named = "; ".join(point or "(no override)" for point in points[:NAMED])
+            more = f"; and {len(points) - NAMED} more" if len(points) > NAMED else ""
+            told += [f"- {line}", f"    in {named}{more}"]
+        return told
+
+
+class Faults(Told):
+    """Faults of many points.
 
     n_points: that were looked at. of: of how many, where that isn't all.
     """
 
     def __init__(self, n_points: int, of: int | None = None):
+        super().__init__()
         self.n_points, self.of = n_points, of
-        self._points: dict[str, list[str]] = {}
 
     def add(self, error: Exception, point: str) -> None:
         lines = [str(error).strip()]
@@ -64,24 +84,20 @@ class Faults:
             lines.append(str(error.__cause__).strip().splitlines()[0])
             lines = ["\n  ".join(lines)]
         for line in lines:
-            self._points.setdefault(line, []).append(point)
+            self.say(line, point)
 
     def raise_any(self) -> None:
         """Raise `UserError` with all of them."""
-        if not self._points:
+        if not self.points:
             return
-        bad = {point for points in self._points.values() for point in points}
+        bad = {point for points in self.points.values() for point in points}
         n = (
             f"{self.n_points} runs"
             if self.of is None
             else (f"{self.n_points} runs looked at, of {self.of} in all,")
         )
         told = [f"{len(bad)} of {n} can't be submitted; none was:"]
-        for fault, points in self._points.items():
-            named = "; ".join(point or "(no override)" for point in points[:NAMED])
-            more = f"; and {len(points) - NAMED} more" if len(points) > NAMED else ""
-            told += [f"- {fault}", f"    in {named}{more}"]
-        raise UserError("\n".join(told))
+        raise UserError("\n".join(told + self.lines()))
 
 
 def compose_points(
@@ -152,7 +168,8 @@ def check_all(
     Raises `UserError` with every fault of every point.
     """
     points = compose_points(loader, master, jobs, HERE)
-    check([point for point in points if is_open(point)], here=True)
+    if cautions := check([point for point in points if is_open(point)], here=True):
+        print(cautions_text(cautions))
     return points
 
 
@@ -161,26 +178,61 @@ def check(
     known: Known | None = None,
     of: int | None = None,
     here: bool = False,
-) -> None:
+) -> list[str]:
     """Build and validate every point, and draw data that lies on this machine.
 
-    Raises `UserError` with every fault of every point.
+    Returns lines on what is no fault but does nothing (`effects.cautions`), and on points that do
+    the same. Raises `UserError` with every fault of every point.
     known: what was found out; at its end how many things had to be. of: see `Faults`.
     here: they are run on this machine, so that what it lacks is a fault.
     """
     known = {} if known is None else known
-    faults = Faults(len(points), of)
+    faults, told = Faults(len(points), of), Told()
+    alike: dict[str, list[tuple[Setting, Point]]] = {}
     for point in points:
         try:
             exp = configs.experiment(point.config, known)
             configs.validate(exp, known)
             if here and (found := exp.model.machine_faults()):
                 raise UserError("\n".join(found))
+            setting = Setting.of(exp)
+            key = ["cautions", setting.key, repr(exp.decay), exp.warmup.pooling, exp.method.name]
+            for caution in once(known, key, lambda exp=exp: cautions(exp)):
+                told.say(caution, str(point))
+            if hasattr(exp.method, "stage2"):
+                alike.setdefault(_beside_stages(point.config), []).append((setting, point))
             if exp.task.is_local:  # that of the hub is loaded by the run
                 once(known, ["data", asdict(exp.task)], exp.task.drawn)
         except (UserError, OmegaConfBaseException) as error:
             faults.add(error, str(point))
     faults.raise_any()
+    for group in alike.values():
+        _tell_same(group, told)
+    return told.lines()
+
+
+def cautions_text(cautions: Sequence[str]) -> str:
+    return "\n".join(["options that do nothing:", *cautions])
+
+
+def _beside_stages(config: DictConfig) -> str:
+    """All of a config but the stages and their order."""
+    plain = {k: v for k, v in config.items() if k not in (*STAGES, "order", "resume")}
+    return content_key(OmegaConf.to_container(OmegaConf.create(plain), resolve=True))
+
+
+def _tell_same(group: Sequence[tuple[Setting, Point]], told: Told) -> None:
+    """Say which points, equal but for their stages, have the same effect."""
+    if len(group) < 2:
+        return
+    found: list[tuple[Effect, Point]] = []
+    for setting, point in group:
+        made = effect(setting)
+        first = next((other for one, other in found if one == made), None)
+        if first is not None:
+            told.say(f"the same acts as {first}", str(point))
+        elif made is not None:
+            found.append((made, point))
 
 
 def folder_of(points: Sequence[Point]) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from crl_exp.errors import did_you_mean
 from crl_exp.stages.base import (
     Shape,
     Stage,
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
     from crl_exp.algorithms import Algorithm
     from crl_exp.networks import PolicyConfig
 
+STE_VALUES = ("probability", "one_hot")
+
 
 @dataclass(eq=False)
 class Identity(Stage):
     """Logits as they are."""
+
+    plain = True
 
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         return logits_BC
@@ -40,7 +45,12 @@ class Identity(Stage):
 
 @dataclass(eq=False)
 class Softmax(Stage):
-    """scale · softmax(z / temperature). Reported: usually lower."""
+    """scale · softmax(z / temperature).
+
+    A reading: the author's notes say "loss softmax" and may mean a softmax in the loss, where ours
+    always has one. As it keeps the order of the logits, the top features stay the same ones: it
+    changes how a rollout samples. Reported: usually lower.
+    """
 
     temperature: float
     scale: float
@@ -54,53 +64,76 @@ class Softmax(Stage):
 
 @dataclass(eq=False)
 class GumbelTopK(Stage):
-    """While exploring, the `top` highest of (z + Gumbel noise) / temperature; others are barred.
+    """z / temperature: Gumbel top-k is sampling without replacement from softmax(z / temperature).
 
-    As with all noise the recorded probability is that without it: softmax(z / temperature) over
-    all features. Kool et al. 2019 (arXiv 1903.06059). Reported: drops.
+    A rollout adds Gumbel noise to the pipeline's last logits and takes the policy.k highest, which
+    is a draw from Plackett-Luce (Kool et al. 2019, arXiv 1903.06059) with every activation; this
+    one sets its temperature, and at 1 is `identity`. The probability recorded is that of the act.
+    top: features that a draw keeps, null for policy.k. The first k of a longer draw are a draw of
+        k, so more than policy.k changes nothing. Unlike the author's (`gumbel_topk_author`) an
+        evaluation takes the highest logits. Reported: drops.
     """
 
     temperature: float
-    top: int
-
-    explores = True
+    top: int | None
 
     def faults(self) -> list[str]:
         found = _positive(self, "temperature")
-        return found + ([] if self.top >= 1 else [f"activation.top={self.top}: must be 1 or more"])
+        ok = self.top is None or self.top >= 1
+        return found + ([] if ok else [f"activation.top={self.top}: must be 1 or more, or null"])
 
     def conflicts(self, policy: PolicyConfig, algorithm: Algorithm) -> list[str]:
-        return _too_few(self.top, policy)
+        return [] if self.top is None else _too_few(self.top, policy)
+
+    def cautions(self, n_tokens: int, k: int) -> list[str]:
+        found = []
+        if self.temperature == 1:
+            found.append(
+                "activation=gumbel_topk: with temperature 1 it is activation=identity, as every "
+                "rollout samples by Gumbel top-k"
+            )
+        if self.top is not None and self.top > k:
+            found.append(
+                f"activation.top={self.top}: does nothing, as the first policy.k={k} of a longer "
+                "draw are a draw of so many; set activation.top=null"
+            )
+        return found
 
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
-        if not context.explore:
-            return logits_BC / self.temperature
-        assert context.draws is not None
-        noisy_BC = (logits_BC + context.draws.gumbel(logits_BC.shape[1])) / self.temperature
-        return noisy_BC.masked_fill(~top_mask(noisy_BC, context.barred_BC, self.top), -torch.inf)
+        return logits_BC / self.temperature
 
 
 @dataclass(eq=False)
 class STETopK(Stage):
-    """Forward scale · p where p = softmax(z / temperature) is among the `top` highest, else 0;
-    backward the gradient of scale · p at every feature (straight-through, arXiv 1308.3432).
-    Reported: held.
+    """Forward scale · v at the `top` highest, else 0; backward the gradient of scale · p at every
+    feature, p = softmax(z / temperature) (straight-through, arXiv 1308.3432).
+
+    value: v, `probability` for p itself, or `one_hot` for 1, the author's (`ste_topk_author`, with
+        scale 1 and top 1; its logits, 1 and 0, leave a sampled choice nearly even). With
+        `probability` the order among the top and how sure the policy is go on. Reported: held.
     """
 
     temperature: float
     scale: float
     top: int
+    value: str
 
     def faults(self) -> list[str]:
         found = _positive(self, "temperature", "scale")
-        return found + ([] if self.top >= 1 else [f"activation.top={self.top}: must be 1 or more"])
+        if self.top < 1:
+            found.append(f"activation.top={self.top}: must be 1 or more")
+        if self.value not in STE_VALUES:
+            near = did_you_mean(self.value, STE_VALUES)
+            found.append(f"activation.value={self.value}: must be probability or one_hot{near}")
+        return found
 
     def conflicts(self, policy: PolicyConfig, algorithm: Algorithm) -> list[str]:
         return _too_few(self.top, policy)
 
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         soft_BC = masked_softmax(logits_BC / self.temperature, context.barred_BC)
-        hard_BC = soft_BC * top_mask(logits_BC, context.barred_BC, self.top)
+        top_BC = top_mask(logits_BC, context.barred_BC, self.top)
+        hard_BC = top_BC.to(soft_BC.dtype) if self.value == "one_hot" else soft_BC * top_BC
         return self.scale * straight_through(hard_BC, soft_BC)
 
 
@@ -109,7 +142,8 @@ class SparseGate(Stage):
     """z · 1[g > threshold], g = sigmoid(a learned number a feature); backward as if z · g.
 
     The step has no gradient, so it is passed straight through (arXiv 1308.3432); z gets that of
-    the forward pass. init: g at the start. Reported: held.
+    the forward pass. Unlike the author's (`sparse_gate_author`) the gates learn, and they don't
+    hold the correlation. init: g at the start. Reported: held.
     """
 
     threshold: float
@@ -137,7 +171,9 @@ class SparseAttention(Stage):
     """z · n · softmax(W s + b) over the n features of the top correlation quantile; others barred.
 
     The weights' mean is 1, and they start even, so that an untrained attention changes no logit.
-    quantile: features whose score in stage 1 is below it are barred. Reported: held.
+    Unlike the author's (`sparse_attention_author`) it weighs z in place of replacing it, reads the
+    residual s, and bars. quantile: features whose score in stage 1 is below it are barred.
+    Reported: held.
     """
 
     quantile: float

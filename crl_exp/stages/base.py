@@ -34,6 +34,9 @@ class Observation:
     seen_BC: whether a feature was active at this or an earlier steered token.
     importance_BC: mean activation over the prompt and the answer so far, this token included.
     past_B: log Σ exp ‖logits‖ over the answer's earlier tokens; -inf at the first.
+    prompt_tokens_B: tokens of the row's prompt.
+    draw_key_B, progress_B: of noise that is on-policy: where its random numbers begin, and the
+        share of the training done. With them the same noise is drawn again.
     """
 
     obs_BD: Tensor
@@ -42,6 +45,9 @@ class Observation:
     seen_BC: Tensor | None = None
     importance_BC: Tensor | None = None
     past_B: Tensor | None = None
+    prompt_tokens_B: Tensor | None = None
+    draw_key_B: Tensor | None = None
+    progress_B: Tensor | None = None
 
     def rows(self, index: Tensor) -> Observation:
         """These rows of every tensor."""
@@ -67,9 +73,10 @@ class StageContext:
 
     at: the observation. correlation_C: each allowed feature's score in stage 1, [C] or [B, C].
     value_BX: the critic's estimate, V(s) [B, 1] or Q(s, ·) [B, C], None where there is no critic.
-    length_B: ‖residual‖, standardised by stage 1's mean and deviation.
-    explore: true while a rollout chooses; false when probabilities are recorded or recomputed.
-    progress: share of the training done, for schedules.
+    length_B: ‖residual‖, standardised by stage 1's mean and deviation. norm_B: as it is.
+    explore: true where noise is drawn: while a rollout chooses, and with noise that is on-policy
+        when probabilities are recorded or recomputed too.
+    progress: share of the training done, for schedules; a number, [] or [B, 1].
     draws: random numbers of these rows, while exploring.
     barred_BC: features that an earlier stage has ruled out; set for each stage.
     noted: what a stage wants remembered for the answer's next token.
@@ -79,6 +86,7 @@ class StageContext:
     correlation_C: Tensor
     value_BX: Tensor | None = None
     length_B: Tensor | None = None
+    norm_B: Tensor | None = None
     explore: bool = False
     progress: float | Tensor = 0.0
     draws: Draws | None = None
@@ -103,14 +111,21 @@ class Stage(nn.Module):
     whatever that stage does: subclasses transform finite logits only.
 
     needs: which optional parts of the observation and context a stage reads: feature_acts, seen,
-        importance, past, length.
+        importance, past, prompt_past (then past begins with the prompt's tokens), prompt_tokens,
+        length (and norm).
     explores: whether it does something else while a rollout chooses (`context.explore`).
+    on_policy: whether the probability recorded is that with what it does then.
+    samples: whether features are sampled when the policy is evaluated too; else it takes the top.
+    plain: whether it is there so as to do nothing (no noise, no mask, logits as they are).
     stage1: whether the stage also acts on stage 1's scores, before the fusion reads them.
     """
 
     needs: frozenset[str] = frozenset()
     stage1 = False
     explores = False
+    on_policy = False
+    samples = False
+    plain = False
 
     def __post_init__(self) -> None:
         # Dataclass fields are set before nn.Module's own set-up, which leaves them alone.
@@ -122,6 +137,16 @@ class Stage(nn.Module):
 
     def conflicts(self, policy: PolicyConfig, algorithm: Algorithm) -> list[str]:
         """What of the rest of the config this stage can't work with."""
+        return []
+
+    def conflicts_behind(self, later: dict[str, Stage]) -> list[str]:
+        """What of the stages that come after this one, by name, it can't work with."""
+        return []
+
+    def cautions(self, n_tokens: int, k: int) -> list[str]:
+        """What of it does nothing, or what a plainer option does, with answers of so many steered
+        tokens and k features at once. `crl_exp.effects` finds some of this by trying; what it can't
+        see is said here, beginning with the stage's name."""
         return []
 
     def bind(self, shape: Shape) -> None:
@@ -159,6 +184,14 @@ class Pipeline(nn.Module):
     @property
     def explores(self) -> bool:
         return any(stage.explores for stage in self.stages.values())
+
+    @property
+    def on_policy(self) -> bool:
+        return any(stage.explores and stage.on_policy for stage in self.stages.values())
+
+    @property
+    def samples(self) -> bool:
+        return any(stage.samples for stage in self.stages.values())
 
     def bind(self, shape: Shape) -> None:
         for stage in self.stages.values():

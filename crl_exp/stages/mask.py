@@ -19,6 +19,8 @@ from crl_exp.stages.base import Shape, Stage, StageContext, check_left
 class NoMask(Stage):
     """Every allowed feature may be chosen."""
 
+    plain = True
+
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         return logits_BC
 
@@ -54,6 +56,11 @@ class Generation(Stage):
     """
 
     needs = frozenset({"seen"})
+
+    def cautions(self, n_tokens: int, k: int) -> list[str]:
+        if n_tokens > 1:
+            return []
+        return ["mask=generation: in answers of one token it is mask=active"]
 
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         assert context.at.seen_BC is not None

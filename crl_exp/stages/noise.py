@@ -1,5 +1,8 @@
-"""Exploration noise. It changes which feature is chosen, never the probability recorded for it.
+"""Exploration noise: it changes which feature a rollout chooses, and nothing in an evaluation.
 
+Off-policy by intent: the probability recorded for a choice is the policy's own, without the noise.
+With `on_policy` it is that of the act, given the noise drawn at that token; the update draws the
+same noise again, so that its ratio too is of the policy that acted.
 Every stage here is the identity unless `context.explore` is set. Its strength follows a schedule
 over the training: constant, linear to 0, or cosine to 0. Shapes: B rows, C features.
 """
@@ -20,7 +23,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 def scheduled(schedule: str, progress: float | Tensor) -> float | Tensor:
     """Share of the strength left when this share of the training is done: 1, 1 − p, or
-    (1 + cos πp) / 2. progress: a number, or a tensor []."""
+    (1 + cos πp) / 2. progress: a number, or a tensor [] or [B, 1]."""
     assert schedule in SCHEDULES
     if schedule == "linear":
         return 1 - progress
@@ -41,6 +44,8 @@ def _schedule_faults(schedule: str) -> list[str]:
 class NoNoise(Stage):
     """No exploration beyond the policy's own sampling."""
 
+    plain = True
+
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         return logits_BC
 
@@ -50,10 +55,13 @@ class Gaussian(Stage):
     """logits + std · N(0, 1). Reported: open, where it goes in the order too.
 
     schedule: of std over the training: constant, linear or cosine.
+    on_policy: false, off-policy by intent: the probability recorded is that without the noise, so
+        that PPO's ratio isn't of the policy that acted. true: that of the act, given the noise.
     """
 
     std: float
     schedule: str
+    on_policy: bool
 
     explores = True
 
@@ -75,10 +83,14 @@ class EpsilonGreedy(Stage):
 
     Stages after this one still apply: with the mask behind it, the choice is among unmasked ones.
     schedule: of epsilon over the training: constant, linear or cosine. Reported: open.
+    on_policy: false, off-policy by intent: the probability recorded is the policy's own, which for
+        an even choice may be far from that of the act. true: that of the act, given which of the
+        two was drawn; even choices then teach the policy nothing.
     """
 
     epsilon: float
     schedule: str
+    on_policy: bool
 
     explores = True
 

@@ -1,0 +1,227 @@
+"""What the stages do to the act, tried on made-up logits: what does nothing is told before a run.
+
+Shapes: N rows (made-up answers), T tokens, C features, D d_model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from crl_exp import selection
+from crl_exp.draws import Draws
+from crl_exp.errors import UserError
+from crl_exp.stages.activation import Identity
+from crl_exp.stages.base import STAGES, Observation, Pipeline, Shape, Stage, StageContext
+from crl_exp.stages.mask import NoMask
+from crl_exp.stages.noise import NoNoise
+
+if TYPE_CHECKING:
+    from crl_exp.config import Experiment
+
+ROWS, FEWEST_FEATURES, D_MODEL, TOKENS = 12, 24, 6, 3
+PLAIN: Mapping[str, type[Stage]] = {"noise": NoNoise, "activation": Identity, "mask": NoMask}
+
+
+@dataclass
+class Setting:
+    """The stages of one experiment and what they are made for. n_tokens: as in `Shape`."""
+
+    stages: dict[str, Stage]
+    order: Sequence[str]
+    n_tokens: int
+    k: int
+    trained: bool
+
+    @staticmethod
+    def of(exp: Experiment) -> Setting:
+        n_tokens = 1 if exp.task.choices else exp.task.max_new_tokens
+        trained = bool(getattr(exp.method, "stage2", False))
+        return Setting(exp.stages, exp.order, n_tokens, exp.policy.k, trained)
+
+    def but(self, **changes: Stage) -> Setting:
+        """With other stages."""
+        stages = {**self.stages, **changes}
+        return Setting(stages, self.order, self.n_tokens, self.k, self.trained)
+
+    @property
+    def key(self) -> list:
+        """Equal for equal settings."""
+        stages = [repr(self.stages[name].setting()) for name in STAGES]
+        return [stages, list(self.order), self.n_tokens, self.k, self.trained]
+
+    @property
+    def n_features(self) -> int:
+        return max(FEWEST_FEATURES, 8 * self.k)
+
+    def pipeline(self, disturbed: bool) -> Pipeline:
+        """Ready for use. disturbed: numbers that are learned are moved from where they start.
+
+        Raises `UserError` where the stages can't be had with so few features.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            made = Pipeline(copy.deepcopy(self.stages), list(self.order))
+            made.bind(Shape(self.n_features, D_MODEL, self.n_tokens, self.k))
+            with torch.no_grad():
+                for parameter in made.parameters() if disturbed else ():
+                    parameter.add_(torch.randn(parameter.shape))
+        return made
+
+
+@dataclass
+class Effect:
+    """At T tokens, logits as a rollout samples from them and as an evaluation takes the top of
+    them, both [T, N, C]. Equal ones give the same acts, recorded with the same probability."""
+
+    rollout_TNC: Tensor
+    evaluation_TNC: Tensor
+    on_policy: bool
+    samples: bool
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Effect):
+            return NotImplemented
+        if (self.on_policy, self.samples) != (other.on_policy, other.samples):
+            return False
+        pairs = zip(self._probabilities(), other._probabilities(), strict=True)
+        return all(torch.allclose(a, b, atol=1e-6, rtol=0) for a, b in pairs)
+
+    def _probabilities(self) -> list[Tensor]:
+        return [
+            selection.probabilities(logits_TNC.flatten(0, 1))
+            for logits_TNC in (self.rollout_TNC, self.evaluation_TNC)
+        ]
+
+    def ranks_as(self, other: Effect) -> bool:
+        """Whether an evaluation has every two features in the same order, none of them equal."""
+        if self.samples or other.samples:
+            return False
+        a, b = (one.evaluation_TNC.double() for one in (self, other))
+        first, second = (torch.sign(x[..., :, None] - x[..., None, :]) for x in (a, b))
+        return torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+def effect(setting: Setting) -> Effect | None:
+    """None where the stages can't be tried (they want more features at once than are made up)."""
+    try:
+        pipeline = setting.pipeline(disturbed=True)
+    except UserError:
+        return None
+    draw, n = torch.Generator().manual_seed(0), setting.n_features
+    correlation_C = torch.rand(n, generator=draw) * 1.6 - 0.8
+    prompt_tokens_N = torch.randint(4, 30, (ROWS,), generator=draw)
+    asks_prompt = "prompt_past" in pipeline.needs
+    past_N = torch.full((ROWS,), 1.0 if asks_prompt else -torch.inf)
+    seen_NC = torch.zeros(ROWS, n, dtype=torch.bool)
+    found: dict[bool, list[Tensor]] = {True: [], False: []}
+    for token in range(min(setting.n_tokens, TOKENS)):
+        acts_NC = torch.randn(ROWS, n, generator=draw).clamp(min=0)
+        seen_NC = seen_NC | (acts_NC > 0)
+        logits_NC = torch.randn(ROWS, n, generator=draw)
+        logits_NC[::3] -= 4  # all below 0: thresholds set these apart
+        at = Observation(
+            torch.randn(ROWS, D_MODEL, generator=draw), torch.full((ROWS,), token), acts_NC,
+            seen_NC, torch.randn(ROWS, n, generator=draw).clamp(min=0), past_N, prompt_tokens_N,
+        )  # fmt: skip
+        length_N = torch.randn(ROWS, generator=draw)
+        made = {
+            "value_BX": 0.3 * torch.randn(ROWS, 1, generator=draw),
+            "length_B": length_N, "norm_B": 60 + 10 * length_N,
+        }  # fmt: skip
+        noted: dict[str, Tensor] = {}
+        for explore in (True, False):
+            draws = Draws(0, torch.arange(ROWS), token_index=token)
+            context = StageContext(
+                at, correlation_C, **made, explore=explore and setting.trained, draws=draws,
+                noted=noted,
+            )  # fmt: skip
+            with torch.no_grad():
+                found[explore].append(pipeline(logits_NC, context))
+        if "length_B" in noted:
+            past_N = torch.logaddexp(past_N, noted["length_B"])
+    return Effect(
+        torch.stack(found[True]), torch.stack(found[False]), pipeline.on_policy, pipeline.samples
+    )
+
+
+def follows_correlation(setting: Setting) -> bool:
+    """Whether an untrained (zero) policy's choice is by stage 1's scores: it moves with them."""
+    try:
+        pipeline = setting.but(mask=NoMask(), noise=NoNoise()).pipeline(disturbed=False)
+    except UserError:
+        return True
+    n = setting.n_features
+    order_C = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    correlation_C = torch.linspace(-0.8, 0.9, n)[order_C]
+    chosen = []
+    for moved_C in (torch.arange(n), torch.arange(n).flip(0)):
+        at = Observation(
+            torch.zeros(1, D_MODEL), torch.zeros(1, dtype=torch.long), torch.ones(1, n),
+            torch.ones(1, n, dtype=torch.bool), torch.ones(1, n), torch.zeros(1),
+            torch.full((1,), 9),
+        )  # fmt: skip
+        one_1 = torch.zeros(1)
+        context = StageContext(at, correlation_C[moved_C], torch.zeros(1, 1), one_1, one_1 + 60)
+        with torch.no_grad():
+            logits_1C = pipeline(torch.zeros(1, n), context)
+        chosen.append(int(moved_C[logits_1C.argmax()]))
+    return chosen[0] == chosen[1]
+
+
+def cautions(exp: Experiment) -> list[str]:
+    """What of the config does nothing, or the same as a plainer option; it is no fault.
+
+    Each line names the option and what it equals.
+    """
+    setting = Setting.of(exp)
+    found = exp.decay.cautions(setting.n_tokens)
+    if setting.n_tokens == 1 and exp.warmup.pooling != "max":
+        found.append(f"warmup.pooling={exp.warmup.pooling}: in answers of one token it is max")
+    if not hasattr(exp.method, "stage2"):
+        return found
+    for name in STAGES:
+        stage = setting.stages[name]
+        if name == "noise" and not (setting.trained or stage.plain):
+            found.append("noise: does nothing with method.stage2=false, where nothing is explored")
+        found += stage.cautions(setting.n_tokens, setting.k)
+    told = {line.split(":")[0].split("=")[0].split(" ")[0] for line in found}
+    return found + _without_effect(setting, told)
+
+
+def _without_effect(setting: Setting, told: set[str]) -> list[str]:
+    """Stages and an order that change nothing in the situations tried. told: stages left out."""
+    whole = effect(setting)
+    if whole is None:
+        return []
+    found = []
+    for name, plain in PLAIN.items():
+        stage = setting.stages[name]
+        if stage.plain or name in told:
+            continue
+        without = effect(setting.but(**{name: plain()}))
+        said = f"{name} ({type(stage).__name__})"
+        if whole == without:
+            found.append(f"{said}: changes no act here; as well {name}={_none(name)}")
+        elif name == "activation" and without is not None and whole.ranks_as(without):
+            found.append(
+                f"{said}: keeps the order of the logits, so that an evaluation takes the same "
+                "features as with activation=identity; it changes how a rollout samples, no more"
+            )
+    if list(setting.order) != list(STAGES):
+        usual = Setting(setting.stages, STAGES, setting.n_tokens, setting.k, setting.trained)
+        if whole == effect(usual):
+            found.append(
+                f"order=[{','.join(setting.order)}]: with these stages every act is that of "
+                f"order=[{','.join(STAGES)}]"
+            )
+    return found
+
+
+def _none(name: str) -> str:
+    return "identity" if name == "activation" else "none"

@@ -1,0 +1,195 @@
+"""Options that do nothing are told, and the ready sweeps hold none: their points act otherwise."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+
+import pytest
+from omegaconf import OmegaConf
+
+from crl_exp import config as configs
+from crl_exp.config import Experiment
+from crl_exp.effects import Effect, Setting, cautions, effect, follows_correlation
+from crl_exp.errors import UserError
+from crl_exp.launcher.plan import check
+from tests.launching import launched, over, points_of, tiny, until
+from tests.stage_options import ORDERS
+from tests.test_config import SWEEPS, sweep_points
+from tests.tiny_run import quickly_composed, run_small
+
+# Sweeps over the stages of the logits and their order.
+ABLATIONS = ("activations", "exploration", "fusions", "masks", "order")
+FREE = ["task=refusal", "tracking=none"]
+
+
+def experiment(*overrides: str) -> Experiment:
+    return configs.experiment(quickly_composed(["tracking=none", *overrides]))
+
+
+def effect_of(*overrides: str) -> Effect:
+    found = effect(Setting.of(experiment(*overrides)))
+    assert found is not None
+    return found
+
+
+def without_seeds(name: str) -> list[list[str]]:
+    """The points of a ready sweep, those that differ in the seed alone once."""
+    points = [[o for o in point if not o.startswith("seed=")] for point in sweep_points(name)]
+    return [list(point) for point in dict.fromkeys(tuple(point) for point in points)]
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_the_points_of_an_ablation_act_differently(name) -> None:
+    points = without_seeds(name)
+    assert len(points) > 5
+    found = {" ".join(point): effect_of(*point) for point in points}
+    for (one, first), (other, second) in combinations(found.items(), 2):
+        assert first != second, f"the same acts:\n{one}\n{other}"
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_ready_sweep_holds_nothing_that_does_nothing(name) -> None:
+    for point in without_seeds(name):
+        assert cautions(experiment(*point)) == [], point
+
+
+def test_no_order_more_could_differ() -> None:
+    """With the sweep's stages all 24 orders have 18 effects, those that the sweep has."""
+    stages = next(p for p in sweep_points("order"))
+    common = [o for o in stages if not o.startswith("order=")]
+    orders = [f"order=[{','.join(order)}]" for order in ORDERS]
+    found: list[Effect] = []
+    for order in orders:
+        made = effect_of(*common, order)
+        if all(made != other for other in found):
+            found.append(made)
+    assert len(found) == len(sweep_points("order")) == 18
+
+
+TOLD = [
+    (["fusion=attention"], "in answers of one token it is fusion=add fusion.weight=1"),
+    (["fusion=position_linear"], "in answers of one token it is fusion=add fusion.weight=0.1"),
+    (["fusion=position_linear_author"], "in answers of one token it is fusion=add fusion.weight=1"),
+    (["fusion=context_scale_author"], "fusion=add fusion.weight=1"),
+    (["mask=generation"], "in answers of one token it is mask=active"),
+    (["activation=softmax"], "keeps the order of the logits"),
+    (["activation=gumbel_topk"], "with temperature 1 it is activation=identity"),
+    (["activation=gumbel_topk", "activation.temperature=.5"], "keeps the order of the logits"),
+    (["activation=gumbel_topk", "activation.top=8"], "set activation.top=null"),
+    (["order=[noise,fusion,activation,mask]"], "every act is that of order=[fusion,noise"),
+    (["order=[fusion,noise,mask,activation]", "activation=jumprelu", "mask=active",
+      "noise=gaussian"], "every act is that of order=[fusion,noise"),
+    (["noise=gaussian", "noise.std=0"], "as well noise=none"),
+    (["noise=gaussian", "method.stage2=false"], "noise: does nothing with method.stage2=false"),
+    (["activation=jumprelu_constant", "activation.threshold=-99"], "as well activation=identity"),
+    (["decay=exponential"], "does nothing in answers of one token"),
+    (["method=corrsteer_a", "decay=exponential"], "does nothing in answers of one token"),
+    (["warmup.pooling=mean"], "in answers of one token it is max"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "said"), TOLD, ids=lambda x: "".join(x)[:60])
+def test_what_does_nothing_is_told(overrides, said) -> None:
+    found = cautions(experiment(*overrides))
+    assert len(found) >= 1 and any(said in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [], ["fusion=attention", *FREE], ["fusion=position_linear", *FREE],
+        ["mask=generation", *FREE], ["decay=exponential", *FREE], ["warmup.pooling=mean", *FREE],
+        ["activation=softmax", "order=[activation,fusion,noise,mask]"],
+        ["activation=jumprelu_quantile", "mask=active", "order=[fusion,noise,mask,activation]"],
+        ["fusion=multiply", "noise=gaussian", "order=[noise,fusion,activation,mask]"],
+        ["activation=sparse_gate"], ["activation=ste_topk"], ["activation=gumbel_topk_author"],
+        ["mask=all", "mask.keep=1"], ["mask=all", "policy.k=3"],
+        ["method=corrsteer_a", "activation=softmax"],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_something_is_left_alone(overrides) -> None:
+    assert cautions(experiment(*overrides)) == []
+
+
+# --- an untrained policy ---
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [["fusion=multiply"], ["fusion=one_or_corr"], ["fusion.weight=0"],
+     ["fusion=learnable_mix", "fusion.init=0"], ["activation=sparse_attention_author"]],
+    ids=str,
+)  # fmt: skip
+def test_an_untrained_policy_needs_something_to_choose_by(stages) -> None:
+    exp = experiment("method.stage2=false", *stages)
+    assert any("Set fusion=add" in fault for fault in exp.method.conflicts(exp))
+    for other in ("method.stage2=true", "method.features=fixed"):
+        exp = experiment("method.stage2=false", *stages, other)
+        assert not any("fusion=add" in fault for fault in exp.method.conflicts(exp))
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [[], ["fusion.weight=-1"], ["fusion=learnable_mix"], ["fusion=attention"], ["mask=active"],
+     ["fusion=multiply", "fusion.negative=softplus"], ["activation=sparse_attention"],
+     ["activation=ste_topk", "activation.top=1"], ["activation=jumprelu"]],
+    ids=str,
+)  # fmt: skip
+def test_an_untrained_policy_follows_the_correlation(stages) -> None:
+    assert follows_correlation(Setting.of(experiment(*stages)))
+
+
+def test_scores_below_a_threshold_are_found_in_the_run(tiny_files, tmp_path) -> None:
+    """Only stage 1 can tell that every correlation is below it."""
+    common = [*tiny_files.overrides(), f"output_dir={tmp_path}", "method.stage2=false"]
+    with pytest.raises(UserError, match=r"layer 1: .* Set fusion=add and activation=identity"):
+        run_small([*common, "activation=jumprelu_constant", "activation.threshold=2"])
+
+
+# --- where it is said ---
+
+
+def test_it_is_in_the_result(tiny_files, tmp_path) -> None:
+    common = [*tiny_files.overrides(), f"output_dir={tmp_path}"]
+    result, _ = run_small([*common, "activation=softmax", "decay=exponential"])
+    assert any("keeps the order of the logits" in text for text in result["warnings"])
+    assert any("decay.gamma=0.99" in text for text in result["warnings"])
+
+
+def test_a_plan_tells_each_thing_once_with_its_points(tmp_path) -> None:
+    points = points_of(*tiny(tmp_path, "activation=softmax,identity", "seed=0,1,2,3,4"))
+    told = check(points)
+    assert len(told) == 2 and "keeps the order" in told[0]
+    assert "activation=softmax seed=0" in told[1] and told[1].endswith("and 2 more")
+
+
+def test_points_that_do_the_same_are_told(tmp_path) -> None:
+    """Each of them does something; two of them do the same thing."""
+    orders = ["[mask,fusion,noise,activation]", "[mask,noise,fusion,activation]"]
+    stages = ["activation=jumprelu_quantile", "mask=active", "noise=gaussian", "seed=0,1"]
+    points = points_of(*tiny(tmp_path, *stages, f"order={','.join(orders)}"))
+    told = check(points)
+    assert len(told) == 4 and told[0].startswith("- the same acts as order=[mask,fusion,noise")
+    for line, seed in ((told[1], 0), (told[3], 1)):
+        assert "[mask,noise,fusion,activation]" in line and line.endswith(f"seed={seed}")
+
+
+@pytest.mark.slow
+def test_a_launch_prints_it_beside_the_plan(tmp_path, capsys) -> None:
+    launched("local_processes", tiny(tmp_path, "activation=softmax", "seed=0"))
+    until(lambda: over(tmp_path / "s"))
+    said = capsys.readouterr().out
+    assert said.index("1 to start") < said.index("options that do nothing:")
+    assert "keeps the order of the logits" in said
+
+
+def test_a_frozen_config_means_what_it_did() -> None:
+    """Keys of before, as an earlier version froze them."""
+    config = quickly_composed(["fusion=one_or_corr", "tracking=none"])
+    plain = json.loads(json.dumps(OmegaConf.to_container(config)))
+    for key in ("select", "selected"):
+        del plain["fusion"][key]
+    exp = configs.experiment(OmegaConf.create(plain))
+    assert (exp.fusion.select, exp.fusion.selected) == ("quantile", "corr")  # type: ignore[attr-defined]
