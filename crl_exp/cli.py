@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import make_dataclass
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
@@ -46,7 +47,7 @@ def _check_points(loader: ConfigLoader, master: DictConfig, jobs: list[list[str]
     check_all(loader, master, jobs)
 
 
-def check_alone(hydra: DictConfig) -> None:
+def check_alone(hydra: Any) -> None:
     """Raise `UserError` where one run is asked for with what only a sweep takes notice of.
 
     hydra: Hydra's own part of the composed config.

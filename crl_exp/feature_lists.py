@@ -147,7 +147,7 @@ def _sae_of_run(folder: Path) -> dict[str, Any]:
     config = folder / "config.yaml"
     if not config.is_file():
         return {}
-    sae = OmegaConf.to_container(OmegaConf.load(config))["sae"]  # type: ignore[index, call-overload]
+    sae = OmegaConf.load(config).sae
     return {key: sae.get(key) for key in ("name", "release", "folder", "id_template")}
 
 

@@ -46,12 +46,12 @@ def quality_of(row: Row, test_set: str | None = None) -> Quality | None:
     runs = [split(run, test_set) for run in row.runs]
     if any(figures.get(key) is None for figures in runs for key in KEYS):
         return None
-    means = [float(np.mean([figures[key] for figures in runs])) for key in KEYS]
+    baseline, steered, delta = (float(np.mean([one[key] for one in runs])) for key in KEYS)
     delta_S = np.array([figures[KEYS[2]] for figures in runs])
     ends = np.array([figures["log_likelihood_delta_ci95"] for figures in runs])
     v_items = float((((ends[:, 1] - ends[:, 0]) / 2) ** 2).mean()) / Z**2
     interval = crossed_parts(delta_S, v_items, v_items, int(runs[0]["n"])).interval
-    return Quality(*means, interval)
+    return Quality(baseline, steered, delta, interval)
 
 
 def quality_cells(row: Row, found: Quality) -> list[str]:

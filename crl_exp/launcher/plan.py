@@ -27,7 +27,10 @@ NAMED = 3
 # Of a sweep with more points than this, so many are looked at before all are composed, which takes
 # a while: a fault that all of them share is told at once.
 SAMPLE = 64
-HERE = LocalSettings(gpus=0, pack=1, setup=[], python=None, wait=False, extend=False, parallel=1)
+HERE = LocalSettings(
+    gpus=0, pack=1, setup=[], python=None, wait=False, extend=False, assumed_change=0.2,
+    assumed_seed_deviation=0.01, parallel=1,
+)  # fmt: skip
 """Of runs that this process runs itself, one after another."""
 
 
