@@ -59,6 +59,7 @@ ADDED: tuple[Added, ...] = (
     Added("fusion", "ContextScale", "standardise", True),
     Added("fusion", "PositionLinear", "over", "answer"),
     Added("fusion", "Attention", "over", "answer"),
+    Added("policy", "", "combine", "sum"),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

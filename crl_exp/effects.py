@@ -74,7 +74,15 @@ class Setting:
         return made
 
 
-@dataclass
+class _Spread(Draws):
+    """One number a row (does it explore?) is spread from 0 to 1, so that small chances show."""
+
+    def uniform(self, n: int) -> Tensor:
+        drawn_BN = super().uniform(n)
+        return drawn_BN if n > 1 else 1.1 * torch.logspace(-4, -0.1, ROWS)[:, None]
+
+
+@dataclass(repr=False)
 class Effect:
     """At T tokens, logits as a rollout samples from them and as an evaluation takes the top of
     them, both [T, N, C]. Equal ones give the same acts, recorded with the same probability."""
@@ -136,7 +144,7 @@ def effect(setting: Setting) -> Effect | None:
         }  # fmt: skip
         noted: dict[str, Tensor] = {}
         for explore in (True, False):
-            draws = Draws(0, torch.arange(ROWS), token_index=token)
+            draws = _Spread(0, torch.arange(ROWS), token_index=token)
             context = StageContext(
                 at, correlation_C, **made, explore=explore and setting.trained, draws=draws,
                 noted=noted,
@@ -175,7 +183,8 @@ def follows_correlation(setting: Setting) -> bool:
 
 
 def cautions(exp: Experiment) -> list[str]:
-    """What of the config does nothing, or the same as a plainer option; it is no fault.
+    """What of the config is no fault, but does nothing, the same as a plainer option, or something
+    that is easily overlooked.
 
     Each line names the option and what it equals.
     """
@@ -185,6 +194,7 @@ def cautions(exp: Experiment) -> list[str]:
         found.append(f"warmup.pooling={exp.warmup.pooling}: in answers of one token it is max")
     if not hasattr(exp.method, "stage2"):
         return found
+    found += exp.policy.cautions(exp.algorithm.uses_critic)
     for name in STAGES:
         stage = setting.stages[name]
         if name == "noise" and not (setting.trained or stage.plain):

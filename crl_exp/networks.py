@@ -17,6 +17,8 @@ NONLINEARITIES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh,
 }  # fmt: skip
 CRITICS = ("v", "q")
+COMBINES = ("sum", "one_length")
+KNOWN = {"nonlinearity": tuple(NONLINEARITIES), "critic": CRITICS, "combine": COMBINES}
 
 
 @dataclass
@@ -27,6 +29,9 @@ class PolicyConfig:
     nonlinearity: between them: relu, gelu, silu or tanh.
     critic: v, the value V(s) of the residual, or q, the value Q(s, j) of every feature there.
     k: features chosen at each token.
+    combine: of several features. sum: their additions as they are, so that k directions at right
+        angles are √k times as long as one. one_length: their sum, made as long as they are on
+        average, so that several features are no larger dose.
     """
 
     policy_depth: int
@@ -35,6 +40,7 @@ class PolicyConfig:
     nonlinearity: str
     critic: str
     k: int
+    combine: str = "sum"
 
     def faults(self) -> list[str]:
         found = []
@@ -44,11 +50,24 @@ class PolicyConfig:
         for name in ("hidden", "k"):
             if getattr(self, name) < 1:
                 found.append(f"policy.{name}={getattr(self, name)}: must be at least 1")
-        for name, known in (("nonlinearity", NONLINEARITIES), ("critic", CRITICS)):
+        for name, known in KNOWN.items():
             value = getattr(self, name)
             if value not in known:
                 near = did_you_mean(value, known)
                 found.append(f"policy.{name}={value}: must be one of {', '.join(known)}{near}")
+        return found
+
+    def cautions(self, with_critic: bool) -> list[str]:
+        """What of it is no fault, but does nothing or is easily overlooked."""
+        found = []
+        if self.critic == "q" and not with_critic:
+            found.append("policy.critic=q: does nothing, as the algorithm has no critic")
+        if self.k > 1 and self.combine == "sum":
+            found.append(
+                f"policy.k={self.k}: the features' additions are summed and so about "
+                f"√{self.k} = {self.k**0.5:.2g} times as long as one, a larger dose; "
+                "policy.combine=one_length keeps the length"
+            )
         return found
 
 

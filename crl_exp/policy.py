@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from crl_exp import selection
 from crl_exp.coefficients import Decay
-from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.controllers.base import Action, Controller, StepContext, one_length
 from crl_exp.draws import Draws
 from crl_exp.generation import Generation
 from crl_exp.memory import OF_ACTS, Memory
 from crl_exp.networks import Distribution, PolicyConfig, mlp
 from crl_exp.online import OnlineCorrelation, pooled, steps_of
 from crl_exp.policy_team import PolicyTeam
-from crl_exp.prompt_acts import PromptActs
+from crl_exp.prompt_past import PromptPast
 from crl_exp.saes import Encoder, LayerSAE
 from crl_exp.stages.base import Observation, Pipeline, Shape, StageContext
 from crl_exp.warmup import LayerStatistics, WarmupConfig
@@ -73,6 +73,7 @@ class LayerAgent(nn.Module):
         config, n_features, d_model = setting.policy, len(allowed_C), len(statistics.mean_D)
         self.sae = [sae]  # in a list: its weights are frozen and not part of the checkpoint
         self.k, self.critic_kind, self.seed = config.k, config.critic, setting.seed
+        self.combine = config.combine
         self.norm_mean, self.norm_std = statistics.norm_mean, max(statistics.norm_std, 1e-6)
         self.encode: Encoder | None = None
         self.pipeline = copy.deepcopy(pipeline)
@@ -143,8 +144,9 @@ class LayerAgent(nn.Module):
         """Of two agents with the same setting, parameters and buffers alone may differ in value."""
         allowed = self.allowed_C.cpu().numpy().tobytes() if self.reads_acts else None
         return (
-            self.sae[0].same, self.k, self.critic_kind, self.norm_mean, self.norm_std, allowed,
-            self.online is None, repr(self.policy), repr(self.critic), self.pipeline.setting(),
+            self.sae[0].same, self.k, self.combine, self.critic_kind, self.norm_mean, self.norm_std,
+            allowed, self.online is None, repr(self.policy), repr(self.critic),
+            self.pipeline.setting(),
             tuple((name, t.shape, t.dtype) for name, t in self.state_dict().items()),
         )  # fmt: skip
 
@@ -181,10 +183,14 @@ class LayerAgent(nn.Module):
                 explored = self.distribution(at, True, progress, draws)
             choice_BK = selection.sample(explored.logits_BC, self.k, draws)
         picked_BK = choice_BK.clamp(min=0)
+        feature_idx_BK = self.allowed_C[picked_BK].masked_fill(choice_BK < 0, -1)
+        coefficient_BK = self.coefficient_C[picked_BK]
+        if self.k > 1 and self.combine == "one_length":
+            W_dec_FD = self.sae[0].W_dec_FD
+            coefficient_BK = coefficient_BK * one_length(feature_idx_BK, coefficient_BK, W_dec_FD)
         made = {
             "obs_BD": obs_BD, "token_index_B": token_index_B, "choice_BK": choice_BK,
-            "feature_idx_BK": self.allowed_C[picked_BK].masked_fill(choice_BK < 0, -1),
-            "coefficient_BK": self.coefficient_C[picked_BK],
+            "feature_idx_BK": feature_idx_BK, "coefficient_BK": coefficient_BK,
             "log_prob_B": selection.log_prob(now.logits_BC, choice_BK), **drawn,
         }  # fmt: skip
         if now.value_B is not None:
@@ -260,7 +266,7 @@ class PolicyController(Controller):
         super().__init__({layer: agent.sae[0].site for layer, agent in agents.items()})
         self.agents, self.decay = agents, decay
         self.progress = progress
-        self._past: dict[tuple[int, int, int], float] = {}  # by layer, store and prompt
+        self.prompt_past = PromptPast()
         self.explores = generator is not None
         sampling = [agent for agent in agents.values() if agent.pipeline.samples]
         self.seed: int | None = sampling[0].seed if sampling else None
@@ -274,22 +280,7 @@ class PolicyController(Controller):
                 agent.prompt_means(context)
             if "prompt_past" in agent.pipeline.needs:
                 assert context.prompt is not None
-                self._read_past(agent, context.prompt)
-
-    def prompt_past(self, layer: int, prompt: PromptActs) -> Tensor:
-        """log Σ exp ‖logits‖ over all tokens but the last of each row's prompt [B]."""
-        keys = [(layer, id(prompt.store), item) for item in prompt.items]
-        if any(key not in self._past for key in keys):  # `begin` wasn't called
-            self._read_past(self.agents[layer], prompt)
-        return torch.tensor([self._past[key] for key in keys], device=prompt.store.lm.device)
-
-    def _read_past(self, agent: LayerAgent, prompt: PromptActs) -> None:
-        def length(x_MD: Tensor) -> Tensor:
-            return agent.policy(agent.standardise(x_MD)).norm(dim=1)
-
-        sums = prompt.log_sums(agent.sae[0].site, length).tolist()
-        keys = [(agent.layer, id(prompt.store), item) for item in prompt.items]
-        self._past |= dict(zip(keys, sums, strict=True))
+                self.prompt_past.read(agent, context.prompt)
 
     def kin(self, layer: int) -> Hashable:
         explored = self.progress if self.explores else None

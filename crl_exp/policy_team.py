@@ -82,8 +82,8 @@ class PolicyTeam(Team):
         assert context.prompt is not None
         ends = list(accumulate(sizes, initial=0))
         parts = [context.prompt.part(list(range(a, b))) for a, b in pairwise(ends)]
-        found = zip(self.members, parts, strict=True)
-        return torch.cat([member.prompt_past(self.layer, part) for member, part in found])
+        found = zip(self.members, self.agents, parts, strict=True)
+        return torch.cat([member.prompt_past.of(agent, part) for member, agent, part in found])
 
     def _keys(self, row_N: Tensor, sizes: Sequence[int]) -> Tensor:
         parts = zip(self.seeds, row_N.split(list(sizes)), strict=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from crl_exp import selection
+from crl_exp.controllers.base import one_length
 from crl_exp.correlation import Moments
 from crl_exp.draws import Draws
 from crl_exp.learner import LayerLearner, collect
@@ -173,6 +174,26 @@ def test_what_is_remembered_of_an_answer() -> None:
             torch.testing.assert_close(past_T[1:], before_T, atol=1e-4, rtol=1e-4)
 
 
+def test_attention_and_position_over_the_whole_sequence() -> None:
+    """The prompt's tokens count: the policy's logits there, against the model's own residuals."""
+    one, other = (with_option("fusion", f"{n}_author") for n in ("attention", "position_linear"))
+    first, second = rolled_out([one, other])
+    lm = tiny.language_model("llama")
+    for step in first.steps:
+        if step.token_index > 0:
+            continue
+        for i, row in enumerate(step.rows):
+            prompt = torch.tensor([tiny.prompts(8)[row]])
+            hidden = lm.model(prompt, output_hidden_states=True).hidden_states[3][0]  # type: ignore[operator]
+            with torch.no_grad():
+                length_T = one.policy(one.standardise(hidden[:-1])).norm(dim=1)
+            past = step.action.notes["past_B"][i]
+            torch.testing.assert_close(past, length_T.logsumexp(0), atol=1e-4, rtol=1e-4)
+    for step in second.steps:
+        lengths = [len(tiny.prompts(8)[row]) for row in step.rows]
+        assert step.action.notes["prompt_tokens_B"].tolist() == lengths
+
+
 def test_context_scale_reads_the_length_of_the_residual_itself() -> None:
     """(‖x‖ − 4) / 1.5 with stage 1's mean and deviation, x before it was standardised."""
     made = with_option("fusion", "context_scale")
@@ -228,6 +249,25 @@ def test_a_rollout_moves_the_correlations_of_both_agents(pooling, coefficient) -
     torch.testing.assert_close(made.correlation_C, expected.update(z_BC, REWARD).float())
     assert torch.equal(learner.averaged.correlation_C, made.correlation_C)
     assert any("online.mean_C" in name for name in learner.state()["agent"])
+
+
+@pytest.mark.parametrize("combine", ["sum", "one_length"])
+def test_several_features_may_be_no_longer_than_one(combine) -> None:
+    """What is added is the logged coefficients times the rows, and of the length asked for."""
+    made = with_option("fusion", "add", k=3, combine=combine)
+    W_dec_FD = made.sae[0].W_dec_FD
+    for step in rolled_out([made])[0].steps:
+        action = step.action
+        rows_BKD = W_dec_FD[action.feature_idx_BK]
+        delta_BD = (action.coefficient_BK[..., None] * rows_BKD).sum(1)
+        torch.testing.assert_close(action.delta_BD, delta_BD)
+        plain_BD = (2.0 * rows_BKD).sum(1)
+        if combine == "one_length":  # unit rows, each at coefficient 2
+            torch.testing.assert_close(delta_BD.norm(dim=1), torch.full((len(delta_BD),), 2.0))
+            plain_BD = plain_BD * 2.0 / plain_BD.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(delta_BD, plain_BD)
+    empty = one_length(torch.tensor([[-1, -1], [0, -1]]), torch.full((2, 2), 2.0), W_dec_FD)
+    assert empty.tolist() == [[1.0], pytest.approx([1.0])]
 
 
 def test_an_empty_mask_steers_nothing() -> None:

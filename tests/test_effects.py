@@ -85,6 +85,8 @@ TOLD = [
     (["activation=jumprelu_constant", "activation.threshold=-99"], "as well activation=identity"),
     (["decay=exponential"], "does nothing in answers of one token"),
     (["method=corrsteer_a", "decay=exponential"], "does nothing in answers of one token"),
+    (["policy.k=4"], "√4 = 2 times as long as one"),
+    (["policy.critic=q", "algorithm=grpo"], "policy.critic=q: does nothing"),
     (["warmup.pooling=mean"], "in answers of one token it is max"),
 ]  # fmt: skip
 
@@ -104,7 +106,7 @@ def test_what_does_nothing_is_told(overrides, said) -> None:
         ["activation=jumprelu_quantile", "mask=active", "order=[fusion,noise,mask,activation]"],
         ["fusion=multiply", "noise=gaussian", "order=[noise,fusion,activation,mask]"],
         ["activation=sparse_gate"], ["activation=ste_topk"], ["activation=gumbel_topk_author"],
-        ["mask=all", "mask.keep=1"], ["mask=all", "policy.k=3"],
+        ["mask=all", "mask.keep=1"], ["mask=all", "policy.k=3", "policy.combine=one_length"],
         ["method=corrsteer_a", "activation=softmax"],
     ],
     ids=str,
@@ -181,7 +183,7 @@ def test_a_launch_prints_it_beside_the_plan(tmp_path, capsys) -> None:
     launched("local_processes", tiny(tmp_path, "activation=softmax", "seed=0"))
     until(lambda: over(tmp_path / "s"))
     said = capsys.readouterr().out
-    assert said.index("1 to start") < said.index("options that do nothing:")
+    assert said.index("1 to start") < said.index("no fault, but worth knowing:")
     assert "keeps the order of the logits" in said
 
 

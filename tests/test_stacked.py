@@ -142,6 +142,15 @@ def test_every_stage_can_be_stacked(group, name, critic) -> None:
 
 
 @pytest.mark.parametrize("together", [1, 2])
+def test_one_length_and_noise_that_is_on_policy_can_be_stacked() -> None:
+    for combine in ("sum", "one_length"):
+        members = [learned(seed, combine=combine, k=3, noise="gaussian") for seed in range(3)]
+        for member in members:
+            member.agents[2].pipeline.stages["noise"].on_policy = True
+        assert len({member.kin(2) for member in members}) == 1
+        assert_team_equals_members(members, [4, 2, 3])
+
+
 def test_a_team_without_critic_and_one_cut_into_pieces(together, monkeypatch) -> None:
     members = [learned(seed, with_critic=False, noise="gaussian") for seed in range(4)]
     monkeypatch.setitem(policy_team.LOGITS_TOGETHER, "cpu", together * 5 * 15)
@@ -159,6 +168,7 @@ DIFFERENT = {
     "online": {"online": True},
     "progress": {"progress": 0.25},
     "greedy": {"explore": False},
+    "length": {"combine": "one_length"},
 }
 
 

@@ -206,3 +206,16 @@ def slots(feature_idx_BK: Tensor, coefficient_BK: Tensor, W_dec_FD: Tensor) -> T
     rows_BKD = W_dec_FD[feature_idx_BK.clamp(min=0)]
     weight_BK = torch.where(feature_idx_BK >= 0, coefficient_BK, 0.0).to(rows_BKD.dtype)
     return torch.einsum("bk,bkd->bd", weight_BK, rows_BKD)
+
+
+def one_length(feature_idx_BK: Tensor, coefficient_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
+    """Factor [B, 1] that makes the sum of `slots` as long as its filled slots are on average.
+
+    1 where nothing is added or the additions cancel out.
+    """
+    filled_BK = feature_idx_BK >= 0
+    length_BK = W_dec_FD[feature_idx_BK.clamp(min=0)].float().norm(dim=2) * coefficient_BK.abs()
+    mean_B = (length_BK * filled_BK).sum(dim=1) / filled_BK.sum(dim=1).clamp(min=1)
+    whole_B = slots(feature_idx_BK, coefficient_BK, W_dec_FD).float().norm(dim=1)
+    nothing_B = whole_B <= 1e-6 * mean_B
+    return torch.where(nothing_B, 1.0, mean_B / whole_B.where(~nothing_B, 1.0))[:, None]

@@ -215,7 +215,7 @@ def check(
 
 
 def cautions_text(cautions: Sequence[str]) -> str:
-    return "\n".join(["options that do nothing:", *cautions])
+    return "\n".join(["no fault, but worth knowing:", *cautions])
 
 
 def _beside_stages(config: DictConfig) -> str:
