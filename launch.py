@@ -22,13 +22,16 @@ def run(config: DictConfig) -> float | None:
 
     from crl_exp.cli import check_alone
     from crl_exp.experiment import run_experiment
+    from crl_exp.runs import objective
+    from crl_exp.written import check_written
 
     hydra_node = HydraConfig.get()
     in_sweep = hydra_node.mode == RunMode.MULTIRUN
     if not in_sweep:
         check_alone(hydra_node)
+        check_written(hydra_node, [config])
     result = run_experiment(config, skip_finished=in_sweep)
-    return None if result is None else result["accuracy_steered"]
+    return None if result is None else objective(result)
 
 
 def main() -> None:
@@ -37,8 +40,10 @@ def main() -> None:
         import hydra
 
         from crl_exp.cli import people_errors, register
+        from crl_exp.shown import lossy_terminal
 
         register()
+        lossy_terminal()
         with people_errors(INTERRUPTED):
             hydra.main(version_base="1.3", config_path="conf", config_name="config")(run)()
 

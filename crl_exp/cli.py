@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.errors import UserError, did_you_mean
+from crl_exp.shown import plain
 
 SWEEPER = "hydra_plugins.crl_exp_sweeper.grids.GridSweeper"
 
@@ -77,7 +78,7 @@ def people_errors(interrupted: str = "interrupted") -> Iterator[None]:
         print(interrupted, file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(explain(error))
+        sys.exit(plain(explain(error)))
     except ValueError as error:  # Hydra's own, of no class of its own
         if not str(error).startswith("Config group override must be"):
             raise

@@ -21,6 +21,7 @@ from crl_exp.errors import UserError, did_you_mean
 from crl_exp.layers import LayerSet
 from crl_exp.methods import CRL, Method
 from crl_exp.model_config import ModelConfig
+from crl_exp.names import sweep_fault
 from crl_exp.networks import PolicyConfig
 from crl_exp.runs import RESUME
 from crl_exp.sae_config import SAEConfig
@@ -146,6 +147,7 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
             f"resume={config.resume}: must be one of {', '.join(RESUME)}"
             f"{did_you_mean(config.resume, RESUME)}"
         )
+    faults += [fault for fault in [sweep_fault(config.sweep_name)] if fault]
     faults += _order_faults(list(config.order))
     faults += number_faults("seed", config.seed)
     if faults:

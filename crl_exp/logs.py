@@ -10,6 +10,7 @@ from crl_exp.errors import UserError, did_you_mean
 from crl_exp.launcher.states import states_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.records import Record, find_records, find_sweep
+from crl_exp.shown import plain
 
 LINES = 40
 MARK = "=== run"
@@ -21,11 +22,13 @@ def find_run(name: str, output_dir: Path) -> Record:
 
     Raises `UserError` where there is none or several.
     """
+    if not name.strip():
+        raise UserError("the run's name is empty: give its folder, or the beginning of its key")
     for folder in (Path(name), output_dir / name):
         if (folder / "config.yaml").is_file():
             return Record(folder.absolute())
-    keys = {path.parent.name: path.parent for path in output_dir.glob("*/*/config.yaml")}
-    found = [path for path in output_dir.glob(f"*/{name}*") if (path / "config.yaml").is_file()]
+    every = [path.parent for path in output_dir.glob("*/*/config.yaml")]
+    found = [path for path in every if path.name.startswith(name)]
     if len(found) == 1:
         return Record(found[0].absolute())
     if found:
@@ -35,6 +38,7 @@ def find_run(name: str, output_dir: Path) -> Record:
         if folder.is_dir():
             runs = ", ".join(record.key for record in find_records(folder))
             raise UserError(f"{folder} is a sweep; which run of it? {runs}")
+    keys = {path.name for path in every}
     raise UserError(f"no run {name!r} in {output_dir}{did_you_mean(name, keys)}")
 
 
@@ -102,13 +106,13 @@ def main(argv: list[str]) -> int:
     state, why = states_of([record], SweepFile.read(sweep))[record.key]
     for path, text in log_files(record):
         print(f"--- {path}")
-        print(tail(text, arguments.lines))
+        print(plain(tail(text, arguments.lines)))
     status = record.status
     print(f"--- {record.path}")
     told = [why, status.get("signal") or "", f"attempt {status.get('attempts', 0)}"]
     where = [f"job {status['slurm_job_id']}"] if status.get("slurm_job_id") else []
     node = status.get("node") or status.get("host")
-    print(f"{state}: " + ", ".join(t for t in [*told, *where, f"on {node}"] if t))
+    print(plain(f"{state}: " + ", ".join(t for t in [*told, *where, f"on {node}"] if t)))
     if status.get("traceback"):
-        print(status["traceback"].rstrip())
+        print(plain(status["traceback"].rstrip()))
     return 0

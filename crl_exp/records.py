@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from crl_exp.files import read_json
 from crl_exp.heartbeat import HEARTBEAT_SECONDS
 from crl_exp.run_keys import read_config
 
+RUN_KEY = re.compile("[0-9a-f]{12}")
+"""What a run directory is called; another folder with a config.yaml is none."""
 AGAIN = "set resume=force to run this config again"
 
 
@@ -110,7 +113,7 @@ def find_records(folder: Path) -> list[Record]:
     Raises `UserError` where there is none.
     """
     for pattern in ("config.yaml", "*/config.yaml", "*/*/config.yaml"):
-        found = sorted(folder.glob(pattern))
+        found = [p for p in sorted(folder.glob(pattern)) if RUN_KEY.fullmatch(p.parent.name)]
         if found:
             return [Record(path.parent.absolute()) for path in found]
     raise UserError(
@@ -124,6 +127,8 @@ def find_sweep(name: str, output_dir: Path) -> Path:
 
     Raises `UserError` where there is none, with the nearest names.
     """
+    if not name.strip():
+        raise UserError("the sweep's name is empty: give the name of one, or its folder")
     for folder in (Path(name), output_dir / name):
         if folder.is_dir():
             return folder

@@ -168,8 +168,9 @@ def main(argv: list[str]) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    tables.print_parts(parts, console)
+    # The files first: whatever a terminal can't show, they are whole.
     written = write_report(parts, folder / "report")
+    tables.print_parts(parts, console)
     console.print("\nwritten:")
     here = [path for path in written if path.parent == folder / "report"]
     for path in here:

@@ -22,9 +22,11 @@ from crl_exp import slurm
 from crl_exp.checkpoints import Checkpoint
 from crl_exp.files import SWEEP_CONFIG, finite, home, read_json, write_atomic, write_json, writing
 from crl_exp.heartbeat import Progress, read_heartbeat
+from crl_exp.names import check_sweep
 from crl_exp.preemption import Preempted
 from crl_exp.run_keys import NOT_IN_KEY, RESUME, content_key, freeze, frozen_config, run_key
 from crl_exp.run_status import ANEW, RunStatus
+from crl_exp.shown import undefined
 
 __all__ = [
     "MLFLOW_BEGUN", "NOT_IN_KEY", "RESUME", "SWEEP_CONFIG", "RunDirectory", "content_key",
@@ -54,6 +56,7 @@ class RunDirectory(RunStatus):
     """Paths, attempts, journal and checkpoints of one run."""
 
     def __init__(self, config: DictConfig):
+        check_sweep(config.sweep_name)
         self.key = run_key(config)
         path = home(config.output_dir, "output_dir") / config.sweep_name / self.key
         super().__init__(path, config.resume == "force")
@@ -201,6 +204,13 @@ class RunDirectory(RunStatus):
         state = self.checkpoint().load()
         self.cut_journal(0 if state is None else state["journal_bytes"])
         return state
+
+
+def objective(result: dict[str, Any]) -> float | None:
+    """What a sweeper such as Optuna's optimises: the validation items' figure, as the test items
+    are only measured on. None where it is undefined."""
+    value = result["validation"]["accuracy_steered"]
+    return None if undefined(value) else value
 
 
 def _scancelled(preempted: Preempted) -> bool:

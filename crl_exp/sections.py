@@ -28,7 +28,11 @@ def build(node: DictConfig, where: str, base: type) -> Any:
     Raises `UserError` for a class outside this package or of the wrong kind, an unknown or missing
     key (with the nearest right names), and a value of the wrong type.
     """
-    target = str(node.get("_target_", ""))
+    return fill(node, where, target_class(str(node.get("_target_", "")), where, base))
+
+
+def target_class(target: str, where: str, base: type) -> type:
+    """The class that a section's `_target_` names. Raises `UserError` as `build` does."""
     module, _, name = target.rpartition(".")
     if not target.startswith(PACKAGE):
         raise UserError(
@@ -46,7 +50,7 @@ def build(node: DictConfig, where: str, base: type) -> Any:
             f"{where}._target_={target}: is a base for others, which leaves {', '.join(left)} to "
             f"them; choose an option of the group instead ({where}=NAME)"
         )
-    return fill(node, where, cls)
+    return cls
 
 
 def _is_open(attribute: Any) -> bool:

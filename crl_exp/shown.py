@@ -6,8 +6,10 @@ through `csv_cell` on its way to a spreadsheet.
 
 from __future__ import annotations
 
+import io
 import math
 import re
+import sys
 from typing import Any
 
 UNDEFINED = "–"
@@ -35,6 +37,16 @@ def plain(text: str) -> str:
     A character that would is written as Python writes it, `\\x1b`.
     """
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def lossy_terminal() -> None:
+    """Standard output and error that write `?` for a character they can't, whatever the locale.
+
+    What is lost is lost on the terminal alone: files are written in UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def csv_cell(value: Any) -> Any:

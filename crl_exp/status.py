@@ -21,7 +21,7 @@ from crl_exp.labels import labels
 from crl_exp.launcher.states import in_work, states_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.records import Record, find_records, find_sweep
-from crl_exp.shown import number
+from crl_exp.shown import number, plain
 
 # Table columns don't fit a narrow terminal; where there is none, this many characters.
 WIDTH = 150
@@ -153,7 +153,7 @@ def shown(lines: Sequence[Line], sweep: str) -> Table:
     """The table, with the counts of the states above it."""
     counts = Counter(line.state for line in lines)
     told = ", ".join(f"{n} {state}" for state, n in counts.items())
-    table = Table(title=escape(f"{sweep}: {told}"), title_justify="left", show_edge=False)
+    table = Table(title=safe(f"{sweep}: {told}"), title_justify="left", show_edge=False)
     jobs = Counter(line.job for line in lines if line.job)
     packed = any(n > 1 for n in jobs.values())
     told_of = ("run", "what", "state", "progress", "left", "last", "node")
@@ -161,14 +161,19 @@ def shown(lines: Sequence[Line], sweep: str) -> Table:
         table.add_column(name, no_wrap=name in ("run", "left", "node", "job"))
     for line in lines:
         colour = COLOURS[line.state]
-        why = f"\n[dim]{escape(line.why)}[/]" if line.why else ""
+        why = f"\n[dim]{safe(line.why)}[/]" if line.why else ""
         table.add_row(
-            escape(line.key), escape(line.label), f"[{colour}]{line.state}[/]{why}",
-            line.progress, duration(line.left), escape(line.metrics), escape(line.node),
-            *[escape(line.job)] * packed,
+            safe(line.key), safe(line.label), f"[{colour}]{line.state}[/]{why}",
+            line.progress, duration(line.left), safe(line.metrics), safe(line.node),
+            *[safe(line.job)] * packed,
             str(line.attempts or ""),
         )  # fmt: skip
     return table
+
+
+def safe(text: str) -> str:
+    """Text that Rich shows as it is."""
+    return escape(plain(text))
 
 
 def duration(seconds: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +15,7 @@ from crl_exp.feature_credit import FeatureCredit
 from crl_exp.further_tables import further_tables
 from crl_exp.records import Record
 from crl_exp.report_parts import SweepParts
+from crl_exp.shown import plain
 from crl_exp.table_cells import (
     COLUMNS,
     FEATURE_COLUMNS,
@@ -101,8 +103,14 @@ def _not_finished(runs: Sequence[Record], level: int) -> list[str]:
 
 def _markdown_table(columns: Sequence[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    safe = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines]
+    safe = [[_markdown_cell(cell) for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in safe)
+
+
+def _markdown_cell(text: str) -> str:
+    """Text of a cell; what begins as an HTML tag is shown, not rendered."""
+    shown = re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text)
+    return shown.replace("|", "\\|").replace("\n", "<br>")
 
 
 def print_parts(parts: SweepParts, console: Console) -> None:
@@ -115,7 +123,7 @@ def print_parts(parts: SweepParts, console: Console) -> None:
             console.print()
         print_report(part.sweep, console)
     for line in unfinished(parts.unfinished):
-        console.print(f"not finished: {line}", style="yellow", highlight=False, markup=False)
+        console.print(f"not finished: {plain(line)}", style="yellow", highlight=False, markup=False)
 
 
 def print_report(sweep: SweepComparison, console: Console) -> None:
@@ -127,7 +135,7 @@ def print_report(sweep: SweepComparison, console: Console) -> None:
         console.print("A wider terminal, and table.md, show more columns.", style="dim")
     best = headline(sweep)
     for line in ([best] if best else []) + notes(sweep):
-        console.print(line, highlight=False, markup=False)
+        console.print(plain(line), highlight=False, markup=False)
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         _print_table(console, set_title(sweep), set_columns(sweep), cells)
@@ -137,15 +145,15 @@ def print_report(sweep: SweepComparison, console: Console) -> None:
         for line in more.notes:
             console.print(line, highlight=False)
     for line in unfinished(sweep.unfinished):
-        console.print(f"not finished: {line}", style="yellow", highlight=False, markup=False)
+        console.print(f"not finished: {plain(line)}", style="yellow", highlight=False, markup=False)
 
 
 def _print_table(
     console: Console, name: str, columns: Sequence[str], rows: list[list[str]]
 ) -> None:
     """Numbers are never wrapped; a method is named once. Names may hold what looks like markup."""
-    table = Table(title=escape(name), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
-                  show_edge=False)  # fmt: skip
+    table = Table(title=escape(plain(name)), title_justify="left", box=SIMPLE_HEAD,
+                  padding=(0, 1, 0, 0), show_edge=False)  # fmt: skip
     for i, column in enumerate(columns):
         header = column
         for at, new in ((" → ", "\n→ "), ("/ ", "/\n"), (" [", "\n["), (", ", "\n")):
@@ -156,6 +164,7 @@ def _print_table(
     for row in rows:
         if before is not None and row[0] != before:
             table.add_section()
-        table.add_row(*map(escape, [row[0] if row[0] != before else "", *row[1:]]))
+        cells = [row[0] if row[0] != before else "", *row[1:]]
+        table.add_row(*[escape(plain(cell)) for cell in cells])
         before = row[0]
     console.print(table)

@@ -13,7 +13,7 @@ from crl_exp.files import read_json as read_our_json
 from crl_exp.records import AGAIN, Record, flatten
 from crl_exp.runs import NOT_IN_KEY
 from crl_exp.sae_config import DICTIONARIES
-from crl_exp.shown import undefined
+from crl_exp.shown import plain, undefined
 from crl_exp.tracking_state import digest
 
 ARTIFACTS = (
@@ -78,7 +78,7 @@ def parameters(config: dict[str, Any]) -> Params:
     kept = {key: value for key, value in config.items() if key not in NOT_IN_KEY}
     made = Params()
     for key, value in flatten(kept).items():
-        text = value if isinstance(value, str) else json.dumps(value)
+        text = plain(value) if isinstance(value, str) else json.dumps(value)
         name = re.sub(r"[^\w.\- /:]", "_", key)
         if len(name) > NAME_CHARS or name in made.given:
             name = f"{name[: NAME_CHARS - 18]}_{digest(key)}"
@@ -116,7 +116,7 @@ def tags(record: Record, code: dict[str, Any] | None = None) -> dict[str, str]:
         "run_directory": f"{record.status.get('host', '')}:{record.path}",
         "error": record.status.get("error"),
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: plain(str(value)) for key, value in found.items() if value is not None}
 
 
 def code_tags(code: dict[str, Any]) -> dict[str, str]:

@@ -132,7 +132,7 @@ def test_a_sweeper_that_needs_results_gets_them(tmp_path):
     done = typed(*common, "hydra.launcher.wait=true", plugins=tmp_path / "plugins")
     assert done.returncode == 0, done.stderr
     results = [json.loads(p.read_text()) for p in (tmp_path / "out" / "s").glob("*/result.json")]
-    accuracy = {result["seed"]: result["accuracy_steered"] for result in results}
+    accuracy = {r["seed"]: r["validation"]["accuracy_steered"] for r in results}
     assert f"values: [{accuracy[0]}, {accuracy[1]}]" in done.stdout
 
 

@@ -20,6 +20,7 @@ from crl_exp.launcher.settings import LocalSettings, SlurmSettings, changed
 from crl_exp.runs import NOT_IN_KEY, RunDirectory, content_key
 from crl_exp.sections import once
 from crl_exp.stages.base import STAGES
+from crl_exp.written import check_written
 
 Settings = SlurmSettings | LocalSettings
 # Of the points that a fault is in, so many are named.
@@ -117,6 +118,7 @@ def compose_points(
         sample = _compose(composer, some, settings, len(jobs))
         check([point for point in sample if is_open(point)], of=len(jobs))
     points = _compose(composer, jobs, settings, None)
+    check_written(master.hydra, [point.config for point in points], jobs)
     if len(folders := {str(point.run.path.parent) for point in points}) > 1:
         raise UserError(
             f"sweep_name and output_dir must be the same for all runs of a sweep, not {folders}"

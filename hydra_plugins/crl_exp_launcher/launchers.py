@@ -73,6 +73,8 @@ class LocalProcessesLauncher(FrozenLauncher):
 
 def _returns(launched: Launch, states: dict[str, tuple[str, str]]) -> list[JobReturn]:
     """Every job's result, as `launch.py` returns it, or how it ended."""
+    from crl_exp.runs import objective
+
     returns = []
     for point in launched.points:
         job = JobReturn(overrides=point.overrides, cfg=point.config)
@@ -80,7 +82,7 @@ def _returns(launched: Launch, states: dict[str, tuple[str, str]]) -> list[JobRe
         if state == "done":
             result = point.run.result()
             assert result is not None
-            job.status, job.return_value = JobStatus.COMPLETED, result["accuracy_steered"]
+            job.status, job.return_value = JobStatus.COMPLETED, objective(result)
         else:
             said = point.run.status().get("error") or why
             job.status = JobStatus.FAILED
