@@ -109,7 +109,7 @@ def _together(
     looks: dict[str, tuple[str, str]],
 ) -> None:
     """Rows of several layers at once, or of none: a point with its interval at the right-hand end,
-    and a line through the panel to compare single layers with. place: x and the step between rows.
+    and a line through the panel to compare single layers with. place: x and the step between them.
     """
     end, step = place
     alike = len({row.layers for row in rows if row.layers}) == 1

@@ -31,13 +31,13 @@ from crl_exp.files import home
 from crl_exp.generation import Generation, Job
 from crl_exp.loaded import shared, shared_model, shared_sae, shared_splits
 from crl_exp.measuring import measure_of, warn_of_one_outcome
-from crl_exp.models import LanguageModel, Turns, load_model
+from crl_exp.models import LanguageModel, load_model
 from crl_exp.preemption import Pace
 from crl_exp.probe import checked
 from crl_exp.runs import RunDirectory, content_key
 from crl_exp.saes import LayerSAE, load_saes
 from crl_exp.scores import KEPT
-from crl_exp.tasks.base import Item, Splits
+from crl_exp.tasks.base import Splits
 from crl_exp.terminal import progress_bar
 from crl_exp.warmup import STATISTICS_FORMAT, LayerStatistics, shared_statistics
 from crl_exp.winners_curse import Tried
@@ -148,17 +148,13 @@ class Lab:
 
     # --- prompts and answers ---
 
-    def prompts(self, split: str, wording: Callable[[Item], Turns] | None = None) -> Prompts:
-        """The split's prompts, read when first asked for.
-
-        wording: each item's user turn, and the turns before it, in place of the task's own.
-        """
+    def prompts(self, split: str) -> Prompts:
+        """The split's prompts, read when first asked for."""
         items = self.splits.named()[split]
         chat = self.exp.task.chat_template
-        turns = [wording(item) if wording else ((), item.user) for item in items]
 
         def read() -> Prompts:
-            ids = [self.lm.prompt_ids(user, chat, before) for before, user in turns]
+            ids = [self.lm.prompt_ids(item.user, chat) for item in items]
             with self.bar(f"reading {split} prompts", len(ids)) as advance:
 
                 def progress(n: int) -> None:
@@ -167,7 +163,7 @@ class Lab:
 
                 return self.engine.read(ids, progress)
 
-        users = turns if wording else [item.user for item in items]
+        users = [item.user for item in items]
         return shared("prompts", [self.engine_key, chat, users], read, keep=6)
 
     def generated(

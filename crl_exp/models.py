@@ -21,9 +21,6 @@ from crl_exp.cache import Scratch
 from crl_exp.errors import UserError
 from crl_exp.model_config import DTYPES, ModelConfig, cannot_load
 
-Turns = tuple[Sequence[tuple[str, str]], str]
-"""Earlier user turns with their answers, and the user turn that is to be answered."""
-
 
 class LanguageModel:
     """A frozen causal language model with handles on its decoder layers."""

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from crl_exp import preemption
 from crl_exp.answerer import Answerer
 from crl_exp.baselines.demonstrations import Demonstration, demonstrations, in_turns
 from crl_exp.controllers.base import Unsteered
+from crl_exp.engine import Prompts
 from crl_exp.errors import UserError
 from crl_exp.generation import Generation
 from crl_exp.methods import Method
-from crl_exp.models import Turns
 from crl_exp.tasks.base import Item
 from crl_exp.tasks.few_shot import fill
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from crl_exp.lab import Lab
 
 OPTIONS = "{choices}"
+Turns = tuple[Sequence[tuple[str, str]], str]
+"""Earlier user turns with their answers, and the user turn that is to be answered."""
 
 
 class OtherWords(Answerer):
@@ -35,9 +38,24 @@ class OtherWords(Answerer):
     ):
         self.wording, self.choices = wording, list(choices)
         self.examples, self.n_shots = list(examples), n_shots
+        self.read: tuple[str, Prompts] | None = None  # of the split that was asked about last
 
     def ready(self, lab: Lab, split: str) -> None:
-        lab.prompts(split, self.turns)
+        if self.read is not None and self.read[0] == split:
+            return
+        self.read = None  # its memory is free before the next is read
+        ids = [self.ids(lab, item) for item in lab.splits.named()[split]]
+        with lab.bar(f"reading {split} prompts", len(ids)) as advance:
+
+            def progress(n: int) -> None:
+                advance(n)
+                preemption.check()
+
+            self.read = split, lab.engine.read(ids, progress)
+
+    def ids(self, lab: Lab, item: Item) -> list[int]:
+        before, user = self.turns(item)
+        return lab.lm.prompt_ids(user, lab.exp.task.chat_template, before)
 
     def generation(
         self,
@@ -47,8 +65,9 @@ class OtherWords(Answerer):
         record: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> Generation:
-        prompts = lab.prompts(split, self.turns)
-        return lab.generated(Unsteered(), prompts, items, record, advance)
+        self.ready(lab, split)
+        assert self.read is not None
+        return lab.generated(Unsteered(), self.read[1], items, record, advance)
 
     def turns(self, item: Item) -> Turns:
         """The examples' turns and the item's own. No example asks what the item asks."""
@@ -70,7 +89,7 @@ class Prompting(Method):
     shots: numbers of examples: training items with their right answer (in free text, with the
         model's own answer where it was rewarded), drawn by `seed`, options taking turns. With a
         chat template they are turns before the item's, else texts.
-    Each pair is tried whose prompts the model has room for; of equals the first in the order of the
+    Each pair whose prompts the model has room for is tried; of equals the first in the order of the
     lists is taken.
     """
 
@@ -124,6 +143,7 @@ class Prompting(Method):
         with lab.bar("trying wordings", len(asked)) as advance:
             for one in asked:
                 rewards.append(lab.validation_reward(one))
+                one.read = None
                 advance(1)
         best = asked[rewards.index(max(rewards))]
         lab.note(
@@ -161,8 +181,7 @@ def _those_that_fit(lab: Lab, asked: list[OtherWords]) -> list[OtherWords]:
     kept, most = [], limit - task.max_new_tokens
     items = [item for name, part in lab.splits.named().items() if name != "train" for item in part]
     for one in asked:
-        turns = map(one.turns, items)
-        longest = max(len(lab.lm.prompt_ids(u, task.chat_template, b)) for b, u in turns)
+        longest = max(len(one.ids(lab, item)) for item in items)
         if longest <= most:
             kept.append(one)
             continue
