@@ -26,8 +26,16 @@ class Added(NamedTuple):
     meant: Any
 
 
-ADDED: tuple[Added, ...] = ()
+ADDED: tuple[Added, ...] = (
+    Added("model", "", "chat_template_args", {}),
+)  # fmt: skip
 """In the order in which they came. Add a line with each new option; never change one."""
+
+
+def _get(plain: dict[str, Any], section: str, key: str) -> Any:
+    """A value of a resolved config; None where there is no such."""
+    found = plain.get(section)
+    return found.get(key) if isinstance(found, dict) else None
 
 
 class Mended(NamedTuple):
@@ -41,7 +49,10 @@ class Mended(NamedTuple):
     concerns: Callable[[dict[str, Any]], bool]
 
 
-MENDED: tuple[Mended, ...] = ()
+MENDED: tuple[Mended, ...] = (
+    # "I must refuse", "Sorry, no." are refusals (refusal_rule_v2).
+    Mended("refusal_rule_v2", lambda plain: _get(plain, "task", "scorer") == "phrases"),
+)
 
 
 def fill_missing(config: DictConfig) -> None:

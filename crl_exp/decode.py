@@ -95,8 +95,8 @@ class Decoding:
         # The last token that is generated doesn't go through the model.
         if limit and longest + max_new_tokens - 1 > limit:
             raise UserError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones don't fit into the "
-                f"{limit} positions of {self.lm.name}; lower task.max_new_tokens"
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones don't fit: "
+                f"{self.lm.room()}; lower task.max_new_tokens"
             )
 
     def _drop_ended(self, now: Running) -> None:

@@ -109,7 +109,7 @@ class Engine:
             raise UserError("a prompt is empty; check task.chat_template and the data")
         if limit and longest >= limit:
             raise UserError(
-                f"a prompt has {longest} tokens, but {self.lm.name} takes {limit}; "
+                f"a prompt has {longest} tokens, but {self.lm.room()}; "
                 "shorten the task's prompts or choose another model"
             )
         needed = self._kept_bytes(prompts) / 2**30

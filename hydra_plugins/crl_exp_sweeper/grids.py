@@ -21,6 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from crl_exp.errors import UserError
+from crl_exp.override_text import as_override
 from crl_exp.runs import SWEEP_CONFIG, write_atomic
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ log = logging.getLogger(__name__)
 class GridSweeper(Sweeper):
     """Runs the union of grids, each the product of its values.
 
-    grids: list of {override: value or list of values}. params: one more set of overrides for every
+    grids: list of {override: value or list of values}, a text being one value whatever is in it
+        (`crl_exp.override_text`). params: one more set of overrides for every
         grid, as Hydra's own sweeper takes them.
     """
 
@@ -57,7 +59,11 @@ class GridSweeper(Sweeper):
         for grid in self.grids:
             # What the command line sets replaces the grid's values, so that no point comes twice.
             asked = {k: v for k, v in {**self.params, **grid}.items() if k not in given}
-            texts = [f"{key}={_choices(value)}" for key, value in asked.items()]
+            texts = [
+                # `params` are as Hydra's own sweeper takes them: a comma there parts values.
+                f"{key}={_choices(value) if key in grid else _raw(value)}"
+                for key, value in asked.items()
+            ]
             overrides = parser.parse_overrides([*texts, *arguments])
             points += BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
         return list({" ".join(point): point for point in points}.values())
@@ -89,7 +95,11 @@ class GridSweeper(Sweeper):
 
 def _choices(value: Any) -> str:
     values = value if isinstance(value, (list, ListConfig)) else [value]
-    return ",".join("null" if v is None else str(v) for v in values)
+    return ",".join(map(as_override, values))
+
+
+def _raw(value: Any) -> str:
+    return value if isinstance(value, str) else _choices(value)
 
 
 def _raise_failures(jobs: list[list[str]], returns: Sequence[JobReturn]) -> None:
