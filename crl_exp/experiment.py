@@ -17,6 +17,7 @@ from crl_exp.config import Experiment
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
 from crl_exp.evaluation import evaluate
+from crl_exp.fed import note_data
 from crl_exp.heartbeat import PHASES, beating
 from crl_exp.lab import Lab
 from crl_exp.methods import NoSteering
@@ -113,7 +114,7 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
     with timed("load"):
         lab = Lab(exp, layers, run, place.engine)
         preemption.check()
-    write_json(run.path / "data.json", lab.splits.facts())
+    note_data(run, lab.splits, lab.lm, lab.fed)
     with timed("warmup"):
         if not isinstance(exp.method, NoSteering):
             place.warming_up(lab)

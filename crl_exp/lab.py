@@ -25,6 +25,7 @@ from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.controllers.vector import FixedVectors
 from crl_exp.engine import Engine, EngineConfig, Prompts
+from crl_exp.fed import look_at, options_for, prompt_ids
 from crl_exp.generation import Generation, Job
 from crl_exp.loaded import shared, shared_model, shared_sae
 from crl_exp.measuring import measure_of, warn_of_one_outcome
@@ -64,8 +65,12 @@ class Lab:
                 self.warn(warning)
         for warning in self.splits.warnings:
             self.warn(warning)
-        choices = exp.task.constrained_to
-        self.choices = None if choices is None else self.lm.choice_ids(choices)
+        self.options = options_for(exp.task, self.lm)
+        lengths, warning = look_at(exp.task, self.lm, self.options, self.splits.test[0].user)
+        if lengths:
+            self.note("option_tokens", lengths)
+        if warning:
+            self.warn(warning)
         self._statistics: dict[int, LayerStatistics] | None = None
         self._asked = 0  # times that a controller was tried on validation
 
@@ -76,6 +81,11 @@ class Lab:
             return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
 
         return shared_sae([self.model_key, asdict(exp.sae), layer], load)
+
+    @property
+    def n_tokens(self) -> int:
+        """Steered tokens that an answer has at most."""
+        return self.exp.task.max_new_tokens if self.options is None else self.options.longest
 
     def warn(self, message: str) -> None:
         """Say it now and keep it in the result."""
@@ -126,11 +136,9 @@ class Lab:
 
     def prompts(self, split: str) -> Prompts:
         """The split's prompts, read when first asked for."""
-        items = self.splits.named()[split]
-        chat = self.exp.task.chat_template
+        ids, _ = self._prompt_ids(split)
 
         def read() -> Prompts:
-            ids = [self.lm.prompt_ids(item.user, chat) for item in items]
             with self.bar(f"reading {split} prompts", len(ids)) as advance:
 
                 def progress(n: int) -> None:
@@ -139,8 +147,19 @@ class Lab:
 
                 return self.engine.read(ids, progress)
 
-        users = [item.user for item in items]
-        return shared("prompts", [self.engine_key, chat, users], read, keep=6)
+        return shared("prompts", [self.engine_key, self.fed(split)], read, keep=6)
+
+    def fed(self, split: str) -> str:
+        """Hash of what the model is really fed for a split; see `crl_exp.fed`."""
+        options = None if self.options is None else asdict(self.options)
+        return content_key([self._prompt_ids(split)[1], options])
+
+    def _prompt_ids(self, split: str) -> tuple[list[list[int]], str]:
+        """Token ids of the split's prompts, and their hash."""
+        chat = self.exp.task.chat_template
+        users = [item.user for item in self.splits.named()[split]]
+        key = [self.model_key, chat, users]
+        return shared("prompt_ids", key, lambda: prompt_ids(self.lm, users, chat), keep=8)
 
     def answer(
         self,
@@ -154,7 +173,7 @@ class Lab:
         prompts = self.prompts(split)
         chosen = range(len(prompts)) if items is None else items
         generation = self.engine.generate(
-            prompts, [Job(controller, chosen)], self.exp.task.max_new_tokens, self.choices,
+            prompts, [Job(controller, chosen)], self.exp.task.max_new_tokens, self.options,
             record, advance, self.exp.task.stop_strings,
         )[0]  # fmt: skip
         asked = [self.splits.named()[split][i] for i in chosen]
@@ -184,7 +203,7 @@ class Lab:
 
     def baseline(self, split: str) -> Answers:
         """The unsteered model's answers to a split, generated once a process."""
-        key = [self.engine_key, asdict(self.exp.task), split]
+        key = [*self._asked(split), split]
         name, what = f"unsteered_{split}", f"unsteered on {split}"
 
         def make() -> Answers:
@@ -192,6 +211,11 @@ class Lab:
                 return self.kept_answers(name, what, Unsteered(), split)
 
         return shared("baseline", key, make, keep=16)
+
+    def _asked(self, split: str) -> list[Any]:
+        """What answers to a split depend on besides the controller."""
+        task = [asdict(self.exp.task), self.splits.digest(), self.fed(split)]
+        return [self.engine_key, self.lm.fingerprint(), *task]
 
     def play(self, controller: Controller, items: list[int]) -> tuple[Generation, Tensor]:
         """A recorded rollout on training items, and its rewards [B]."""
@@ -214,7 +238,7 @@ class Lab:
         if not isinstance(controller, FixedFeatures):
             return ask()
         # CorrSteer-P tries what CorrSteer-S tried at each layer.
-        key = [self.engine_key, asdict(self.exp.task), controller.identity]
+        key = [*self._asked("validation"), controller.identity]
         return shared("choice", key, ask, keep=1000)
 
     def training_reward(self, controller: Controller, rewards: list[float]) -> float:
@@ -234,11 +258,12 @@ class Lab:
         """Stage 1's statistics of the steered layers, from the store where they are there."""
         if self._statistics is None:
             exp = self.exp
-            # The digest is of the data itself: a file may change under the same task.path.
-            asked = [asdict(exp.task), self.splits.digest(), exp.warmup.pooling, STATISTICS_FORMAT]
+            # Of the data itself and the tokens made of it: a file, a template or a tokenizer may
+            # change under the same path.
+            asked = [*self._asked("train"), exp.warmup.pooling, STATISTICS_FORMAT]
             if self.keeps_values:
                 asked.append("values kept")
-            key = content_key([self.engine_key, self.lm.fingerprint(), *asked])
+            key = content_key(asked)
             folder = Path(exp.output_dir).expanduser() / "shared" / "warmup"
             with self.engine.alone():
                 found = shared_statistics(folder, key, self.saes, partial(measure_of, self))

@@ -47,7 +47,7 @@ class ModelConfig:
     quantization: of the weights by bitsandbytes, on an NVIDIA GPU: int8 (LLM.int8, arXiv
         2208.07339), nf4 (QLoRA's 4 bits, arXiv 2305.14314) or null.
     chat_template_args: what the tokenizer's chat template is given besides the turns, as it names
-        them: {enable_thinking: false} (Qwen3), {date_string: 26 Jul 2024} (Llama 3.1, whose
+        them: {enable_thinking: false} (Qwen3), {date_string: 26 Jul 2024} (Llama 3.2, whose
         template else prints the day of the run).
     """
 

@@ -117,8 +117,8 @@ def test_another_encoding_in_data_files_is_named(tmp_path, name):
 
 def test_half_a_character_in_data_files_is_named(tmp_path):
     (tmp_path / "half.jsonl").write_text('{"question": "a"}\n{"question": "\\ud83d"}\n')
+    source = Source("hub/id", None, None, str(tmp_path / "half.jsonl"))
     with pytest.raises(UserError, match=r"half.jsonl, line 2: holds \\ud83d alone"):
-        source = Source("hub/id", None, None, str(tmp_path / "half.jsonl"))
         source.read("data_files", ["question"], [])
 
 

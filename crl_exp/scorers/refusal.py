@@ -216,11 +216,12 @@ def _refuses(sentence: str, cut_off: bool) -> bool:
 
 
 def _says_no(sentence: str) -> bool:
-    """Whether the speaker refuses as a whole, and neither asks whether to nor words it for others."""
-    return not sentence.rstrip(" \"')*").endswith("?") and any(
-        not _BEFORE.search(before) and not before.rstrip().endswith((":", "should", "can"))
-        for found in _REFUSE.finditer(sentence)
-        if (before := sentence[: found.start()].lower()) is not None
+    """Whether the speaker refuses, and neither asks whether to nor words it for others."""
+    if sentence.rstrip(" \"')*").endswith("?"):
+        return False
+    before = [sentence[: found.start()].rstrip().lower() for found in _REFUSE.finditer(sentence)]
+    return any(
+        not _BEFORE.search(f"{b} ") and not b.endswith((":", "should", "can")) for b in before
     )
 
 

@@ -10,15 +10,17 @@ from typing import Any
 
 from crl_exp.errors import UserError
 from crl_exp.scorers.choice import ChoiceScorer
-from crl_exp.tasks.base import Item, Score, Splits, Task, content_id, split_items, unique
+from crl_exp.tasks.base import Item, Score, Splits, content_id, split_items, unique
+from crl_exp.tasks.choice_task import ChoiceTask
 from crl_exp.tasks.files import json_line, users_text
 
 
 @dataclass
-class JsonLines(Task):
-    """Questions with a one-word answer, a JSON object a line: {"question": …, "answer": …}.
+class JsonLines(ChoiceTask):
+    """Questions whose answer is one of a few options, a JSON object a line.
 
-    path: the file. template: the user turn; `{question}` stands for the question.
+    Lines are {"question": …, "answer": …}. path: the file. template: the user turn; `{question}`
+    stands for the question.
     """
 
     path: str

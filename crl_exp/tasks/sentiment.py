@@ -17,11 +17,11 @@ from crl_exp.tasks.base import (
     Item,
     Score,
     Splits,
-    Task,
     content_id,
     split_items,
     unique,
 )
+from crl_exp.tasks.choice_task import ChoiceTask
 from crl_exp.tasks.files import damaged, read_text
 
 DATA = "data/hutto_icwsm_2014"
@@ -31,7 +31,7 @@ SCORER = ChoiceScorer((POSITIVE, NEGATIVE))
 
 
 @dataclass
-class Sentiment(Task):
+class Sentiment(ChoiceTask):
     """The sign of a review sentence, answered with one word.
 
     question: the user turn, `{text}` stands for the review. It comes last, so that all prompts
