@@ -203,7 +203,7 @@ class Lab:
 
     def baseline(self, split: str) -> Answers:
         """The unsteered model's answers to a split, generated once a process."""
-        key = [*self._asked(split), split]
+        key = [*self._depends_on(split), split]
         name, what = f"unsteered_{split}", f"unsteered on {split}"
 
         def make() -> Answers:
@@ -212,7 +212,7 @@ class Lab:
 
         return shared("baseline", key, make, keep=16)
 
-    def _asked(self, split: str) -> list[Any]:
+    def _depends_on(self, split: str) -> list[Any]:
         """What answers to a split depend on besides the controller."""
         task = [asdict(self.exp.task), self.splits.digest(), self.fed(split)]
         return [self.engine_key, self.lm.fingerprint(), *task]
@@ -238,7 +238,7 @@ class Lab:
         if not isinstance(controller, FixedFeatures):
             return ask()
         # CorrSteer-P tries what CorrSteer-S tried at each layer.
-        key = [*self._asked("validation"), controller.identity]
+        key = [*self._depends_on("validation"), controller.identity]
         return shared("choice", key, ask, keep=1000)
 
     def training_reward(self, controller: Controller, rewards: list[float]) -> float:
@@ -260,7 +260,7 @@ class Lab:
             exp = self.exp
             # Of the data itself and the tokens made of it: a file, a template or a tokenizer may
             # change under the same path.
-            asked = [*self._asked("train"), exp.warmup.pooling, STATISTICS_FORMAT]
+            asked = [*self._depends_on("train"), exp.warmup.pooling, STATISTICS_FORMAT]
             if self.keeps_values:
                 asked.append("values kept")
             key = content_key(asked)
