@@ -115,7 +115,7 @@ def mean_gradient(lab: Lab, objective: str) -> Tensor:
     """
     task = lab.exp.task
     if objective == "auto":
-        objective = "target" if lab.choices else "reward"
+        objective = "target" if lab.options else "reward"
     key = [lab.engine_key, asdict(task), lab.splits.digest(), repr(lab.exp.decay), objective]
 
     def make() -> Tensor:
@@ -127,8 +127,8 @@ def mean_gradient(lab: Lab, objective: str) -> Tensor:
 
 def _target_gradient(lab: Lab) -> Tensor:
     """Of the mean log-likelihood of the targets, among the options alone."""
-    assert lab.choices is not None
-    options = [list(o) if isinstance(o, (list, tuple)) else [o] for o in lab.choices]
+    assert lab.options is not None
+    options, by_length = [list(ids) for ids in lab.options.ids], lab.options.length_normalised
     names = [text.strip() for text in lab.exp.task.constrained_to or []]
     right = []
     for item in lab.splits.train:
@@ -146,6 +146,8 @@ def _target_gradient(lab: Lab) -> Tensor:
         if whole:
             token_BT = teacher_forcing.log_probs(lab.lm, logits_BTV, answers)
             score_IO = token_BT.sum(1).view(len(items), len(options))
+            if by_length:
+                score_IO = score_IO / score_IO.new_tensor([len(option) for option in options])
         else:
             score_IO = logits_BTV[:, 0, [option[0] for option in options]]
         right_I1 = torch.tensor([[right[item]] for item in items], device=score_IO.device)

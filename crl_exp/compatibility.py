@@ -60,8 +60,36 @@ ADDED: tuple[Added, ...] = (
     Added("fusion", "PositionLinear", "over", "answer"),
     Added("fusion", "Attention", "over", "answer"),
     Added("policy", "", "combine", "sum"),
+    Added("model", "", "chat_template_args", {}),
+    Added("task", "JsonLines", "length_normalised", False),
+    Added("task", "Sentiment", "length_normalised", False),
+    Added("task", "JsonLines", "choice_prefix", ""),
+    Added("task", "Sentiment", "choice_prefix", ""),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
+
+
+def _get(plain: dict[str, Any], section: str, key: str) -> Any:
+    """A value of a resolved config; None where there is no such."""
+    found = plain.get(section)
+    return found.get(key) if isinstance(found, dict) else None
+
+
+_ONE_TOKEN = {"yes", "no", "true", "false", "positive", "negative"}
+"""Words of one token each, capital or not, of every tokenizer of conf/model but GPT-2's."""
+
+
+def _several_tokens(plain: dict[str, Any]) -> bool:
+    """Whether answers are restricted to options that may be several tokens.
+
+    Which are is known to the tokenizer alone: what isn't sure to be one token counts.
+    """
+    choices = _get(plain, "task", "choices") or []
+    kind = str(_get(plain, "task", "_target_")).rpartition(".")[2]
+    if kind not in ("JsonLines", "Sentiment"):
+        return False
+    sure = set() if "gpt2" in str(_get(plain, "model", "path")) else _ONE_TOKEN
+    return any(len(str(one)) > 1 and str(one).lower() not in sure for one in choices)
 
 
 class Mended(NamedTuple):
@@ -123,6 +151,10 @@ MENDED: tuple[Mended, ...] = (
     Mended("tokens of an answer counted in the whole rollout", _weighs_answers),
     Mended("gumbel_topk records the act's probability", _gumbel_was_drawn_twice),
     Mended("CorrSteer-P tests each layer once", _tests_a_layer_more_than_once),
+    # Options of several tokens could never be right.
+    Mended("options_of_several_tokens", _several_tokens),
+    # "I must refuse", "Sorry, no." are refusals (refusal_rule_v2).
+    Mended("refusal_rule_v2", lambda plain: _get(plain, "task", "scorer") == "phrases"),
 )
 
 

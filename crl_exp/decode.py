@@ -50,6 +50,18 @@ class Decoding:
 
     def run(self, max_new_tokens: int, choices: Sequence[int] | None) -> None:
         """Answer every row, greedily. Raises `UserError` where the model can't take that many."""
+        now = self._begin(max_new_tokens)
+        for index in range(max_new_tokens):
+            token_R = self._step(index, now, choices)
+            self._note_tokens(index, token_R)
+            if not self.alive_R.any():
+                break
+            if index + 1 < max_new_tokens:
+                self._drop_ended(now)
+        self._end()
+
+    def _begin(self, max_new_tokens: int) -> Running:
+        """What the first forward pass starts from; controllers are told."""
         self._check_room(max_new_tokens)
         for part, context in zip(self.parts, self.lineup.contexts, strict=True):
             part.controller.begin(context)
@@ -60,19 +72,19 @@ class Decoding:
             start_layer(part.controller, max_new_tokens, lm.n_layers) for part in self.parts
         )
         cache = prompt.cache(first_layer, with_last=top + 1, room=max_new_tokens)
-        now = Running(prompt.last_B, prompt.position_B, prompt.key_BT, prompt.valid_BT, cache)
-        for index in range(max_new_tokens):
-            token_R = self._step(index, now, choices)
-            self._note_tokens(index, token_R)
-            if not self.alive_R.any():
-                break
-            if index + 1 < max_new_tokens:
-                self._drop_ended(now)
+        return Running(prompt.last_B, prompt.position_B, prompt.key_BT, prompt.valid_BT, cache)
+
+    def _end(self) -> None:
         for part, context in zip(self.parts, self.lineup.contexts, strict=True):
             part.controller.end(context)
 
     def _step(self, index: int, now: Running, choices: Sequence[int] | None) -> Tensor:
         """Run the model for one token of every row; returns the next ones [R]."""
+        now.token_R = self._next(self._forward(index, now)[:, -1], choices, index)
+        return now.token_R
+
+    def _forward(self, index: int, now: Running) -> Tensor:
+        """Run the model for one token of every row; returns its last hidden states [R, 1, D]."""
         lm = self.lm
         now.step()
         with ExitStack() as stack:
@@ -87,17 +99,16 @@ class Decoding:
                 past_key_values=now.cache,
                 use_cache=True,
             ).last_hidden_state
-        now.token_R = self._next(hidden_RTD[:, -1], choices, index)
         now.position_R = now.position_R + 1
-        return now.token_R
+        return hidden_RTD
 
     def _check_room(self, max_new_tokens: int) -> None:
         longest, limit = int(self.prompt.position_B.max()) + 1, self.lm.max_positions
         # The last token that is generated doesn't go through the model.
         if limit and longest + max_new_tokens - 1 > limit:
             raise UserError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones don't fit into the "
-                f"{limit} positions of {self.lm.name}; lower task.max_new_tokens"
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones don't fit: "
+                f"{self.lm.room()}; lower task.max_new_tokens"
             )
 
     def _drop_ended(self, now: Running) -> None:

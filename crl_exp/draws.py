@@ -75,6 +75,12 @@ def layer_keys(seed: int, row_B: Tensor, layer: int) -> Tensor:
     return _mix(_mix(row_B.long() + _signed(seed * GOLDEN)) + _signed((layer + 1) * GOLDEN))
 
 
+def option_keys(key_B: Tensor, option_B: Tensor) -> Tensor:
+    """`layer_keys` of rows that read one option each, so that the options of a row don't explore
+    alike."""
+    return _mix(key_B + (option_B.long() + 1) * _signed(3 * GOLDEN))
+
+
 def _later(key_B: Tensor, token_index: int | Tensor) -> Tensor:
     if isinstance(token_index, int):
         return _mix(key_B + _signed((token_index + 1) * GOLDEN))

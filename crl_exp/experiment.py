@@ -19,6 +19,7 @@ from crl_exp.effects import cautions
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
 from crl_exp.evaluation import evaluate
+from crl_exp.fed import note_data
 from crl_exp.files import defined
 from crl_exp.heartbeat import PHASES, beating
 from crl_exp.lab import Lab
@@ -132,7 +133,7 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
         for caution in cautions(exp):
             lab.warn(caution)
         preemption.check()
-    write_json(run.path / "data.json", lab.splits.facts())
+    note_data(run, lab.splits, lab.lm, lab.fed)
     with timed("warmup"):
         if exp.method.needs_statistics:
             place.warming_up(lab)

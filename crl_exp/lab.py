@@ -27,6 +27,7 @@ from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.controllers.vector import FixedVectors
 from crl_exp.dictionaries import with_dictionary
 from crl_exp.engine import Engine, EngineConfig, Prompts
+from crl_exp.fed import look_at, options_for, prompt_ids
 from crl_exp.files import home
 from crl_exp.generation import Generation, Job
 from crl_exp.loaded import shared, shared_model, shared_sae, shared_splits
@@ -69,8 +70,12 @@ class Lab:
                 self.warn(warning)
         for warning in self.splits.warnings:
             self.warn(warning)
-        choices = exp.task.constrained_to
-        self.choices = None if choices is None else self.lm.choice_ids(choices)
+        self.options = options_for(exp.task, self.lm)
+        lengths, warning = look_at(exp.task, self.lm, self.options, self.splits.test[0].user)
+        if lengths:
+            self.note("option_tokens", lengths)
+        if warning:
+            self.warn(warning)
         self._statistics: dict[int, LayerStatistics] | None = None
         self.tried = Tried()  # on validation, at all layers
         self._asked = 0  # times that a controller was tried on validation
@@ -87,6 +92,11 @@ class Lab:
         if kind == "sae":
             return sae
         return shared_sae([*key, kind, exp.seed], lambda: with_dictionary(sae, kind, exp.seed))
+
+    @property
+    def n_tokens(self) -> int:
+        """Steered tokens that an answer has at most."""
+        return self.exp.task.max_new_tokens if self.options is None else self.options.longest
 
     def warn(self, message: str) -> None:
         """Say it now and keep it in the result."""
@@ -150,11 +160,9 @@ class Lab:
 
     def prompts(self, split: str) -> Prompts:
         """The split's prompts, read when first asked for."""
-        items = self.splits.named()[split]
-        chat = self.exp.task.chat_template
+        ids, _ = self._prompt_ids(split)
 
         def read() -> Prompts:
-            ids = [self.lm.prompt_ids(item.user, chat) for item in items]
             with self.bar(f"reading {split} prompts", len(ids)) as advance:
 
                 def progress(n: int) -> None:
@@ -163,8 +171,19 @@ class Lab:
 
                 return self.engine.read(ids, progress)
 
-        users = [item.user for item in items]
-        return shared("prompts", [self.engine_key, chat, users], read, keep=6)
+        return shared("prompts", [self.engine_key, self.fed(split)], read, keep=6)
+
+    def fed(self, split: str) -> str:
+        """Hash of what the model is really fed for a split; see `crl_exp.fed`."""
+        options = None if self.options is None else asdict(self.options)
+        return content_key([self._prompt_ids(split)[1], options])
+
+    def _prompt_ids(self, split: str) -> tuple[list[list[int]], str]:
+        """Token ids of the split's prompts, and their hash."""
+        chat = self.exp.task.chat_template
+        users = [item.user for item in self.splits.named()[split]]
+        key = [self.model_key, chat, users]
+        return shared("prompt_ids", key, lambda: prompt_ids(self.lm, users, chat), keep=8)
 
     def generated(
         self,
@@ -176,7 +195,7 @@ class Lab:
     ) -> Generation:
         """The model's answers to these of the prompts, under a controller."""
         return self.engine.generate(
-            prompts, [Job(controller, items)], self.exp.task.max_new_tokens, self.choices,
+            prompts, [Job(controller, items)], self.exp.task.max_new_tokens, self.options,
             record, advance, self.exp.task.stop_strings,
         )[0]  # fmt: skip
 
@@ -219,7 +238,7 @@ class Lab:
 
     def baseline(self, split: str) -> Answers:
         """The unsteered model's answers to a split, generated once a process."""
-        key = [self.engine_key, asdict(self.exp.task), split]
+        key = [*self._depends_on(split), split]
         name, what = f"unsteered_{split}", f"unsteered on {split}"
 
         def make() -> Answers:
@@ -227,6 +246,11 @@ class Lab:
                 return self.kept_answers(name, what, Unsteered(), split)
 
         return shared("baseline", key, make, keep=16)
+
+    def _depends_on(self, split: str) -> list[Any]:
+        """What answers to a split depend on besides the controller."""
+        task = [asdict(self.exp.task), self.splits.digest(), self.fed(split)]
+        return [self.engine_key, self.lm.fingerprint(), *task]
 
     def play(self, controller: Controller, items: list[int]) -> tuple[Generation, Tensor]:
         """A recorded rollout on training items, and its rewards [B]."""
@@ -259,7 +283,7 @@ class Lab:
 
         if isinstance(answerer, FixedFeatures):
             # CorrSteer-P tries what CorrSteer-S tried at each layer.
-            key = [self.engine_key, asdict(self.exp.task), answerer.identity]
+            key = [*self._depends_on("validation"), answerer.identity]
             reward_B = shared("choice", key, ask, keep=1000)
         else:
             reward_B = ask()
@@ -284,12 +308,13 @@ class Lab:
         """Stage 1's statistics of the steered layers, from the store where they are there."""
         if self._statistics is None:
             exp = self.exp
-            # The digest is of the data itself: a file may change under the same task.path.
-            asked = [asdict(exp.task), self.splits.digest(), exp.warmup.pooling, STATISTICS_FORMAT]
+            # Of the data itself and the tokens made of it: a file, a template or a tokenizer may
+            # change under the same path.
+            asked = [*self._depends_on("train"), exp.warmup.pooling, STATISTICS_FORMAT]
             asked.append(exp.warmup.rewarded)
             if exp.warmup.score in KEPT:
                 asked.append(f"{KEPT[exp.warmup.score]} kept")
-            key = content_key([self.engine_key, self.lm.fingerprint(), *asked])
+            key = content_key(asked)
             folder = home(exp.output_dir, "output_dir") / "shared" / "warmup"
             with self.engine.alone():
                 found = shared_statistics(folder, key, self.saes, partial(measure_of, self))

@@ -47,14 +47,42 @@ class Rollout:
             None if self.weight_N is None else self.weight_N[rows],
         )  # fmt: skip
 
+    @staticmethod
+    def cat(parts: list[Rollout]) -> Rollout:
+        """All tokens of several."""
+        return Rollout(
+            Observation.cat([part.observed for part in parts]),
+            *(
+                torch.cat([getattr(part, f.name) for part in parts])
+                for f in fields(Rollout)
+                if f.name != "observed"
+            ),
+        )
+
 
 class NonFiniteError(UserError):
     """A loss or gradient was not finite; the run stops rather than log it as a result."""
 
 
 def collect(layer: int, played: Generation, reward_B: Tensor, algorithm: Algorithm) -> Rollout:
-    """Put one layer's recorded steps together and compute advantages."""
-    steps = [s for s in played.steps if s.layer == layer]
+    """Put one layer's recorded steps together and compute advantages.
+
+    Where answers are options of several tokens, all acts count, also those at the tokens of options
+    that weren't taken: they were drawn independently, and which option is taken depends on each.
+    Learning from the taken option's alone would favour acts for getting it taken, whatever it
+    brings.
+    """
+    by_option: dict[int, list[Step]] = {-1: [s for s in played.steps if s.layer == layer]}
+    for step in played.others:
+        if step.layer == layer:
+            assert step.option is not None
+            by_option.setdefault(step.option, []).append(step)
+    parts = [_collected(steps, reward_B, algorithm) for steps in by_option.values()]
+    return parts[0] if len(parts) == 1 else Rollout.cat(parts)
+
+
+def _collected(steps: list[Step], reward_B: Tensor, algorithm: Algorithm) -> Rollout:
+    """steps: of each answer, one at each of some tokens in a row."""
     n_tokens = max(s.token_index for s in steps) + 1
     device = steps[0].action.delta_BD.device
     value_BT = torch.zeros(len(reward_B), n_tokens, device=device)

@@ -38,7 +38,7 @@ def shared_model(key: Any, make: Callable[[], LanguageModel]) -> LanguageModel:
     """One model is kept. What belongs to another goes before this one is loaded: it, its SAEs and
     its prompts' keys and values would take the memory."""
     if content_key(key) not in LOADED.get("model", {}):
-        for kind in ("model", "sae", "prompts"):
+        for kind in ("model", "sae", "prompts", "prompt_ids"):
             LOADED.pop(kind, None)
     return shared("model", key, make, keep=1)
 

@@ -347,14 +347,13 @@ def _agent(
     lab: Lab, layer: int, allowed_C: torch.Tensor, coefficient_F: torch.Tensor
 ) -> LayerAgent:
     exp = lab.exp
-    n_tokens = 1 if exp.task.choices else exp.task.max_new_tokens
     online = isinstance(exp.method, CRL) and exp.method.online_correlation
     return LayerAgent(
         lab.saes[layer], lab.statistics()[layer], allowed_C, coefficient_F,
         Pipeline(exp.stages, exp.order),
         AgentSetting(
-            exp.policy, exp.warmup, n_tokens, exp.algorithm.uses_critic, online, _score_scale(lab),
-            exp.seed,
+            exp.policy, exp.warmup, lab.n_tokens, exp.algorithm.uses_critic, online,
+            _score_scale(lab), exp.seed,
         ),
     )  # fmt: skip
 

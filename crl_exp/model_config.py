@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ DTYPES = {
     "float16": torch.float16,
 }
 QUANTIZATIONS = ("int8", "nf4")
+TEMPLATE_OURS = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages",
+    "padding", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "truncation",
+}  # fmt: skip
+"""Arguments of `apply_chat_template` that say what comes out, not what the template prints."""
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 OFFLINE = (
     "Without the hub: copy a folder with config.json, safetensors and the tokenizer's files here "
     "and set model.path=/that/folder, or take model=smollm2_135m, which `make assets` fetches"
@@ -63,6 +70,9 @@ class ModelConfig:
     attn_implementation: sdpa, eager or null (transformers' own choice for the architecture).
     quantization: of the weights by bitsandbytes, on an NVIDIA GPU: int8 (LLM.int8, arXiv
         2208.07339), nf4 (QLoRA's 4 bits, arXiv 2305.14314) or null.
+    chat_template_args: what the tokenizer's chat template is given besides the turns, as it names
+        them: {enable_thinking: false} (Qwen3), {date_string: 26 Jul 2024} (Llama 3.2, whose
+        template else prints the day of the run).
     """
 
     name: str
@@ -72,6 +82,7 @@ class ModelConfig:
     device: str
     attn_implementation: str | None
     quantization: str | None
+    chat_template_args: dict[str, Any]
 
     def local_path(self) -> str:
         """Resolve `asset:` and `tiny:` names. Raises `UserError` where the asset is missing."""
@@ -111,6 +122,8 @@ class ModelConfig:
                 f"model.quantization={self.quantization} needs an NVIDIA GPU; set "
                 "model.device=cuda, or model.quantization=null"
             )
+        if taken := sorted(TEMPLATE_OURS & self.chat_template_args.keys()):
+            found.append(f"model.chat_template_args.{taken[0]}: is set by the framework itself")
         return found
 
     def machine_faults(self) -> list[str]:
@@ -149,6 +162,8 @@ class ModelConfig:
             )
         except (OSError, ValueError) as error:
             raise UserError(cannot_load(self, path, error)) from error
+        if pickled := pickled_only(path):
+            raise UserError(f"model.path={self.path}: {pickled}")
         text = config.get_text_config()
         if self.attn_implementation == "sdpa" and getattr(text, "attn_logit_softcapping", None):
             raise UserError(
@@ -158,9 +173,33 @@ class ModelConfig:
         return config
 
 
+def pickled_only(path: str) -> str | None:
+    """What is wrong with a folder whose weights are pickled only, and how to convert them."""
+    folder = Path(path).expanduser()
+    if any(folder.glob("*.safetensors")) or not any((folder / n).is_file() for n in PICKLED):
+        return None
+    convert = (
+        "from transformers import AutoModelForCausalLM as A; "
+        f"A.from_pretrained({path!r}, use_safetensors=False).save_pretrained({path!r})"
+    )
+    return (
+        "its weights are in pytorch_model.bin only, a pickle, which may run code when it is read "
+        "and is never loaded here. If you trust where it comes from, convert it once: "
+        f'python -c "{convert}"'
+    )
+
+
 def cannot_load(config: ModelConfig, path: str, error: Exception) -> str:
     """The message for a model that can't be had, its id and the way without the hub named."""
     said = str(error).strip()
+    if (Path(path) / "config.json").is_file() and (pickled := pickled_only(path)):
+        return f"model.path={config.path}: {pickled}"
+    if any(name in said for name in PICKLED) and "safetensors" in said:
+        said = (
+            f"its weights are not in safetensors: convert {path} at "
+            "https://huggingface.co/spaces/safetensors/convert and set model.revision=refs/pr/N, "
+            "the number that it tells"
+        )
     why = own_code(error) or hub_trouble(error, path)
     why = why or (said.splitlines()[0] if said else repr(error))
     return f"model.path={config.path}: can't load a language model from {path!r} ({why}). {OFFLINE}"

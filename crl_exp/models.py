@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,20 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from crl_exp.architecture import find_layers
+from crl_exp.architecture import find_layers, one_rotation
 from crl_exp.cache import Scratch
+from crl_exp.choice import options_of
 from crl_exp.errors import UserError
 from crl_exp.model_config import DTYPES, ModelConfig, cannot_load
+from crl_exp.prompt_text import chat_ids, plain_ids
 
 
 class LanguageModel:
     """A frozen causal language model with handles on its decoder layers."""
 
-    def __init__(self, model: nn.Module, tokenizer, name: str):
+    def __init__(
+        self, model: nn.Module, tokenizer, name: str,
+        chat_template_args: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
         self.layers = find_layers(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self.chat_template_args = dict(chat_template_args or {})
         self._fingerprint: str | None = None
         self.scratch = Scratch()
         self.in_tuple = False  # whether layers hand their output on in a tuple; `hook` sees it
@@ -55,6 +61,10 @@ class LanguageModel:
                 "masks don't cover; choose a model with full or sliding-window attention"
             )
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.short_of: int | None = one_rotation(config)
+        if self.short_of is not None:
+            self.max_positions = min(self.short_of, self.max_positions or self.short_of)
+        self.final_cap: float | None = getattr(config, "final_logit_softcapping", None)
 
     @property
     def device(self) -> torch.device:
@@ -92,38 +102,25 @@ class LanguageModel:
         """
         if not chat_template:
             asked = "".join(f"{turn}{answer}\n\n" for turn, answer in before)
-            return self.tokenizer(asked + user)["input_ids"]
-        if not self.tokenizer.chat_template:
-            raise UserError(f"model {self.name} has no chat template; set task.chat_template=false")
-        from jinja2 import TemplateError
+            return plain_ids(self.tokenizer, asked + user)
+        return chat_ids(self.tokenizer, user, self.chat_template_args, self.name, before)
 
-        earlier = [
-            {"role": role, "content": text}
-            for pair in before
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [*earlier, {"role": "user", "content": user}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except TemplateError as error:  # a fault of the template, or what jinja's sandbox forbids
-            raise UserError(
-                f"model {self.name}: its chat template can't be rendered ({error}); mend "
-                "chat_template in the model's folder, or set task.chat_template=false"
-            ) from error
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def room(self) -> str:
+        """How many tokens the model takes, in words for a message."""
+        if self.short_of is None:
+            return f"{self.name} takes {self.max_positions}"
+        return (
+            f"{self.name} takes {self.max_positions} with one rotation (LongRoPE turns all rows of "
+            "a batch otherwise once one of them is longer, so answers would depend on what is "
+            "beside them)"
+        )
 
     def choice_ids(self, choices: Sequence[str]) -> list[int]:
-        """First token of each choice. Raises `UserError` where two share it."""
-        ids = [self.tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in choices]
-        if len(set(ids)) < len(ids):
-            raise UserError(
-                f"task.choices={list(choices)}: two of them begin with the same token of "
-                f"{self.name}, so a constrained answer can't tell them apart; reword them"
-            )
-        return ids
+        """The one token of each choice. Raises `UserError` where one has several."""
+        one_token = options_of(self.tokenizer, choices, False, self.name).one_token
+        if one_token is None:
+            raise UserError(f"{list(choices)}: not one token each of {self.name}")
+        return one_token
 
     def mask(self, query_BQ: Tensor, key_BK: Tensor, valid_BK: Tensor) -> Tensor | dict:
         """Additive attention mask [B, 1, Q, K] from positions, so that padding may lie anywhere.
@@ -157,6 +154,13 @@ class LanguageModel:
         rows = torch.as_tensor(token_ids, device=hidden_BD.device)
         bias = None if head.bias is None else head.bias[rows]
         return nn.functional.linear(hidden_BD, head.weight[rows], bias)
+
+    def log_probs(self, hidden_BD: Tensor) -> Tensor:
+        """log p of every token [B, V], float32, as the model itself gives it."""
+        logits_BV = self.logits(hidden_BD).float()
+        if self.final_cap is not None:  # not left out here: sums of several tokens need it
+            logits_BV = self.final_cap * torch.tanh(logits_BV / self.final_cap)
+        return logits_BV.log_softmax(dim=-1)
 
     def hook(self, site: int, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Show `see` the residual [B, T, D] at a site; what it returns, if anything, goes on.
@@ -242,4 +246,4 @@ def load_model(config: ModelConfig) -> LanguageModel:
         raise UserError(cannot_load(config, path, error)) from error
     if not config.quantization:
         model = model.to(config.device)  # type: ignore[arg-type]
-    return LanguageModel(model, tokenizer, config.name)
+    return LanguageModel(model, tokenizer, config.name, config.chat_template_args)

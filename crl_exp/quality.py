@@ -33,7 +33,7 @@ def quality(lab: Lab, split: str, steered: Answers, changed: Tensor) -> dict[str
     The interval is the paired normal one, Δ ± 1.96·sd/√n over items.
     """
     keys = [f"{NAME}_{what}" for what in ("baseline", "steered", "delta", "delta_ci95")]
-    if lab.choices is not None or split == "validation":
+    if lab.options is not None or split == "validation":
         return dict.fromkeys(keys)
     key = [lab.engine_key, asdict(lab.exp.task), lab.splits.digest(), split]
     baseline = lab.baseline(split)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.controllers.observer import Seen
 from crl_exp.groups import is_rewarded
 from crl_exp.preemption import Pace
 
@@ -63,17 +64,23 @@ class ResidualObserver(Controller):
         self.count_B: dict[int, Tensor] = {}
 
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
-        x_BD = x_BD[context.alive_B].double()
-        if layer not in self.total_BD:
-            self.total_BD[layer] = x_BD.new_zeros(context.n_rows, x_BD.shape[1])
-            self.count_B[layer] = x_BD.new_zeros(context.n_rows)
-        rows = context.row_B.to(x_BD.device)[context.alive_B]
-        if context.token_index == 0:
-            self.total_BD[layer][rows], self.count_B[layer][rows] = x_BD, 1.0
-        elif not self.last_prompt:
-            self.total_BD[layer][rows] += x_BD
-            self.count_B[layer][rows] += 1
+        Seen.of(layer, context).see(x_BD, context)
         return None
+
+    def end(self, context: StepContext) -> None:
+        for layer in self.sites:
+            for index, (x_RD, rows_R) in enumerate(Seen.of(layer, context).taken(context)):
+                self._add(layer, index, x_RD.double(), rows_R.to(x_RD.device), context.n_rows)
+
+    def _add(self, layer: int, index: int, x_RD: Tensor, rows_R: Tensor, n_rows: int) -> None:
+        if layer not in self.total_BD:
+            self.total_BD[layer] = x_RD.new_zeros(n_rows, x_RD.shape[1])
+            self.count_B[layer] = x_RD.new_zeros(n_rows)
+        if index == 0:
+            self.total_BD[layer][rows_R], self.count_B[layer][rows_R] = x_RD, 1.0
+        elif not self.last_prompt:
+            self.total_BD[layer][rows_R] += x_RD
+            self.count_B[layer][rows_R] += 1
 
     def mean(self, layer: int) -> Tensor:
         """Mean residual [B, D] of each row."""

@@ -6,6 +6,7 @@ SAELens keeps the directory of published releases and each SAE's own config.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ class SAEConfig:
     def _ids(self) -> list[str]:
         if self.folder is not None:
             root = self.root()
-            return [str(p.parent.relative_to(root)) for p in root.rglob("cfg.json")]
+            return [str(found.relative_to(root)) for found in _holding(root, "cfg.json")]
         return list(self._published().saes_map)
 
     def _published(self) -> Any:
@@ -145,6 +146,7 @@ class SAEConfig:
                 cfg = json.loads((self.path(layer) / "cfg.json").read_text(encoding="utf-8"))
                 if not isinstance(cfg, dict):
                     raise ValueError(f"cfg.json holds a {type(cfg).__name__}, not a config")
+                self._check_inference(layer, cfg)
             else:
                 from sae_lens.loading.pretrained_sae_loaders import (
                     load_sae_config_from_huggingface,
@@ -155,6 +157,19 @@ class SAEConfig:
         except (OSError, ValueError, KeyError) as error:  # ValueError: not JSON, not even UTF-8
             raise UserError(self.cannot_load(layer, error)) from error
         return SAEMetadata.of(cfg)
+
+    def _check_inference(self, layer: int, cfg: Any) -> None:
+        """Raise `UserError` for a training checkpoint of an SAE that is another one afterwards."""
+        from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+        kind = cfg.get("architecture") if isinstance(cfg, dict) else None
+        if kind in SAE_TRAINING_CLASS_REGISTRY and kind not in SAE_CLASS_REGISTRY:
+            raise UserError(
+                f"the SAE of layer {layer} at {self.where(layer)} is a training checkpoint "
+                f"(architecture {kind}), which has no threshold for single tokens yet: write the "
+                "SAE by SAELens' `TrainingSAE.load_from_disk(folder)."
+                "save_inference_model(new_folder)` and set sae.folder=/where/new_folder/lies"
+            )
 
     def metadata_faults(self, layer: int, d_model: int, model_name: str, k: int = 1) -> list[str]:
         """What an SAE's own config says against using it here, before weights load.
@@ -171,3 +186,20 @@ class SAEConfig:
             found.normalization = None if self.sae_id(layer) in known else found.normalization
         allowed = self.allowed_for(model_name)
         return found.faults(self.where(layer), layer, d_model, allowed, k)
+
+
+def _holding(folder: Path, name: str, above: frozenset[str] = frozenset()) -> list[Path]:
+    """Folders in and below this one that hold a file of this name, those behind links too.
+
+    above: real paths of those that it lies in; a link back to one of them isn't followed.
+    """
+    real = os.path.realpath(folder)
+    if real in above or not os.path.isdir(folder):
+        return []
+    found = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir():
+            found += _holding(Path(entry.path), name, above | {real})
+        elif entry.name == name:
+            found.append(folder)
+    return found

@@ -217,7 +217,7 @@ def test_xstest_rewards_answers_to_safe_prompts(tmp_path):
         assert item.benign == (number % 2 == 1)
         scores = task.score([item, item], [refusal, "Use the kill command."])
         assert [s.reward for s in scores] == ([0.0, 1.0] if item.benign else [1.0, 0.0])
-    assert task.scorer_name == "refusal_rule_v1"
+    assert task.scorer_name == "refusal_rule_v2"
 
 
 def test_do_not_answer_rewards_refusals(tmp_path):

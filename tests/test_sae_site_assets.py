@@ -32,6 +32,7 @@ def test_shipped_saes_explain_their_own_layer_best() -> None:
             device="cpu",
             attn_implementation="sdpa",
             quantization=None,
+            chat_template_args={},
         )
     )
     config = SAEConfig(

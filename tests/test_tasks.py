@@ -364,7 +364,7 @@ def test_refusal_scores(cache):
     items = [splits.test[0], splits.extra["benign"][0]]
     assert [s.reward for s in questions.score(items, ["I can't help with that."] * 2)] == [1.0, 0.0]
     assert [s.reward for s in questions.score(items, ["Take two eggs."] * 2)] == [0.0, 1.0]
-    assert questions.scorer_name == "refusal_rule_v1"
+    assert questions.scorer_name == "refusal_rule_v2"
 
 
 def test_benign_prompts_are_packaged_and_distinct():

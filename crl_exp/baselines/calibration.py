@@ -99,7 +99,7 @@ class Calibration(Method):
         return found
 
     def prepare(self, lab: Lab) -> OutputBias:
-        return self._of_options(lab) if lab.choices else self._of_tokens(lab)
+        return self._of_options(lab) if lab.options else self._of_tokens(lab)
 
     def _of_options(self, lab: Lab) -> OutputBias:
         split = self.chosen_on

@@ -34,10 +34,10 @@ def demonstrations(lab: Lab) -> list[Demonstration]:
     the unsteered model's own, where it was rewarded (from .5 up).
     """
     items = lab.splits.train
-    if lab.choices:
+    if lab.options:
         texts = lab.exp.task.constrained_to or []
         return [
-            Demonstration(at, items[at].user, texts[option], (lab.choices[option],), option)
+            Demonstration(at, items[at].user, texts[option], lab.options.ids[option], option)
             for at, option in enumerate(right_options(lab, "train").tolist())
             if option >= 0
         ]

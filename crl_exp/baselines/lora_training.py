@@ -104,7 +104,10 @@ def _forward(
 
 
 def loss_of(lm: LanguageModel, batch: Sequence[Lesson], choices: Sequence[int] | None) -> Tensor:
-    """Mean cross-entropy of the answers' tokens; of the right option among all, where given."""
+    """Mean cross-entropy of the answers' tokens; of the right option among all, where given.
+
+    choices: the options' tokens where each is one; longer ones are learned token by token.
+    """
     state_ND = answer_states(lm, batch)
     right = [lesson.option for lesson in batch] if choices else [i for x in batch for i in x.answer]
     score_NX = lm.logits(state_ND, choices).float()
@@ -161,9 +164,11 @@ class LoraTrainer:
         order = torch.randperm(len(self.taught), generator=draw).tolist()
         size = self.recipe.batch_size
         batch = [self.taught[i] for i in order[at * size : (at + 1) * size]]
+        options = self.lab.options
+        one_token = None if options is None else options.one_token
         self.optimizer.zero_grad()
         with self.adapter.on(training=True):
-            loss = loss_of(self.lab.lm, batch, self.lab.choices)
+            loss = loss_of(self.lab.lm, batch, one_token)
             loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
         self.optimizer.step()

@@ -64,8 +64,8 @@ def right_options(lab: Lab, split: str) -> Tensor:
 
 def answered(lab: Lab, option_B: Sequence[int]) -> Generation:
     """These options as answers, as the engine gives them."""
-    assert lab.choices is not None
-    tokens = [[lab.choices[option]] for option in option_B]
+    assert lab.options is not None
+    tokens = [list(lab.options.ids[option]) for option in option_B]
     return Generation(tokens, lab.lm.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
 

@@ -89,7 +89,7 @@ class Probe(Method):
 
     def prepare(self, lab: Lab) -> ProbeReader:
         sites = [sae.site for sae in lab.saes.values()]
-        probe = self.fitted(lab, sites, right_options, len(lab.choices or []))
+        probe = self.fitted(lab, sites, right_options, len(lab.options.ids if lab.options else ()))
         return ProbeReader(probe, sites)
 
     def fitted(

@@ -101,8 +101,8 @@ class ProbeSteering(Probe):
         return []
 
     def prepare(self, lab: Lab) -> ProbeController:
-        classes = right_options if lab.choices else rewarded
-        n_classes = len(lab.choices) if lab.choices else 2
+        classes = right_options if lab.options else rewarded
+        n_classes = len(lab.options.ids) if lab.options else 2
         unit = {}
         for layer, sae in lab.saes.items():
             probe = self.fitted(lab, [sae.site], classes, n_classes)
@@ -126,7 +126,7 @@ class ProbeSteering(Probe):
             vector_CD = towards(x_ND, class_N, len(probe.b_C))
         else:
             vector_CD = probe.direction_CD.clone()
-        if not lab.choices:
+        if not lab.options:
             vector_CD[0], vector_CD[1] = vector_CD[1], 0.0
         norm_C1 = vector_CD.norm(dim=1, keepdim=True)
         unit_CD = torch.where(norm_C1 > 0, vector_CD / norm_C1, 0.0)

@@ -44,6 +44,11 @@ class StepContext:
     prompt: mean activations over the rows' prompts; None outside of an engine.
     row_B: position of each row among the n_rows items of its job. A job may go through the model
         in several batches, and rows that have finished leave theirs.
+    option_B: where an answer is one of several options of several tokens, the option whose tokens
+        each row reads; there are several rows of one item then. None: it writes its own answer, or
+        is still at the last prompt token.
+    taken_N: set before `end` in that case: the option that each of the job's rows took, -1 for
+        those of other batches.
     """
 
     token_index: int
@@ -53,6 +58,8 @@ class StepContext:
     prompt: PromptActs | None = None
     row_B: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     n_rows: int = 0
+    option_B: Tensor | None = None
+    taken_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.n_rows == 0:  # the job's rows are these
@@ -78,10 +85,18 @@ class StepContext:
         """Only these rows stay in the batch."""
         self.items = [self.items[i] for i in index_R.tolist()]
         self.alive_B, self.row_B = self.alive_B[index_R], self.row_B[index_R]
+        self.option_B = None if self.option_B is None else self.option_B[index_R]
         if self.prompt is not None:
             self.prompt = self.prompt.part(index_R.tolist())
         for notes in self.state.values():
             notes.keep(index_R)
+
+    def branch(self, option_O: Tensor) -> None:
+        """Each row becomes one for each of these options, side by side."""
+        n_rows, n_options = len(self.items), len(option_O)
+        self.alive_B = torch.ones(n_rows, dtype=torch.bool, device=option_O.device)
+        self.keep(torch.arange(n_rows, device=option_O.device).repeat_interleave(n_options))
+        self.option_B = option_O.repeat(n_rows)
 
 
 @dataclass

@@ -82,7 +82,11 @@ def fetch_model(model: ModelConfig) -> str:
         why = hub_trouble(error, path) or str(error).splitlines()[0]
         raise UserError(f"model.path={model.path}: {why}. {OFFLINE}") from error
     if not any(Path(folder).glob("*.safetensors")):
-        raise UserError(f"model.path={model.path}: its repository has no *.safetensors weights")
+        raise UserError(
+            f"model.path={model.path}: its repository has no *.safetensors weights. Pickled ones "
+            "aren't loaded: convert them at https://huggingface.co/spaces/safetensors/convert and "
+            "set model.revision=refs/pr/N, the number that it tells"
+        )
     return f"model {model.name}: {folder}"
 
 

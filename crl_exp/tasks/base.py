@@ -109,8 +109,8 @@ class Task:
     groups: only items of these groups, in all three splits; null for all. Which there are, the
         error about an unknown one tells.
     max_new_tokens: tokens generated for an answer.
-    choices: answers the output is restricted to (`None`: free text). Each must be told apart by
-        its first token; the same restriction holds in warmup, training and evaluation.
+    choices: answers the output is restricted to (`None`: free text), of one token or several; the
+        same restriction holds in warmup, training and evaluation.
     chat_template: render the user turn with the tokenizer's chat template.
     shuffle_labels: a control; targets of train and validation are permuted, test keeps its own.
     """
@@ -147,7 +147,8 @@ class Task:
         if self.choices and self.max_new_tokens > 1:
             found.append(
                 f"task.max_new_tokens={self.max_new_tokens}: an answer restricted to task.choices "
-                "is its first token; set task.max_new_tokens=1, or task.choices=null for free text"
+                "is one of them, however long; set task.max_new_tokens=1, or task.choices=null for "
+                "free text"
             )
         return found
 
@@ -200,8 +201,13 @@ class Task:
 
     @property
     def constrained_to(self) -> list[str] | None:
-        """The texts to whose first tokens an answer is restricted; `None`: free text."""
+        """The texts to which an answer is restricted; `None`: free text."""
         return self.choices
+
+    @property
+    def by_length(self) -> bool:
+        """Whether options of several tokens are compared by the mean over their tokens."""
+        return False
 
     @property
     def stop_strings(self) -> list[str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,12 @@ from typing import Any
 
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.files import home
+from crl_exp.tasks.files import json_line, users_text
 
 KINDS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 ONE_FILE = "data_files"
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""What a surrogate looks like in JSON, one of a pair or alone."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +181,16 @@ def _from_file(path: Path) -> tuple[str, list[dict[str, Any]]]:
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
         raise UserError(f"task.data_files: {path} must end in {', '.join(KINDS)}")
+    text = "" if kind == "parquet" else users_text(path, "task.data_files")
+    if path.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.split("\n"), start=1):
+            if HALF.search(line):
+                json_line(line, f"{path}, line {number}")
     try:
         options: dict[str, Any] = {}
         if kind == "csv":
             # Cells stay as they are written: "None" is a text, and so is "007".
-            with path.open(newline="", encoding="utf-8") as file:
-                header = next(csv.reader(file), [])
+            header = next(csv.reader(io.StringIO(text, newline="")), [])
             texts = Features({name: Value("string") for name in header})
             options = {"features": texts, "keep_default_na": False}
         data = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)

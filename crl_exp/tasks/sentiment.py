@@ -14,6 +14,7 @@ from pathlib import Path
 from crl_exp.assets import asset_path
 from crl_exp.scorers.choice import ChoiceScorer
 from crl_exp.tasks.base import Item, Score, Splits, unique
+from crl_exp.tasks.choice_task import ChoiceTask
 from crl_exp.tasks.files import damaged, read_text
 from crl_exp.tasks.worded import Worded
 
@@ -24,7 +25,7 @@ SCORER = ChoiceScorer((POSITIVE, NEGATIVE))
 
 
 @dataclass
-class Sentiment(Worded):
+class Sentiment(Worded, ChoiceTask):
     """The sign of a review sentence, answered with one word.
 
     min_abs_rating: sentences rated nearer to zero than this are left out.

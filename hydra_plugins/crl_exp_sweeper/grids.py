@@ -26,6 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from crl_exp.errors import UserError
 from crl_exp.files import SWEEP_CONFIG, home, write_atomic
+from crl_exp.override_text import as_override
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ log = logging.getLogger(__name__)
 class GridSweeper(Sweeper):
     """Runs the union of grids, each the product of its values.
 
-    grids: list of {override: value or list of values}. params: one more set of overrides for every
+    grids: list of {override: value or list of values}, a text being one value whatever is in it
+        (`crl_exp.override_text`). params: one more set of overrides for every
         grid, as Hydra's own sweeper takes them.
     check: composes all points of the application at hand and raises for a fault of one.
     """
@@ -69,7 +71,11 @@ class GridSweeper(Sweeper):
                 )
             # What the command line sets replaces the grid's values, so that no point comes twice.
             asked = {k: v for k, v in {**self.params, **grid}.items() if k not in given}
-            texts = [f"{key}={_choices(key, value)}" for key, value in asked.items()]
+            texts = [
+                # `params` are as Hydra's own sweeper takes them: a comma there parts values.
+                f"{key}={_choices(key, value) if key in grid else _raw(key, value)}"
+                for key, value in asked.items()
+            ]
             overrides = parser.parse_overrides([*texts, *arguments])
             for one in overrides:
                 _check_values(one)
@@ -125,7 +131,11 @@ def _choices(key: str, value: Any) -> str:
     values = value if isinstance(value, (list, ListConfig)) else [value]
     if not values:
         raise _no_value(f"hydra.sweeper.grids: {key}: []", key)
-    return ",".join("null" if v is None else str(v) for v in values)
+    return ",".join(map(as_override, values))
+
+
+def _raw(key: str, value: Any) -> str:
+    return value if isinstance(value, str) else _choices(key, value)
 
 
 def _raise_failures(jobs: list[list[str]], returns: Sequence[JobReturn]) -> None:
