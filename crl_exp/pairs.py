@@ -128,5 +128,5 @@ def chosen_pairs(sweep: SweepComparison) -> list[Pair]:
         )
         pairs.append((ours, theirs, difference(*same_items(ours, theirs))))
     corrected = holm([found.p_value for *_, found in pairs])
-    made = [Pair(*pair, p) for pair, p in zip(pairs, corrected, strict=True)]
+    made = [Pair(a, b, d, p) for (a, b, d), p in zip(pairs, corrected, strict=True)]
     return sorted(made, key=lambda pair: -pair.difference.value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -82,7 +83,8 @@ def smallest_difference(spread: Spread, n: int, n_seeds: int) -> float:
     top = 0.001
     while power(top, spread, n, n_seeds) < POWER:
         top *= 2
-    return float(brentq(lambda delta: power(delta, spread, n, n_seeds) - POWER, 0.0, top))
+    found: Any = brentq(lambda delta: power(delta, spread, n, n_seeds) - POWER, 0.0, top)
+    return float(found)
 
 
 def items_needed(spread: Spread, n_seeds: int, target: float = TARGET) -> int | None:

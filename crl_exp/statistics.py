@@ -7,6 +7,7 @@ Shapes: S seeds, I items.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -126,7 +127,10 @@ class Crossed:
             return float(z2 + t2 - self.mean**2)
 
         lowest = -300.0  # p = 1e-130; below it t² overflows
-        return float(np.exp(brentq(beyond, lowest, 0.0))) if beyond(lowest) > 0 else 0.0
+        if beyond(lowest) <= 0:
+            return 0.0
+        log_p: Any = brentq(beyond, lowest, 0.0)
+        return float(np.exp(log_p))
 
     def minus(self, other: Crossed, v_items: float) -> Crossed:
         """The difference of two means with seeds of their own, df after Welch (1947).
