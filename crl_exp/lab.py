@@ -27,7 +27,8 @@ from crl_exp.controllers.vector import FixedVectors
 from crl_exp.engine import Engine, EngineConfig, Prompts
 from crl_exp.files import home
 from crl_exp.generation import Generation, Job
-from crl_exp.loaded import shared, shared_model, shared_sae
+from crl_exp.inputs import sae_digest
+from crl_exp.loaded import shared, shared_model, shared_sae, shared_splits
 from crl_exp.measuring import measure_of, warn_of_one_outcome
 from crl_exp.models import LanguageModel, load_model
 from crl_exp.preemption import Pace
@@ -54,7 +55,9 @@ class Lab:
         self.exp, self.run = exp, run
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
-        self.splits: Splits = shared("splits", asdict(exp.task), exp.task.splits, keep=4)
+        self.splits: Splits = shared_splits(exp.task)
+        # The items themselves: a file may change under the same path while a process lives.
+        self.task_key = [asdict(exp.task), self.splits.digest()]
         self.model_key = asdict(exp.model)
         self.engine_key = [self.model_key, asdict(exp.engine)]
         self.lm = shared_model(self.model_key, lambda: checked(load_model(exp.model)))
@@ -76,7 +79,8 @@ class Lab:
         def load() -> LayerSAE:
             return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
 
-        return shared_sae([self.model_key, asdict(exp.sae), layer], load)
+        key = [self.model_key, asdict(exp.sae), layer, sae_digest(exp.sae, layer)]
+        return shared_sae(key, load)
 
     def warn(self, message: str) -> None:
         """Say it now and keep it in the result."""
@@ -195,7 +199,7 @@ class Lab:
 
     def baseline(self, split: str) -> Answers:
         """The unsteered model's answers to a split, generated once a process."""
-        key = [self.engine_key, asdict(self.exp.task), split]
+        key = [self.engine_key, self.task_key, split]
         name, what = f"unsteered_{split}", f"unsteered on {split}"
 
         def make() -> Answers:
@@ -232,7 +236,7 @@ class Lab:
         if not isinstance(controller, FixedFeatures):
             return ask()
         # CorrSteer-P tries what CorrSteer-S tried at each layer.
-        key = [self.engine_key, asdict(self.exp.task), controller.identity]
+        key = [self.engine_key, self.task_key, controller.identity]
         return shared("choice", key, ask, keep=1000)
 
     def training_reward(self, controller: Controller, rewards: list[float]) -> float:
