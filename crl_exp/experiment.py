@@ -22,6 +22,7 @@ from crl_exp.evaluation import evaluate
 from crl_exp.fed import note_data
 from crl_exp.files import defined
 from crl_exp.heartbeat import PHASES, beating
+from crl_exp.inputs import changed, inputs_of
 from crl_exp.lab import Lab
 from crl_exp.loaded import shared_splits
 from crl_exp.models import LanguageModel
@@ -74,6 +75,7 @@ def run_experiment(
     try:
         with preemption.guard(), run.held():
             # Only now: until here another process may have been at it.
+            refuse_changed_inputs(exp, layers, run)
             done = None if run.anew else run.result()
             if done is not None:
                 _already(run, skip_finished)
@@ -95,6 +97,16 @@ def _check_machine(exp: Experiment) -> None:
         raise UserError("\n".join(found))
     if exp.task.is_local:
         shared_splits(exp.task)
+
+
+def refuse_changed_inputs(exp: Experiment, layers: list[int], run: RunDirectory) -> None:
+    """Raise `UserError` where the run was begun with other files than lie there now; note what does
+    in `run.inputs`."""
+    run.inputs = inputs_of(exp, layers)
+    if run.anew or not run.path.exists():
+        return
+    if fault := changed(run.path, run.inputs, lambda: shared_splits(exp.task).digest()):
+        raise UserError(fault)
 
 
 def _already(run: RunDirectory, skip_finished: bool) -> None:

@@ -94,7 +94,7 @@ def note_data(
 def _noted(path: Path) -> dict[str, Any]:
     """What an earlier attempt wrote; nothing where there was none, or it was cut off writing."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

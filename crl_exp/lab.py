@@ -30,6 +30,7 @@ from crl_exp.engine import Engine, EngineConfig, Prompts
 from crl_exp.fed import look_at, options_for, prompt_ids
 from crl_exp.files import home
 from crl_exp.generation import Generation, Job
+from crl_exp.inputs import sae_digest
 from crl_exp.loaded import shared, shared_model, shared_sae, shared_splits
 from crl_exp.measuring import measure_of, warn_of_one_outcome
 from crl_exp.models import LanguageModel, load_model
@@ -87,7 +88,7 @@ class Lab:
             return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
 
         kind, own = exp.sae.dictionary, asdict(exp.sae) | {"dictionary": "sae"}
-        key = [self.model_key, own, layer]
+        key = [self.model_key, own, layer, sae_digest(exp.sae, layer)]
         sae = shared_sae(key, load)
         if kind == "sae":
             return sae

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 from weakref import WeakValueDictionary
 
+from crl_exp.inputs import task_inputs
 from crl_exp.models import LanguageModel
 from crl_exp.runs import content_key
 from crl_exp.saes import LayerSAE
@@ -31,7 +32,8 @@ def shared(kind: str, key: Any, make: Callable[[], Any], keep: int) -> Any:
 
 
 def shared_splits(task: Task) -> Splits:
-    return shared("splits", asdict(task), task.splits, keep=4)
+    """A task's splits, drawn again where its files have changed."""
+    return shared("splits", [asdict(task), task_inputs(task)], task.splits, keep=4)
 
 
 def shared_model(key: Any, make: Callable[[], LanguageModel]) -> LanguageModel:

@@ -22,6 +22,7 @@ from crl_exp import slurm
 from crl_exp.checkpoints import Checkpoint
 from crl_exp.files import SWEEP_CONFIG, finite, home, read_json, write_atomic, write_json, writing
 from crl_exp.heartbeat import Progress, read_heartbeat
+from crl_exp.inputs import DATA, INPUTS, Inputs
 from crl_exp.names import check_sweep
 from crl_exp.preemption import Preempted
 from crl_exp.run_keys import NOT_IN_KEY, RESUME, content_key, freeze, frozen_config, run_key
@@ -46,6 +47,8 @@ FROM_THE_LAST_TIME = (
     "residuals.pt",
     "residuals.prev.pt",
     "system.jsonl",
+    INPUTS,
+    DATA,
     MLFLOW_BEGUN,
 )
 ANSWERS = "answers"
@@ -64,6 +67,8 @@ class RunDirectory(RunStatus):
         if own and slurm.restarts() and self.status().get("slurm_job_id") == own:
             self.anew = False  # resume=force was done by this job's first start
         self.config = config
+        self.inputs: Inputs | None = None
+        """What lies in the files that it reads, where somebody has looked; noted by `freeze`."""
         self.progress = Progress()
 
     def part(self, name: str) -> RunDirectory:
@@ -111,6 +116,13 @@ class RunDirectory(RunStatus):
                 (self.path / "status.json").unlink(missing_ok=True)
                 self.anew = False
             freeze(self.config, self.path / "config.yaml")
+            self.note_inputs()
+
+    def note_inputs(self) -> None:
+        """Keep the digests of what the run reads, unless an earlier attempt has read it."""
+        read = (self.path / INPUTS).exists() and (self.path / DATA).exists()
+        if self.inputs is not None and not read:
+            write_json(self.path / INPUTS, self.inputs)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -146,6 +158,7 @@ class RunDirectory(RunStatus):
         if self.anew:
             self.clear()
         freeze(self.config, self.path / "config.yaml")
+        self.note_inputs()
         self.cancel_path.unlink(missing_ok=True)
         told = read_heartbeat(self.path / "heartbeat.json")
         self.progress.seconds, self.progress.packed = told.get("seconds", {}), told.get("packed", 1)

@@ -175,7 +175,25 @@ def final_points(result: dict[str, Any], time_ms: int) -> list[Point]:
     for name, figures in sets.items():
         values |= _split_values(f"eval_{name}", figures)
     known = {n: float(v) for n, v in values.items() if v is not None and not undefined(v)}
-    return [Point(name, value, 0, time_ms) for name, value in known.items()]
+    return [
+        *[Point(name, value, 0, time_ms) for name, value in known.items()],
+        *by_layer_points(result.get("by_layer", {}), time_ms),
+    ]
+
+
+def by_layer_points(by_layer: dict[str, dict[str, Any]], time_ms: int) -> list[Point]:
+    """Series over layers, as MLflow draws them: `by_layer/NAME`, the step being the layer.
+
+    by_layer: by name and layer, as JSON has it, a figure {"value": …} or a number; undefined ones
+    are left out.
+    """
+    found = []
+    for name, series in by_layer.items():
+        for layer, figure in series.items():
+            value = figure["value"] if isinstance(figure, dict) else figure
+            if not undefined(value):
+                found.append(Point(f"by_layer/{name}", float(value), int(layer), time_ms))
+    return sorted(found, key=lambda point: (point.name, point.step))
 
 
 def _split_values(prefix: str, figures: dict[str, Any]) -> dict[str, float | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
@@ -15,6 +16,8 @@ from crl_exp import config as configs
 from crl_exp.config import Known
 from crl_exp.effects import Effect, Setting, cautions, effect
 from crl_exp.errors import UserError
+from crl_exp.inputs import Inputs, inputs_of
+from crl_exp.inputs import changed as changed_inputs
 from crl_exp.launcher.compose import Composer
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings, changed
 from crl_exp.runs import NOT_IN_KEY, RunDirectory, content_key
@@ -28,6 +31,8 @@ NAMED = 3
 # Of a sweep with more points than this, so many are looked at before all are composed, which takes
 # a while: a fault that all of them share is told at once.
 SAMPLE = 64
+READING = ("task", "sae", "layers", "model")
+"""Sections that say which files a run reads."""
 HERE = LocalSettings(
     gpus=0, pack=1, setup=[], python=None, wait=False, extend=False, assumed_change=0.2,
     assumed_seed_deviation=0.01, parallel=1,
@@ -119,6 +124,7 @@ def compose_points(
         check([point for point in sample if is_open(point)], of=len(jobs))
     points = _compose(composer, jobs, settings, None)
     check_written(master.hydra, [point.config for point in points], jobs)
+    look_at_inputs(points)
     if len(folders := {str(point.run.path.parent) for point in points}) > 1:
         raise UserError(
             f"sweep_name and output_dir must be the same for all runs of a sweep, not {folders}"
@@ -150,6 +156,35 @@ def _compose(
             faults.add(error, " ".join(job))
     faults.raise_any()
     return all_points
+
+
+def look_at_inputs(points: Sequence[Point]) -> None:
+    """Note in each run what lies in the files that it reads.
+
+    Raises `UserError` with every run that was begun, or is finished, with something else.
+    """
+    known, faults = Known(), Faults(len(points))
+
+    def look(config: DictConfig) -> tuple[configs.Experiment, Inputs] | None:
+        try:
+            exp = configs.experiment(config, known)
+            return exp, inputs_of(exp, configs.validate(exp, known))
+        except (UserError, OmegaConfBaseException):
+            return None  # told by `check`, or by the job of one that was frozen by another version
+
+    for point in points:
+        parts = {name: OmegaConf.to_container(point.config[name], resolve=True) for name in READING}
+        found = once(known, ["inputs", parts], lambda of=point.config: look(of))
+        if found is None:
+            continue
+        exp, point.run.inputs = found
+        if point.config.resume != "force" and point.run.path.exists():
+            drawn = partial(once, known, ["items", parts["task"]], lambda e=exp: e.task.splits())
+            if fault := changed_inputs(
+                point.run.path, point.run.inputs, lambda d=drawn: d().digest()
+            ):
+                faults.add(UserError(fault), str(point))
+    faults.raise_any()
 
 
 def _only_outside(one: Point, other: Point) -> list[str]:

@@ -10,6 +10,7 @@ from crl_exp.errors import UserError
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.launch import submitted_text
 from crl_exp.launcher.packs import pack_lines, packs_of
+from crl_exp.launcher.plan import Point, look_at_inputs
 from crl_exp.launcher.settings import SlurmSettings, changed, make_settings
 from crl_exp.launcher.states import UNASKED, is_started, states_of
 from crl_exp.launcher.submit import Start, abandon_unreleased, submit
@@ -65,6 +66,7 @@ def retry(folder: Path, overrides: list[str]) -> list[str]:
         if any(isinstance(start.settings, SlurmSettings) for start in starts):
             slurm_jobs.check_slurm()
         _go_back(sweep.submissions[-1]["cwd"])
+        look_at_inputs([Point((s.run.key,), s.run.config, s.run, s.settings) for s in starts])
         print("\n".join([f"{len(starts)} runs to start", *pack_lines(packs_of(starts))]))
         print(submitted_text(submit(starts, sweep), folder))
     return [record.key for record in again]

@@ -131,7 +131,7 @@ class Source:
         else:
             given = self.data_files
             chosen = given[split] if isinstance(given, dict) else given
-            parts = [_from_file(path) for path in _paths(chosen)]
+            parts = [_from_file(path) for path in files_of(chosen)]
         rows: list[Row] = []
         for where, cells in parts:
             _check_columns(where, cells, columns)
@@ -157,7 +157,7 @@ class Source:
         return where, list(data)  # type: ignore[arg-type]
 
 
-def _paths(chosen: Any) -> list[Path]:
+def files_of(chosen: Any) -> list[Path]:
     """Files of a path, a pattern or a list of them."""
     found: list[Path] = []
     for pattern in [chosen] if isinstance(chosen, str) else chosen:
