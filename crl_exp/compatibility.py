@@ -27,6 +27,8 @@ class Added(NamedTuple):
 
 
 ADDED: tuple[Added, ...] = (
+    Added("task", "", "train_seed", None),
+    Added("task", "", "groups", None),
     Added("task", "Sentiment", "wording", "plain"),
     Added("task", "Sentiment", "wordings", {}),
     Added("task", "OneSentence", "wordings", {}),

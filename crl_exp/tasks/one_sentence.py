@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from crl_exp.assets import asset_path
 from crl_exp.scorers.sentence import SentenceScorer
-from crl_exp.tasks.base import Item, Score, Splits, split_items, unique
+from crl_exp.tasks.base import Item, Score, Splits, unique
 from crl_exp.tasks.sentiment import DATA, FILE, read_ratings
 from crl_exp.tasks.worded import Worded
 
@@ -58,8 +58,7 @@ class OneSentence(Worded):
         items = unique(
             [self.asked(text) for text in texts if self.min_chars <= len(text) <= self.max_chars]
         )
-        sizes = {"train": self.n_train, "validation": self.n_validation, "test": self.n_test}
-        return Splits(*split_items(items, sizes, self.split_seed, f"{DATA}/{FILE}"))
+        return Splits(*self.cut(items, f"{DATA}/{FILE}"))
 
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
         """Reward 1 where the answer is one whole sentence; the rule: `crl_exp.scorers.sentence`."""

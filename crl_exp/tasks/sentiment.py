@@ -13,7 +13,7 @@ from pathlib import Path
 
 from crl_exp.assets import asset_path
 from crl_exp.scorers.choice import ChoiceScorer
-from crl_exp.tasks.base import Item, Score, Splits, split_items, unique
+from crl_exp.tasks.base import Item, Score, Splits, unique
 from crl_exp.tasks.files import damaged, read_text
 from crl_exp.tasks.worded import Worded
 
@@ -61,12 +61,7 @@ class Sentiment(Worded):
         """Raises `UserError` where the file is missing or damaged, or has too few sentences."""
         path = asset_path(DATA) / FILE
         items = unique([self._item(text, rating) for rating, text in self._kept(path)])
-        sizes = {
-            "train": self.n_train,
-            "validation": self.n_validation,
-            "test": self.n_test,
-        }
-        return Splits(*split_items(items, sizes, self.split_seed, f"{DATA}/{FILE}"))
+        return Splits(*self.cut(items, f"{DATA}/{FILE}"))
 
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
         """Reward 1 where the answer names the review's sign and not the other."""
