@@ -43,9 +43,27 @@ def all_or_nothing(plain: dict[str, Any]) -> bool:
     return known and task.get("scorer") != "token_f1"
 
 
+_WITHOUT_A_POLICY = (
+    "NoSteering", "CorrSteerS", "CorrSteerA", "CorrSteerP", "RandomFeatures", "RandomDirection",
+    "TopActivation", "RawResidual",
+)  # fmt: skip
+
+
+def starts_at_zero(plain: dict[str, Any]) -> bool:
+    """Whether it is known that no first weight matters: networks are linear, or not trained."""
+    policy = plain.get("policy") or {}
+    untrained = _of_class(plain, "method", *_WITHOUT_A_POLICY) or (
+        _of_class(plain, "method", "CRL") and not _trains(plain)
+    )
+    return untrained or not (policy.get("policy_depth", 1) or policy.get("critic_depth", 1))
+
+
 ADDED: tuple[Added, ...] = (
+    Added("task", "", "train_seed", None),
+    Added("task", "", "groups", None),
     Added("warmup", "", "rewarded", "half", same=all_or_nothing),
     Added("sae", "", "dictionary", "sae"),
+    Added("policy", "", "first_weights", "by_seed", same=starts_at_zero),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 
@@ -87,11 +105,6 @@ def _weighs_answers(plain: dict[str, Any]) -> bool:
     return _trains(plain) and per_answer
 
 
-def _starts_at_random(plain: dict[str, Any]) -> bool:
-    policy = plain.get("policy") or {}
-    return _trains(plain) and bool(policy.get("policy_depth") or policy.get("critic_depth"))
-
-
 MENDED: tuple[Mended, ...] = (
     Mended("scores compared across layers as they are", _ranks_by_another_score),
     Mended("steered against by means over failures", _steers_against_by_means),
@@ -99,7 +112,6 @@ MENDED: tuple[Mended, ...] = (
         "directions and features drawn by layer",
         lambda plain: _of_class(plain, "method", "RandomDirection", "RandomFeatures"),
     ),
-    Mended("first weights drawn by layer", _starts_at_random),
     Mended("tokens of an answer counted in the whole rollout", _weighs_answers),
 )
 

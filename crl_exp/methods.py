@@ -248,6 +248,7 @@ class CRL(CorrSteer):
 
     def prepare(self, lab: Lab) -> Controller:
         exp = lab.exp
+        torch.manual_seed(exp.seed)
         agents = self.fixed_agents(lab) if self.features == "fixed" else self.free_agents(lab)
         if not agents:
             return Unsteered()
@@ -292,7 +293,8 @@ def _agent(
     exp = lab.exp
     n_tokens = 1 if exp.task.choices else exp.task.max_new_tokens
     online = isinstance(exp.method, CRL) and exp.method.online_correlation
-    torch.manual_seed(own_seed("policy", exp.seed, layer))  # initial weights of hidden layers
+    if exp.policy.first_weights == "by_layer":
+        torch.manual_seed(own_seed("policy", exp.seed, layer))
     return LayerAgent(
         lab.saes[layer], lab.statistics()[layer], allowed_C, coefficient_F,
         Pipeline(exp.stages, exp.order),

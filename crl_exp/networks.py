@@ -16,6 +16,7 @@ from crl_exp.errors import did_you_mean
 NONLINEARITIES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh,
 }  # fmt: skip
+FIRST_WEIGHTS = ("by_layer", "by_seed")
 CRITICS = ("v", "q")
 
 
@@ -25,6 +26,9 @@ class PolicyConfig:
 
     policy_depth, critic_depth: hidden layers (0: linear). hidden: their width.
     nonlinearity: between them: relu, gelu, silu or tanh.
+    first_weights: of the hidden layers, drawn by_layer, from seed and layer, or by_seed, as earlier
+        versions did: runs of one seed at several single layers then begin with the same. Those of
+        the last layer are 0.
     critic: v, the value V(s) of the residual, or q, the value Q(s, j) of every feature there.
     k: features chosen at each token.
     """
@@ -33,6 +37,7 @@ class PolicyConfig:
     critic_depth: int
     hidden: int
     nonlinearity: str
+    first_weights: str
     critic: str
     k: int
 
@@ -44,7 +49,10 @@ class PolicyConfig:
         for name in ("hidden", "k"):
             if getattr(self, name) < 1:
                 found.append(f"policy.{name}={getattr(self, name)}: must be at least 1")
-        for name, known in (("nonlinearity", NONLINEARITIES), ("critic", CRITICS)):
+        choices = (
+            ("nonlinearity", NONLINEARITIES), ("first_weights", FIRST_WEIGHTS), ("critic", CRITICS),
+        )  # fmt: skip
+        for name, known in choices:
             value = getattr(self, name)
             if value not in known:
                 near = did_you_mean(value, known)

@@ -81,3 +81,14 @@ def test_policies_of_runs_at_single_layers_start_with_other_weights(common):
         assert not any(map(torch.allclose, alone[a], alone[b]))
     other = weights(at(common, 1, *first, "seed=1"))[1]
     assert not any(map(torch.allclose, alone[1], other))
+
+
+def test_first_weights_by_seed_are_those_of_earlier_versions(common):
+    """Drawn layer by layer after the seed; so those of single layers are the first layer's."""
+    deep = ["method=crl", "policy.policy_depth=1", "policy.first_weights=by_seed", "seed=3"]
+    torch.manual_seed(3)
+    expected = torch.nn.Linear(32, 8).weight
+    for layer in (None, *LAYERS):
+        lab = at(common, layer, *deep, "method.stage2=false")
+        agents = lab.exp.method.prepare(lab).agents  # type: ignore[attr-defined]
+        assert torch.equal(next(iter(agents.values())).policy[0].weight, expected)

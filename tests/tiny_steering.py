@@ -97,6 +97,7 @@ def pipeline(order: tuple[str, ...] = STAGES, **stages: Stage) -> Pipeline:
 def setting(**changes: Any) -> AgentSetting:
     policy: dict[str, Any] = {
         "policy_depth": 0, "critic_depth": 0, "hidden": 8, "nonlinearity": "relu", "critic": "v",
+        "first_weights": "by_layer",
         "k": 2,
     }  # fmt: skip
     more: dict[str, Any] = {"n_tokens": 4, "with_critic": True, "online": False}
