@@ -43,6 +43,21 @@ def all_or_nothing(plain: dict[str, Any]) -> bool:
     return known and task.get("scorer") != "token_f1"
 
 
+_WITHOUT_A_POLICY = (
+    "NoSteering", "CorrSteerS", "CorrSteerA", "CorrSteerP", "RandomFeatures", "RandomDirection",
+    "TopActivation", "RawResidual",
+)  # fmt: skip
+
+
+def starts_at_zero(plain: dict[str, Any]) -> bool:
+    """Whether it is known that no first weight matters: networks are linear, or not trained."""
+    policy = plain.get("policy") or {}
+    untrained = _of_class(plain, "method", *_WITHOUT_A_POLICY) or (
+        _of_class(plain, "method", "CRL") and not _trains(plain)
+    )
+    return untrained or not (policy.get("policy_depth", 1) or policy.get("critic_depth", 1))
+
+
 ADDED: tuple[Added, ...] = (
     Added("task", "", "train_seed", None),
     Added("task", "", "groups", None),
@@ -65,6 +80,7 @@ ADDED: tuple[Added, ...] = (
     Added("task", "Sentiment", "length_normalised", False),
     Added("task", "JsonLines", "choice_prefix", ""),
     Added("task", "Sentiment", "choice_prefix", ""),
+    Added("policy", "", "first_weights", "by_seed", same=starts_at_zero),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

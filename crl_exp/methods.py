@@ -15,6 +15,7 @@ import torch
 from crl_exp.answerer import Answerer
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import Steer
+from crl_exp.draws import own_seed
 from crl_exp.effects import Setting, follows_correlation
 from crl_exp.errors import UserError
 from crl_exp.online import online_conflicts
@@ -348,6 +349,8 @@ def _agent(
 ) -> LayerAgent:
     exp = lab.exp
     online = isinstance(exp.method, CRL) and exp.method.online_correlation
+    if exp.policy.first_weights == "by_layer":
+        torch.manual_seed(own_seed("policy", exp.seed, layer))
     return LayerAgent(
         lab.saes[layer], lab.statistics()[layer], allowed_C, coefficient_F,
         Pipeline(exp.stages, exp.order),

@@ -138,10 +138,8 @@ def test_rewards_said_to_be_0_or_1_are_so(as_it_is):
         (["method=corrsteer_s", "warmup.negative=steer"],
          ["steered against by means over failures"]),
         (["method=corrsteer_s", "warmup.negative=steer", "coefficient=relative"], []),
-        (["policy.policy_depth=0", "algorithm.flatten_tokens=false"],
-         ["tokens of an answer counted in the whole rollout"]),
-        (["policy.policy_depth=0", "algorithm.flatten_tokens=false", "algorithm.minibatches=1"],
-         []),
+        (["algorithm.flatten_tokens=false"], ["tokens of an answer counted in the whole rollout"]),
+        (["algorithm.flatten_tokens=false", "algorithm.minibatches=1"], []),
     ],
 )  # fmt: skip
 def test_keys_of_configs_that_no_fault_concerns_stay(overrides, mended, as_it_is):
@@ -151,6 +149,19 @@ def test_keys_of_configs_that_no_fault_concerns_stay(overrides, mended, as_it_is
     now = hashed(plain)  # type: ignore[arg-type]
     assert now.pop("mended", []) == mended
     assert "rewarded" not in now["warmup"] and "dictionary" not in now["sae"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hashed_in"),
+    [([], False), (["policy.first_weights=by_layer"], True),
+     (["policy=linear", "policy.first_weights=by_layer"], False),
+     (["method.stage2=false", "policy.first_weights=by_layer"], False)],
+)  # fmt: skip
+def test_how_first_weights_are_drawn_matters_where_some_are(overrides, hashed_in, as_it_is):
+    from tests.tiny_run import quickly_composed
+
+    plain = OmegaConf.to_container(quickly_composed(overrides), resolve=True)
+    assert ("first_weights" in hashed(plain)["policy"]) == hashed_in  # type: ignore[arg-type]
 
 
 def test_a_run_of_before_is_known_by_its_key(as_it_is):

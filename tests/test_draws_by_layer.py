@@ -62,3 +62,34 @@ def test_random_features_of_runs_at_single_layers_are_drawn_apart(common):
     for a, b in itertools.combinations(LAYERS, 2):
         apart = [abs(x - y) for x, y in zip(chosen[a], chosen[b], strict=True)]
         assert max(apart) > 1, f"layers {a} and {b} share their draws: {chosen}"
+
+
+def test_policies_of_runs_at_single_layers_start_with_other_weights(common):
+    first = ["method=crl", "policy.policy_depth=1", "policy.critic_depth=1",
+             "policy.first_weights=by_layer"]  # fmt: skip
+
+    def weights(lab: Lab) -> dict[int, list[torch.Tensor]]:
+        agents = lab.exp.method.free_agents(lab)  # type: ignore[attr-defined]
+        return {
+            la: [agent.policy[0].weight, agent.critic[0].weight] for la, agent in agents.items()
+        }
+
+    together = weights(at(common, None, *first))
+    alone = {n: weights(at(common, n, *first))[n] for n in LAYERS}
+    for layer in LAYERS:
+        assert all(map(torch.equal, together[layer], alone[layer]))
+    for a, b in itertools.combinations(LAYERS, 2):
+        assert not any(map(torch.allclose, alone[a], alone[b]))
+    other = weights(at(common, 1, *first, "seed=1"))[1]
+    assert not any(map(torch.allclose, alone[1], other))
+
+
+def test_first_weights_by_seed_are_those_of_earlier_versions(common):
+    """Drawn layer by layer after the seed; so those of single layers are the first layer's."""
+    deep = ["method=crl", "policy.policy_depth=1", "policy.first_weights=by_seed", "seed=3"]
+    torch.manual_seed(3)
+    expected = torch.nn.Linear(32, 8).weight
+    for layer in (None, *LAYERS):
+        lab = at(common, layer, *deep, "method.stage2=false")
+        agents = lab.exp.method.prepare(lab).agents  # type: ignore[attr-defined]
+        assert torch.equal(next(iter(agents.values())).policy[0].weight, expected)
