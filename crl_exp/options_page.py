@@ -41,7 +41,8 @@ option (numbers are accuracies in %), nothing measured here. CRL is arXiv 2602.1
 arXiv 2508.12535.
 
 The four stages of the logits run in the order of the list `order`, by default
-`[fusion, noise, activation, mask]`; any of the 24 orders can be set.
+`[fusion, noise, activation, mask]`; any of the 24 orders can be set. Stages named `…_author` are in
+the form in which the method's author wrote them, those without the ending in ours.
 """
 
 

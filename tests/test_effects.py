@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from crl_exp import config as configs
+from crl_exp.compatibility import hashed
 from crl_exp.config import Experiment
 from crl_exp.effects import Effect, Setting, cautions, effect, follows_correlation
 from crl_exp.errors import UserError
@@ -195,3 +196,15 @@ def test_a_frozen_config_means_what_it_did() -> None:
         del plain["fusion"][key]
     exp = configs.experiment(OmegaConf.create(plain))
     assert (exp.fusion.select, exp.fusion.selected) == ("quantile", "corr")  # type: ignore[attr-defined]
+
+
+def test_runs_of_gumbel_topk_that_were_drawn_twice_have_another_key() -> None:
+    def mended(*overrides: str) -> list[str]:
+        config = quickly_composed(["tracking=none", "activation=gumbel_topk", *overrides])
+        plain = OmegaConf.to_container(config, resolve=True)
+        return hashed(plain).get("mended", [])  # type: ignore[arg-type]
+
+    assert mended() == ["gumbel_topk records the act's probability"]
+    for other in ("activation=identity", "method.stage2=false", "method.features=fixed",
+                  "method=corrsteer_a", "activation=gumbel_topk_author"):  # fmt: skip
+        assert "gumbel_topk records the act's probability" not in mended(other)

@@ -28,7 +28,8 @@ class JumpReLU(Stage):
     masking.
 
     threshold: θ, or null for the critic's: V(s) of the row, or with a Q critic Q(s, j) of each
-        feature.
+        feature. The author's is V(s) on noisy z: noise before it in `order`, and
+        noise.on_policy=true so that the update has it too.
     """
 
     threshold: float | None
