@@ -120,8 +120,8 @@ def test_a_pack_that_is_killed_goes_on(killing):
     overrides = [*LAYERS, *TRAINING]
     gates = [
         ("warming up", 2), ("learning", 4), ("learned", 3), ("after:checkpoint.prev.pt", 3),
-        ("after:checkpoint.pt", 3), ("answered", 3), ("after:0000*.pt", 2), ("before:result.json", 1),
-        ("after:result.json", 1), ("before:interventions.parquet", 1),
+        ("after:checkpoint.pt", 3), ("answered", 3), ("after:0000*.pt", 2),
+        ("before:result.json", 1), ("after:result.json", 1), ("before:interventions.parquet", 1),
     ]  # fmt: skip
     straight = killing.run("straight_pack", overrides, [], variants=variants)
     broken = killing.run("broken_pack", overrides, gates, variants=variants)
