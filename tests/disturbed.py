@@ -5,10 +5,9 @@ every attempt is a fork of a process that has imported it.
 Plan: {"overrides", "output_dir", "signals": [{"name", "position", "delay"}, …]}.
 A position counts the calls of `Engine.generate` in all attempts so far.
 
-Or, instead of signals, "gates": [{"place", "nth"}, …]. An attempt is held where it comes to its
-gate, and killed there by SIGKILL: exactly at that place, however slow the machine is. Then more of
-a plan are "variants" (overrides of each run of a pack) and "locked" (the MLflow file, while it is
-killed).
+Or, instead of signals, "gates": [{"place", "nth"}, …]. An attempt is held at its gate, and killed
+there by SIGKILL: exactly at that place, however slow the machine is. Then more of a plan are
+"variants" (overrides of each run of a pack) and "locked" (the MLflow file, while it is killed).
 """
 
 from __future__ import annotations

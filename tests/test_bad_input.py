@@ -225,6 +225,57 @@ def test_an_sae_with_a_nan(own_files, tmp_path):
 # --- models ---
 
 
+def test_a_config_of_an_sae_that_is_a_list(own_files, tmp_path):
+    (own_files.root / "saes" / "blocks.1.hook_resid_post" / "cfg.json").write_text("[1]")
+    said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
+    assert "cfg.json holds a list, not a config" in said and "sae.folder=…" in said
+
+
+@pytest.mark.parametrize("sections", [["config.json"], ["tokenizer_config.json"]])
+def test_a_model_with_code_of_its_own_is_refused_and_nobody_is_asked(sections, own_files, tmp_path):
+    """transformers would ask on the terminal whether to run it."""
+    folder, mark = own_files.root / "models" / "llama", tmp_path / "it ran"
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w')\nraise SystemExit(1)\n")
+    for name in sections:
+        path = folder / name
+        plain = json.loads(path.read_text())
+        if name == "config.json":
+            plain["model_type"] = "one_of_its_own"
+            plain["auto_map"] = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}
+        else:
+            plain["tokenizer_class"] = "OwnTokenizer"
+            plain["auto_map"] = {"AutoTokenizer": ["own.T", None]}
+        path.write_text(json.dumps(plain))
+    said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
+    assert "model.path=" in said and not mark.exists()
+    assert "it brings Python code of its own" in said and "never run here" in said
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% for m in messages %}", "end of template"),
+        ("{{ raise_exception('one turn only') }}", "one turn only"),
+        ("{{ nothing.of_this }}", "undefined"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_rendered(template, why, own_files, tmp_path):
+    folder = own_files.root / "models" / "llama"
+    (folder / "chat_template.jinja").write_text(template)
+    said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
+    assert "its chat template can't be rendered" in said and why in said
+    assert "task.chat_template=false" in said
+
+
+@pytest.mark.parametrize("fault", ["task.n_test=100000", "model.device=cuda:99"])
+def test_what_fails_before_it_begins_leaves_no_run(fault, common, tmp_path):
+    """Neither a run directory nor, therefore, a failed run in MLflow."""
+    tracked = [one for one in common if not one.startswith("tracking")]
+    refused([*tracked, "tracking=mlflow", fault])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("damage", [cut, garble, Path.unlink])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_damaged_model_file(name, damage, own_files, tmp_path):

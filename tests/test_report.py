@@ -44,14 +44,16 @@ def test_headline_compares_the_chosen_ones(tmp_path):
 
 @pytest.mark.usefixtures("quick_reports")
 def test_unfinished_runs_are_listed_with_their_state(tmp_path, capsys):
-    finished_run(config(tmp_path), 0.1)
-    bad = RunDirectory(config(tmp_path, seed=1))
+    odd = {"model.name": "a[/red]b", "sae.name": "[bold]s"}  # no markup: rich would raise
+    finished_run(config(tmp_path, more=odd), 0.1)
+    bad = RunDirectory(config(tmp_path, seed=1, more=odd))
     with pytest.raises(RuntimeError), bad.opened():
-        raise RuntimeError("layer 18: loss is nan\nand more")
-    with RunDirectory(config(tmp_path, seed=2)).opened():
+        raise RuntimeError("layer 18: loss is nan [/red]\nand more")
+    with RunDirectory(config(tmp_path, seed=2, more=odd)).opened():
         assert main(["demo", "--output-dir", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert f"{bad.key} failed: layer 18: loss is nan" in said and " running" in said
+    assert f"{bad.key} failed: layer 18: loss is nan [/red]" in said and " running" in said
+    assert "a[/red]b" in said
     assert f"- {bad.key} failed" in (tmp_path / "demo" / "report" / "table.md").read_text()
 
 
