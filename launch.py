@@ -20,13 +20,14 @@ def run(config: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from crl_exp.cli import check_alone
+    from crl_exp.cli import check_alone, check_sweeper
     from crl_exp.experiment import run_experiment
     from crl_exp.runs import objective
     from crl_exp.written import check_written
 
     hydra_node = HydraConfig.get()
     in_sweep = hydra_node.mode == RunMode.MULTIRUN
+    check_sweeper(hydra_node)
     if not in_sweep:
         check_alone(hydra_node)
         check_written(hydra_node, [config])

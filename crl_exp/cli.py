@@ -48,6 +48,15 @@ def _check_points(loader: ConfigLoader, master: DictConfig, jobs: list[list[str]
     check_all(loader, master, jobs)
 
 
+def check_sweeper(hydra: Any) -> None:
+    """Raise `UserError` for Optuna's own sweeper, which minimises and ends at a failed trial."""
+    if "hydra_optuna_sweeper" in str(hydra.sweeper.get("_target_")):
+        raise UserError(
+            "hydra/sweeper=optuna minimises the figure and ends at the first trial that fails: "
+            "take hydra/sweeper=trials, which is Optuna too"
+        )
+
+
 def check_alone(hydra: Any) -> None:
     """Raise `UserError` where one run is asked for with what only a sweep takes notice of.
 

@@ -47,7 +47,7 @@ def markdown(sweep: SweepComparison, level: int = 1) -> str:
     """The report as Markdown: the table, its notes, test sets, single runs, unfinished runs."""
     head = "#" * level
     rows = [main_cells(sweep, row) for row in sweep.rows]
-    parts = [f"{head} {title(sweep)}", _markdown_table(COLUMNS, rows)]
+    parts = [f"{head} {_as_text(title(sweep))}", _markdown_table(COLUMNS, rows)]
     best = headline(sweep)
     parts += ([best] if best else []) + notes(sweep)
     if sweep.test_sets:
@@ -97,7 +97,7 @@ def _linked(credit: FeatureCredit) -> list[str]:
 
 
 def _not_finished(runs: Sequence[Record], level: int) -> list[str]:
-    lines = "\n".join(f"- {line}" for line in unfinished(runs))
+    lines = "\n".join(f"- {_as_text(line)}" for line in unfinished(runs))
     return [f"{'#' * level} Not finished", lines] if runs else []
 
 
@@ -107,10 +107,13 @@ def _markdown_table(columns: Sequence[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in safe)
 
 
+def _as_text(text: str) -> str:
+    """For Markdown: what begins as an HTML tag is shown, not rendered."""
+    return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text)
+
+
 def _markdown_cell(text: str) -> str:
-    """Text of a cell; what begins as an HTML tag is shown, not rendered."""
-    shown = re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text)
-    return shown.replace("|", "\\|").replace("\n", "<br>")
+    return _as_text(text).replace("|", "\\|").replace("\n", "<br>")
 
 
 def print_parts(parts: SweepParts, console: Console) -> None:

@@ -40,7 +40,7 @@ def typed(mine: TinyFiles, *more: str) -> list[str]:
 def edit(mine: TinyFiles) -> None:
     """One answer is another."""
     path = mine.root / "task.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
     rows[0]["answer"] = {"yes": "no", "no": "yes"}[rows[0]["answer"]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -126,7 +126,9 @@ def test_other_sae_weights_are_another_run(mine):
 def frozen(mine: TinyFiles, monkeypatch: pytest.MonkeyPatch) -> list[Point]:
     """A sweep of two, submitted; its workers never come to anything."""
     monkeypatch.setattr(submitting, "start_workers", lambda *_: [])
-    points = points_of(*typed(mine, "+debug=tiny", "task=jsonl", "method=none", "seed=0,1"))
+    points = points_of(
+        *typed(mine, "+debug=tiny", "task=jsonl", "method=none", "layers.layer=1", "seed=0,1")
+    )
     folder = points[0].run.path.parent
     folder.mkdir(parents=True)
     sweep = SweepFile.read(folder)
@@ -142,7 +144,9 @@ def test_a_queued_run_keeps_to_the_files_that_were_there(mine, monkeypatch):
     with pytest.raises(UserError, match=CHANGED):
         run_experiment(points[0].config, skip_finished=True)
     with pytest.raises(UserError, match=rf"2 of 2 runs[\s\S]*{CHANGED}"):
-        points_of(*typed(mine, "+debug=tiny", "task=jsonl", "method=none", "seed=0,1"))
+        points_of(
+            *typed(mine, "+debug=tiny", "task=jsonl", "method=none", "layers.layer=1", "seed=0,1")
+        )
 
 
 def test_retry_refuses_a_run_that_was_begun_with_other_files(mine, monkeypatch):

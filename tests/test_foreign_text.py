@@ -34,7 +34,6 @@ def test_text_is_shown_as_text(text):
     shown = plain(text)
     assert not CONTROLS & set(shown) and shown.encode()
     assert plain(shown) == shown
-    cell = next(csv.reader(io.StringIO(as_csv(["head"], [[text]]))))
     cell = list(csv.reader(io.StringIO(as_csv(["head"], [[text]]))))[1][0]
     assert cell[0] not in "=@+-\t\r" and shown in cell
 
@@ -78,9 +77,9 @@ def test_no_escape_reaches_the_terminal_and_what_it_lacks_is_lost_there_alone(
             patch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
             assert main([command, str(sweep)]) == 0
             sys.stdout.flush()
-        said = terminal.getvalue().decode("ascii")
+            said = terminal.getvalue().decode("ascii")  # before the stream goes and closes it
         assert not CONTROLS & set(said) and len(said) > 100, command
-        assert "[/bold][red]x" in said or command == "status"
+        assert "[red]" in said or command == "status"
     assert "Δ" in (sweep / "report" / "table.md").read_text(encoding="utf-8")
     assert "Δ" in (sweep / "report" / "report.html").read_text(encoding="utf-8")
 

@@ -153,7 +153,7 @@ def test_a_failed_run_is_named_by_a_sweep_that_waits(tmp_path, tiny_files):
 
 def test_optuna_gets_what_it_asks_for(tmp_path):
     pytest.importorskip("optuna", reason="hydra-optuna-sweeper isn't installed")
-    study = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
+    study = ["hydra/sweeper=trials", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
     study += ["hydra/sweeper/sampler=random"]
     common = [*study, *tiny(tmp_path, "method=none", "task.chat_template=choice(true,false)")]
     done = typed(*common, "hydra.launcher.wait=true")

@@ -1,4 +1,4 @@
-"""hydra/sweeper=optuna: trials that fail or have no figure, and what is left of a study."""
+"""hydra/sweeper=trials: trials that fail or have no figure, and what is left of a study."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def study(folder: Path, *more: str, launched: Launched) -> TrialSweeper:
     """A study as `launch.py -m` makes it, with another launcher."""
     register()
     GlobalHydra.instance().clear()
-    common = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.sampler.seed=0",
+    common = ["hydra/sweeper=trials", "hydra.sweeper.n_trials=6", "hydra.sweeper.sampler.seed=0",
               "+debug=tiny", f"output_dir={folder}", "sweep_name=s"]  # fmt: skip
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()

@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna`: hydra-optuna-sweeper's, for runs that may fail and whose results stay.
+"""`hydra/sweeper=trials`: hydra-optuna-sweeper's, for runs that may fail and whose results stay.
 
 What is optimised is the figure of the validation items. A trial that fails, or whose figure is
 undefined, is recorded as failed and the others go on. Every Hydra application of the environment
@@ -51,7 +51,7 @@ class Recorder:
 
 
 class TrialSweeper(Sweeper):
-    """values: as `conf/hydra/sweeper/optuna.yaml` has them."""
+    """values: as `conf/hydra/sweeper/trials.yaml` has them."""
 
     def __init__(self, **values: Any):
         self.values = values
@@ -67,7 +67,7 @@ class TrialSweeper(Sweeper):
             from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
         except ImportError as error:
             raise UserError(
-                f"hydra/sweeper=optuna: {error}; `pip install hydra-optuna-sweeper`"
+                f"hydra/sweeper=trials: {error}; `pip install hydra-optuna-sweeper`"
             ) from error
         check_sweep(config.sweep_name)
         self._refuse_storage()
