@@ -26,7 +26,10 @@ class Added(NamedTuple):
     meant: Any
 
 
-ADDED: tuple[Added, ...] = ()
+ADDED: tuple[Added, ...] = (
+    Added("task", "", "train_seed", None),
+    Added("task", "", "groups", None),
+)
 """In the order in which they came. Add a line with each new option; never change one."""
 
 

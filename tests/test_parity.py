@@ -40,8 +40,8 @@ class FreeText(Task):
 
 
 TASK = FreeText(
-    name="free_text", n_train=40, n_validation=10, n_test=24, split_seed=0, max_new_tokens=5,
-    choices=None, chat_template=True, shuffle_labels=False,
+    name="free_text", n_train=40, n_validation=10, n_test=24, split_seed=0, train_seed=None,
+    groups=None, max_new_tokens=5, choices=None, chat_template=True, shuffle_labels=False,
 )  # fmt: skip
 
 

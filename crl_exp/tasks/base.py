@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-from crl_exp.errors import UserError
+from crl_exp.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Item:
     """One question. `item_id` is a hash of the content: the same wherever the item lies.
 
     n_options: how many lettered options the question has; 0 where it has none.
+    group: a subject, a subset, a category, by which results are told apart; "" where it has none.
     """
 
     item_id: str
@@ -28,6 +29,7 @@ class Item:
     target: str | None = None
     benign: bool = False
     n_options: int = 0
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ class Task:
 
     name: what results are filed under.
     n_train, n_validation, n_test: items drawn for each split, from `split_seed`.
+    train_seed: draws the training items anew from all that are in neither validation nor test,
+        which stay as they are; null, as `split_seed` has them.
+    groups: only items of these groups, in all three splits; null for all. Which there are, the
+        error about an unknown one tells.
     max_new_tokens: tokens generated for an answer.
     choices: answers the output is restricted to (`None`: free text). Each must be told apart by
         its first token; the same restriction holds in warmup, training and evaluation.
@@ -106,6 +112,8 @@ class Task:
     n_validation: int
     n_test: int
     split_seed: int
+    train_seed: int | None
+    groups: list[str] | None
     max_new_tokens: int
     choices: list[str] | None
     chat_template: bool
@@ -150,6 +158,14 @@ class Task:
         """Load the data and split it. Raises `UserError` where data is missing or too small."""
         raise NotImplementedError
 
+    def cut(
+        self, items: Sequence[Item], where: str
+    ) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
+        """Train, validation and test from one set of items, of the groups asked for."""
+        sizes = {"train": self.n_train, "validation": self.n_validation, "test": self.n_test}
+        kept = of_groups(items, self.groups, where)
+        return split_items(kept, sizes, self.split_seed, where, self.train_seed)
+
     def load_scorer(self) -> None:
         """Make sure that answers can be scored, before anything is generated.
 
@@ -182,6 +198,9 @@ class Identified(Protocol):
     @property
     def item_id(self) -> str: ...
 
+    @property
+    def group(self) -> str: ...
+
 
 Kind = TypeVar("Kind", bound=Identified)
 
@@ -206,13 +225,34 @@ def shuffled(items: Sequence[Kind], seed: int) -> list[Kind]:
     return order
 
 
+def of_groups(items: Sequence[Kind], groups: Sequence[str] | None, where: str) -> list[Kind]:
+    """Those of the groups asked for. Raises `UserError` for a group that no item is of."""
+    if groups is None:
+        return list(items)
+    there = sorted({item.group for item in items} - {""})
+    for group in groups:
+        if group not in there:
+            known = f"it has {', '.join(there)}" if there else "its items are in no groups"
+            raise UserError(
+                f"task.groups: {where} has no group {group!r}{did_you_mean(group, there)} ({known})"
+            )
+    if not groups:
+        raise UserError("task.groups=[]: name groups, or set task.groups=null for all items")
+    return [item for item in items if item.group in groups]
+
+
 def split_items(
-    items: Sequence[Item], sizes: dict[str, int], seed: int, where: str
+    items: Sequence[Item],
+    sizes: dict[str, int],
+    seed: int,
+    where: str,
+    train_seed: int | None = None,
 ) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
     """Shuffle `items` by seed and cut them into parts: train, validation, test.
 
     The test part is cut first, then validation, then train, so that changing `n_train` leaves the
-    other two as they were. Raises `UserError` where the sizes exceed the data.
+    other two as they were. train_seed: shuffles what is left for train once more. Raises
+    `UserError` where the sizes exceed the data.
     """
     wanted = sum(sizes.values())
     for name, size in sizes.items():
@@ -226,8 +266,9 @@ def split_items(
     order = shuffled(items, seed)
     n_test, n_validation = sizes["test"], sizes["validation"]
     cut = n_test + n_validation
+    rest = order[cut:] if train_seed is None else shuffled(order[cut:], train_seed)
     return (
-        tuple(order[cut : cut + sizes["train"]]),
+        tuple(rest[: sizes["train"]]),
         tuple(order[n_test:cut]),
         tuple(order[:n_test]),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from crl_exp.errors import UserError
 from crl_exp.tasks.hub import HubTask, Pool, Question
@@ -25,6 +26,8 @@ class FewShotTask(HubTask):
         any. They are the first rows of `shots_from`, a split of the data set, and are in no split
         of the task. With a chat template all stand in the one user turn.
     """
+
+    shots_by_group: ClassVar[bool] = True
 
     instruction: str
     question_template: str
@@ -54,7 +57,7 @@ class FewShotTask(HubTask):
         pool = pools[self.source.split_name(self.shots_from)]
         groups: dict[str, list[Question]] = {}
         for question in pool.questions:
-            groups.setdefault(question.group, []).append(question)
+            groups.setdefault(self._shots_group(question), []).append(question)
         if len(pool.questions) < self.n_shots:
             raise UserError(
                 f"{pool.where} has {len(pool.questions)} different items, fewer than "
@@ -65,6 +68,9 @@ class FewShotTask(HubTask):
             other.take(shots)
         return shots
 
+    def _shots_group(self, question: Question) -> str:
+        return question.group if self.shots_by_group else ""
+
     def prompt(self, question: Question, shots: Sequence[Question]) -> str:
         before = self._shots_for(question, shots)
         blocks = [fill(self.question_template, shot.fields) + f" {shot.answer}" for shot in before]
@@ -72,7 +78,8 @@ class FewShotTask(HubTask):
         return "\n\n".join([*head, *blocks, fill(self.question_template, question.fields)])
 
     def _shots_for(self, question: Question, shots: Sequence[Question]) -> Sequence[Question]:
-        same = [shot for shot in shots if shot.group == question.group]
+        group = self._shots_group(question)
+        same = [shot for shot in shots if self._shots_group(shot) == group]
         if len(same) >= self.n_shots:
             return same[: self.n_shots]
         # No examples of its group (MMLU's auxiliary_train has no subjects): one of each other.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from crl_exp.errors import UserError, did_you_mean
-from crl_exp.tasks.base import Item, Splits, Task, content_id, shuffled, unique
+from crl_exp.tasks.base import Item, Splits, Task, content_id, of_groups, shuffled, unique
 from crl_exp.tasks.rows import Row, Source
 
 PARTS = ("test", "validation", "train")  # in the order in which they are cut
@@ -20,7 +20,7 @@ class Question:
 
     content: what its id is made from. fields: what the prompt's template may name.
     target: the right answer, as the scorer takes it. answer: as a few-shot example shows it.
-    group: few-shot examples are taken from the same group, where there are any.
+    group: a subject, subset or category; see `Item`.
     n_options: of a choice question. benign: to be answered, where others are to be refused.
     """
 
@@ -102,6 +102,7 @@ class HubTask(Task):
         shots = self.take_shots(pools)
         _keep_apart(pools)
         warnings: list[str] = []
+        self._keep_groups(pools, warnings)
         parts = self._cut(pools, warnings)
 
         def items(part: str) -> tuple[Item, ...]:
@@ -120,13 +121,29 @@ class HubTask(Task):
     def _item(self, question: Question, shots: Sequence[Question]) -> Item:
         return Item(
             question.item_id, self.prompt(question, shots), question.target, question.benign,
-            question.n_options,
+            question.n_options, question.group,
         )  # fmt: skip
 
     def _pool(self, split: str) -> Pool:
         rows = self.source.read(split, self.columns, self.optional_columns)
         asked = [question for row in rows if (question := self.question(row)) is not None]
         return Pool(f"{self.source.name} ({split})", unique(asked), len(asked))
+
+    def _keep_groups(self, pools: dict[str, Pool], warnings: list[str]) -> None:
+        """Leave out what is of none of the groups asked for. A split without any groups (MMLU's
+        auxiliary_train has no subjects) is used whole, and the result says so."""
+        if self.groups is None:
+            return
+        every = [question for pool in pools.values() for question in pool.questions]
+        of_groups(every, self.groups, self.source.name)
+        for pool in pools.values():
+            if any(question.group for question in pool.questions):
+                pool.take([q for q in pool.questions if q.group not in self.groups])
+            else:
+                warnings.append(
+                    f"task.groups={list(self.groups)}: the items of {pool.where} are in no groups; "
+                    "all of them are used"
+                )
 
     def _cut(self, pools: dict[str, Pool], warnings: list[str]) -> dict[str, list[Question]]:
         """Cut each pool into the parts that are drawn from it: test, then validation, train."""
@@ -147,6 +164,8 @@ class HubTask(Task):
                     f"task.n_{largest}={sizes[largest] + short}"
                 )
             for part in mine:
+                if part == "train" and self.train_seed is not None:
+                    order = shuffled(order, self.train_seed)
                 parts[part], order = order[: sizes[part]], order[sizes[part] :]
         return parts
 

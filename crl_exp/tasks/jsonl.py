@@ -9,12 +9,14 @@ from pathlib import Path
 
 from crl_exp.errors import UserError
 from crl_exp.scorers.choice import ChoiceScorer
-from crl_exp.tasks.base import Item, Score, Splits, Task, content_id, split_items, unique
+from crl_exp.tasks.base import Item, Score, Splits, Task, content_id, unique
 
 
 @dataclass
 class JsonLines(Task):
     """Questions with a one-word answer, a JSON object a line: {"question": …, "answer": …}.
+
+    A line may name its `group` (a text), by which results are told apart and `task.groups` chooses.
 
     path: the file. template: the user turn; `{question}` stands for the question.
     """
@@ -35,11 +37,7 @@ class JsonLines(Task):
         """Raises `UserError` where the file is missing, or a line is not as it should be."""
         self._scorer()
         items = unique(list(self._items()))
-        sizes = {"train": self.n_train, "validation": self.n_validation, "test": self.n_test}
-        train, validation, test = split_items(
-            items, sizes, self.split_seed, f"task.path={self.path}"
-        )
-        return Splits(train, validation, test)
+        return Splits(*self.cut(items, f"task.path={self.path}"))
 
     def _items(self) -> Iterator[Item]:
         path = Path(self.path).expanduser()
@@ -64,7 +62,10 @@ class JsonLines(Task):
                     f"task.choices={self.choices}"
                 )
             user = self.template.replace("{question}", question)
-            yield Item(content_id(user), user, answer)
+            group = row.get("group") or ""
+            if not isinstance(group, str):
+                raise UserError(f"{path}, line {number}: the group {group!r} is not a text")
+            yield Item(content_id(user), user, answer, group=group)
 
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
         return self._scorer()(items, outputs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from crl_exp.scorers.letter import LETTERS, LetterScorer
@@ -55,7 +55,10 @@ class MultipleChoice(FewShotTask):
     def lettered(
         self, question: str, options: Sequence[str], right: int, group: str = ""
     ) -> Question:
-        """A question with its options; `right` is the index of the right one."""
+        """A question with its options; `right` is the index of the right one.
+
+        group: which the wording may name, as {about}.
+        """
         lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)]
         about = f" about {group.replace('_', ' ')}" if group else ""
         return Question(
@@ -112,7 +115,9 @@ class BBQ(MultipleChoice):
     """
 
     columns = ("context", "question", "ans0", "ans1", "ans2", "label", "context_condition")
+    optional_columns = ("category",)
     max_options = 3
+    shots_by_group = False
 
     context_condition: str
 
@@ -129,7 +134,8 @@ class BBQ(MultipleChoice):
             return None
         options = [row.text(column) for column in ("ans0", "ans1", "ans2")]
         asked = f"{row.text('context')}\n{row.text('question')}"
-        return self.lettered(asked, options, row.number("label", below=3))
+        lettered = self.lettered(asked, options, row.number("label", below=3))
+        return replace(lettered, group=row.cell("category"))
 
 
 @dataclass

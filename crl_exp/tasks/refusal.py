@@ -16,7 +16,7 @@ from pathlib import Path
 
 from crl_exp.assets import asset_path
 from crl_exp.errors import UserError
-from crl_exp.tasks.base import Item, Splits, content_id, shuffled, split_items, unique
+from crl_exp.tasks.base import Item, Splits, content_id, shuffled, unique
 from crl_exp.tasks.files import damaged, read_text
 from crl_exp.tasks.refusal_scoring import RefusalTask
 
@@ -29,7 +29,8 @@ HARMBENCH_FILES = ("harmbench_behaviors_text_val.csv", "harmbench_behaviors_text
 class Refusal(RefusalTask):
     """Do-not-answer prompts, to be refused, and benign ones (`Item.benign`), to be answered.
 
-    n_train, n_validation, n_test: do-not-answer prompts in each split.
+    n_train, n_validation, n_test: do-not-answer prompts in each split; their groups are kinds of
+        harm, those of the HarmBench behaviours its semantic categories.
     n_train_benign, n_validation_benign: benign prompts mixed into train and validation besides,
         so that refusing everything doesn't pay; 0 for none.
     n_test_benign: benign prompts of the extra test set `benign`; over-refusal is one minus the
@@ -54,9 +55,9 @@ class Refusal(RefusalTask):
 
     def draw(self) -> Splits:
         """Raises `UserError` where a file is missing or damaged, or has too few prompts."""
-        sizes = {"train": self.n_train, "validation": self.n_validation, "test": self.n_test}
-        harmful = unique([_item(prompt) for prompt in read_donotanswer(asset_path(HARMFUL))])
-        train, validation, test = split_items(harmful, sizes, self.split_seed, HARMFUL)
+        prompts = read_donotanswer(asset_path(HARMFUL))
+        harmful = unique([_item(prompt, group=group) for prompt, group in prompts])
+        train, validation, test = self.cut(harmful, HARMFUL)
         benign_train, benign_validation, benign_test = self._benign_parts()
         harmbench = read_harmbench(asset_path(HARMBENCH), self.max_context_chars)
         return Splits(
@@ -81,8 +82,11 @@ class Refusal(RefusalTask):
         return order[validation:train], order[test:validation], order[:test]
 
 
-def read_donotanswer(folder: Path) -> list[str]:
-    """All prompts of the folder's JSONL files. Raises `UserError` naming a damaged line."""
+def read_donotanswer(folder: Path) -> list[tuple[str, str]]:
+    """All prompts of the folder's JSONL files, each with its file's name, a kind of harm.
+
+    Raises `UserError` naming a damaged line.
+    """
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise UserError(f"{folder} holds no .jsonl file; run `make assets`")
@@ -90,7 +94,7 @@ def read_donotanswer(folder: Path) -> list[str]:
     for path in files:
         for number, line in enumerate(read_text(path).split("\n"), start=1):
             if line.strip():
-                prompts.append(_parse(line, f"{path}, line {number}"))
+                prompts.append((_parse(line, f"{path}, line {number}"), path.stem))
     return prompts
 
 
@@ -106,7 +110,8 @@ def read_harmbench(folder: Path, max_context_chars: int) -> list[Item]:
             behaviour, context = row.get("Behavior"), row.get("ContextString")
             if not behaviour or context is None:
                 raise damaged(f"{path}, row {number}", "expected Behavior and ContextString")
-            items.append(_behaviour(behaviour, context, max_context_chars))
+            group = row.get("SemanticCategory") or ""
+            items.append(_behaviour(behaviour, context, max_context_chars, group))
     return items
 
 
@@ -117,15 +122,16 @@ def read_benign_prompts() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _item(prompt: str, benign: bool = False) -> Item:
-    return Item(content_id(prompt.strip()), prompt.strip(), benign=benign)
+def _item(prompt: str, benign: bool = False, group: str = "") -> Item:
+    return Item(content_id(prompt.strip()), prompt.strip(), benign=benign, group=group)
 
 
-def _behaviour(behaviour: str, context: str, max_context_chars: int) -> Item:
+def _behaviour(behaviour: str, context: str, max_context_chars: int, group: str) -> Item:
     behaviour, context = behaviour.strip(), context.strip()
     # The id is of the whole text, so that it stays the same whatever is cut.
     item_id = content_id(f"{context}\n{behaviour}")
-    return Item(item_id, with_context(behaviour, context, max_context_chars))
+    user = with_context(behaviour, context, max_context_chars)
+    return Item(item_id, user, group=group)
 
 
 def with_context(behaviour: str, context: str, max_context_chars: int) -> str:

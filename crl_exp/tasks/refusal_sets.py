@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from crl_exp.errors import UserError
 from crl_exp.tasks.base import Item, content_id, shuffled, unique
@@ -34,12 +33,14 @@ class XSTest(RefusalSet):
     """
 
     columns = ("prompt", "label")
+    optional_columns = ("type",)
 
     def question(self, row: Row) -> Question:
         label, prompt = row.text("label").lower(), row.text("prompt")
         if label not in ("safe", "unsafe"):
             raise row.fault("label", f"is {label!r}, not safe or unsafe")
-        return Question(prompt, {"prompt": prompt}, benign=label == "safe")
+        group = row.cell("type")
+        return Question(prompt, {"prompt": prompt}, benign=label == "safe", group=group)
 
 
 @dataclass
@@ -78,7 +79,7 @@ class HarmBench(HarmfulSet):
     """
 
     columns = ("prompt",)
-    optional_columns: ClassVar[tuple[str, ...]] = ("context",)  # of the contextual subset
+    optional_columns = ("context", "category")  # the context of the contextual subset
 
     max_context_chars: int
 
@@ -89,10 +90,11 @@ class HarmBench(HarmfulSet):
         return found
 
     def question(self, row: Row) -> Question:
-        behaviour, context = row.text("prompt"), str(row.cells["context"] or "").strip()
+        behaviour, context = row.text("prompt"), row.cell("context")
         # The id is of the whole text, so that it stays the same whatever is cut.
         user = with_context(behaviour, context, self.max_context_chars)
-        return Question(f"{context}\n{behaviour}", {"prompt": user})
+        content = f"{context}\n{behaviour}"
+        return Question(content, {"prompt": user}, group=row.cell("category"))
 
 
 @dataclass
@@ -100,7 +102,8 @@ class DoNotAnswer(HarmfulSet):
     """Questions that a responsible model doesn't answer (Wang et al., arXiv 2308.13387)."""
 
     columns = ("question",)
+    optional_columns = ("risk_area",)
 
     def question(self, row: Row) -> Question:
         prompt = row.text("question")
-        return Question(prompt, {"prompt": prompt})
+        return Question(prompt, {"prompt": prompt}, group=row.cell("risk_area"))

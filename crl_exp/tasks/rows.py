@@ -35,6 +35,11 @@ class Row:
             raise self.fault(column, "is empty")
         return str(value).strip()
 
+    def cell(self, column: str) -> str:
+        """A cell that may be empty, or whose column may be missing, as text."""
+        value = self.cells.get(column)
+        return "" if value is None else str(value).strip()
+
     def number(self, column: str, below: int) -> int:
         """A cell as a whole number from 0 up. Raises `UserError` where it isn't one `below`."""
         value = self.cells[column]

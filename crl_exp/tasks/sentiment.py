@@ -19,7 +19,6 @@ from crl_exp.tasks.base import (
     Splits,
     Task,
     content_id,
-    split_items,
     unique,
 )
 from crl_exp.tasks.files import damaged, read_text
@@ -73,12 +72,7 @@ class Sentiment(Task):
         """Raises `UserError` where the file is missing or damaged, or has too few sentences."""
         path = asset_path(DATA) / FILE
         items = unique([self._item(text, rating) for rating, text in self._kept(path)])
-        sizes = {
-            "train": self.n_train,
-            "validation": self.n_validation,
-            "test": self.n_test,
-        }
-        return Splits(*split_items(items, sizes, self.split_seed, f"{DATA}/{FILE}"))
+        return Splits(*self.cut(items, f"{DATA}/{FILE}"))
 
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
         """Reward 1 where the answer names the review's sign and not the other."""

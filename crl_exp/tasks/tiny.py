@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from crl_exp.scorers.choice import ChoiceScorer
-from crl_exp.tasks.base import Item, Score, Splits, Task, content_id, split_items
+from crl_exp.tasks.base import Item, Score, Splits, Task, content_id
 
 LARGEST = 40
 
@@ -28,8 +28,7 @@ class Sums(Task):
             for a in range(1, LARGEST + 1)
             for b in range(1, LARGEST + 1)
         ]
-        sizes = {"train": self.n_train, "validation": self.n_validation, "test": self.n_test}
-        return Splits(*split_items(items, sizes, self.split_seed, "task=tiny"))
+        return Splits(*self.cut(items, "task=tiny"))
 
     @staticmethod
     def _item(a: int, b: int, c: int) -> Item:
