@@ -186,8 +186,9 @@ class LanguageModel:
         return self.layers[site].register_forward_hook(after)
 
     @contextmanager
-    def skipping(self, top: int, residual_BD: Tensor) -> Iterator[None]:
-        """Within, layers 0..`top` are not computed: `top`'s output is `residual_BD`.
+    def skipping(self, top: int, residual: Tensor) -> Iterator[None]:
+        """Within, layers 0..`top` are not computed: `top`'s output is `residual`, [B, D] of one
+        token or [B, T, D].
 
         The prompt's last token is the same for every policy up to the first steered layer, so
         its residual there is read once and put in. Hooks on layer `top` see it as its output (and
@@ -196,7 +197,7 @@ class LanguageModel:
         if top < 0:
             yield
             return
-        put_in = residual_BD[:, None].to(self.dtype)
+        put_in = (residual if residual.ndim == 3 else residual[:, None]).to(self.dtype)
         given = (put_in,) if self.in_tuple else put_in
         for layer in self.layers[: top + 1]:
             layer.forward = lambda *_, **__: given  # type: ignore[method-assign]

@@ -220,7 +220,7 @@ def _other_node(node: yaml.ScalarNode, read: Any) -> str:
 
 
 def check_written(
-    hydra: DictConfig, configs: Iterable[DictConfig], jobs: Iterable[Sequence[str]] = ()
+    hydra: Any, configs: Iterable[DictConfig], jobs: Iterable[Sequence[str]] = ()
 ) -> None:
     """Raise `UserError` with every text of the command line and of the files that would change.
 

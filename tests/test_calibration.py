@@ -116,7 +116,7 @@ def test_a_bias_beside_other_controllers_is_its_own_rows_alone():
 
 
 def test_in_free_text_a_bias_on_the_end_ends_answers(common):
-    free = [*common, f"method.tokens=[{END}]", "method.grid=[1e3]"]
+    free = [*common, f"method.tokens=['{END}']", "method.grid=[1e3]"]
     lab = lab_of(free, TASK)
     ended = lab.answer(OutputBias(dict.fromkeys(lab.lm.eos_ids, 1e3)), "test").generation
     assert ended.tokens == [[]] * len(ended.tokens)

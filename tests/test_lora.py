@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 from crl_exp.baselines.adapter import Adapter, weights_of
 from crl_exp.baselines.demonstrations import demonstrations
 from crl_exp.baselines.lora import AdaptedModel, policy_parameters
-from crl_exp.baselines.lora_training import Lesson, LoraTrainer, answer_states, lessons, loss_of
+from crl_exp.baselines.lora_training import Lesson, LessonReader, LoraTrainer, lessons
 from crl_exp.config import experiment, validate
 from crl_exp.errors import UserError
 from crl_exp.runs import RunDirectory
@@ -119,13 +119,17 @@ def test_what_is_read_while_training_is_the_models_own_forward(kind):
     prompts = [tuple(p) for p in tiny.prompts(3)]
     batch = [Lesson(prompts[0], (40,), None), Lesson(prompts[1], (41, 42, 1), None),
              Lesson(prompts[2], (43, 1), None)]  # fmt: skip
-    states = answer_states(lm, batch)
     alone = []
     for lesson in batch:
         ids = torch.tensor([[*lesson.context, *lesson.answer[:-1]]])
         hidden = lm.decoder(input_ids=ids).last_hidden_state[0]
         alone.append(hidden[len(lesson.context) - 1 :])
-    torch.testing.assert_close(states, torch.cat(alone), atol=1e-5, rtol=1e-4)
+    for first, keep_bytes in ((0, 1e9), (2, 1e9), (2, 0)):
+        reader = LessonReader(lm, batch, first, keep_bytes)
+        for _ in range(2):  # what is kept of the layers below is as good the second time
+            states = reader.states([0, 1, 2])
+            torch.testing.assert_close(states, torch.cat(alone), atol=1e-5, rtol=1e-4)
+        assert len(reader.kept) == (3 if first and keep_bytes else 0)
 
 
 def test_every_answer_token_weighs_alike():
@@ -135,14 +139,16 @@ def test_every_answer_token_weighs_alike():
     batch = [Lesson(tuple(p), answer, None) for p, answer in
              zip(tiny.prompts(2), ((40,), (41, 42, 1)), strict=True)]  # fmt: skip
 
-    def gradient(part: list[Lesson]) -> torch.Tensor:
+    reader = LessonReader(lm, batch, 1, 1e9)
+
+    def gradient(part: list[int]) -> torch.Tensor:
         with adapter.on(training=True):
-            loss = loss_of(lm, part, None)
+            loss = reader.loss(part, None)
             slopes = torch.autograd.grad(loss, list(adapter.named().values()))
         return torch.cat([slope.flatten() for slope in slopes])
 
-    together = gradient(batch)
-    apart = gradient(batch[:1]) / 4 + gradient(batch[1:]) * 3 / 4
+    together = gradient([0, 1])
+    apart = gradient([0]) / 4 + gradient([1]) * 3 / 4
     assert float(together.norm()) > 1e-3
     torch.testing.assert_close(together, apart, atol=1e-6, rtol=1e-5)
 

@@ -42,7 +42,7 @@ OPEN = [
     ["seed=1", "activation=gumbel_topk", "activation.top=5"],
     ["layers=list", "layers.layers=[0,2]", "noise=epsilon_greedy"],
     ["method=raw_residual"],
-    ["method=calibration", "method.tokens=[w3,<end>]"],
+    ["method=calibration", "method.tokens=[w3,'<end>']"],
     ["method=probe_steering"],
 ]
 NUMBERS = 1e-4

@@ -177,12 +177,11 @@ def look_at_inputs(points: Sequence[Point]) -> None:
         found = once(known, ["inputs", parts], lambda of=point.config: look(of))
         if found is None:
             continue
-        exp, point.run.inputs = found
+        exp, inputs = found
+        point.run.inputs = inputs
         if point.config.resume != "force" and point.run.path.exists():
             drawn = partial(once, known, ["items", parts["task"]], lambda e=exp: e.task.splits())
-            if fault := changed_inputs(
-                point.run.path, point.run.inputs, lambda d=drawn: d().digest()
-            ):
+            if fault := changed_inputs(point.run.path, inputs, lambda d=drawn: d().digest()):
                 faults.add(UserError(fault), str(point))
     faults.raise_any()
 
