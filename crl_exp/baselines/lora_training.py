@@ -159,9 +159,10 @@ def expanded(cache: DynamicCache, n_rows: int) -> DynamicCache:
     """A cache of one row as one of several; layers that hold nothing stay empty."""
     made = DynamicCache()
     for index, layer in enumerate(cache.layers):
-        if layer.keys is not None and layer.keys.numel():
+        keys, values = layer.keys, layer.values  # type: ignore[union-attr]
+        if keys is not None and values is not None and keys.numel():
             shape = (n_rows, -1, -1, -1)
-            made.update(layer.keys.expand(shape), layer.values.expand(shape), index)
+            made.update(keys.expand(shape), values.expand(shape), index)
     return made
 
 
