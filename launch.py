@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
+import sys
+from typing import TYPE_CHECKING
 
-from crl_exp.cli import people_errors, register
+from crl_exp.preemption import guard
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+INTERRUPTED = (
+    "interrupted: what was done is saved up to the last checkpoint. Type the same line to go on"
+)
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> float | None:
+def run(config: DictConfig) -> float | None:
+    """One point, in Hydra's hands."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from crl_exp.cli import check_alone, check_sweeper
     from crl_exp.experiment import run_experiment
+    from crl_exp.runs import objective
+    from crl_exp.written import check_written
 
-    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    hydra_node = HydraConfig.get()
+    in_sweep = hydra_node.mode == RunMode.MULTIRUN
+    check_sweeper(hydra_node)
+    if not in_sweep:
+        check_alone(hydra_node)
+        check_written(hydra_node, [config])
     result = run_experiment(config, skip_finished=in_sweep)
-    return None if result is None else result["accuracy_steered"]
+    return None if result is None else objective(result)
+
+
+def main() -> None:
+    # Before the imports, which take seconds: who is asked to end meanwhile ends in good order.
+    with guard():
+        import hydra
+
+        from crl_exp.cli import people_errors, register
+        from crl_exp.shown import lossy_terminal
+
+        register()
+        lossy_terminal()
+        with people_errors(INTERRUPTED):
+            hydra.main(version_base="1.3", config_path="conf", config_name="config")(run)()
 
 
 if __name__ == "__main__":
-    register()
-    with people_errors():
+    try:
         main()
+    except KeyboardInterrupt:  # in an import, where nothing was begun
+        sys.exit(130)

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from crl_exp import slurm
 from crl_exp.errors import UserError
 from crl_exp.preemption import guard
+from crl_exp.shown import lossy_terminal, plain
 
 # Each module has `main(argv) -> int` and is imported only when its command is called.
 COMMANDS = {
@@ -22,6 +24,7 @@ COMMANDS = {
     "prefetch": ("crl_exp.launcher.prefetch", "download what a sweep loads, for offline nodes"),
     "sync": ("crl_exp.tracking", "bring MLflow up to date with the run directories"),
     "report": ("crl_exp.report", "tables and figures of a finished sweep"),
+    "compare": ("crl_exp.compare", "two runs, or rows of a report, on the same items"),
     "options": ("crl_exp.options_page", "write docs/options.md from conf/"),
 }
 
@@ -38,14 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the command takes")
     parsed = parser.parse_args(argv)
+    lossy_terminal()
     # A job may be asked to end while it still imports; the run then says so and goes on later.
     guarded = guard() if parsed.command == "run" else nullcontext()
+    if parsed.command == "run" and "--queued" in parsed.arguments:  # as our batch scripts type it
+        slurm.claim()
     try:
         with guarded:
             module = importlib.import_module(COMMANDS[parsed.command][0])
             return module.main(parsed.arguments) or 0
     except UserError as error:
-        print(f"crl_exp {parsed.command}: {error}", file=sys.stderr)
+        print(plain(f"crl_exp {parsed.command}: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"crl_exp {parsed.command}: interrupted", file=sys.stderr)

@@ -5,6 +5,7 @@ Values live in `conf/algorithm/`. Shapes: B answers, T tokens.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +23,9 @@ class Algorithm:
         until all have been seen. epochs, minibatches: passes over a rollout and its parts.
     clip_coef, ent_coef, max_grad_norm: as in the paper.
     lr_policy, weight_decay: of AdamW. anneal_lr: linearly to zero.
-    flatten_tokens: average the loss over all tokens; off, over each answer first.
+    flatten_tokens: average the loss over all tokens of a minibatch; off, over each answer first,
+        its tokens counted in the whole rollout: then a long answer weighs as much as a short one.
+        GRPO's paper does so (arXiv 2402.03300, eq. 3).
     average: decay per update of an exponential average of the weights (Polyak & Juditsky 1992); the
         averaged policy is validated and evaluated, the other one explores. 0: no averaging.
     validate_every: updates between two looks at the validation split; the policy that did best
@@ -62,10 +65,12 @@ class Algorithm:
             )
         return found
 
+    @abstractmethod
     def answered(self, prompts: list[int]) -> list[int]:
         """The prompt of each answer that an update rolls out."""
         raise NotImplementedError
 
+    @abstractmethod
     def advantages(self, value_BT: Tensor | None, alive_BT: Tensor, reward_B: Tensor) -> Tensor:
         """Advantage of every steered token [B, T]; 0 where the answer is over."""
         raise NotImplementedError

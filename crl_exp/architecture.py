@@ -61,3 +61,19 @@ def check_architecture(config: ModelConfig) -> Any:
     find_layers(model)
     _STEERABLE.add(asked)
     return read.get_text_config()
+
+
+def one_rotation(config: Any) -> int | None:
+    """Tokens up to which a LongRoPE model turns all rows alike; None for any other model.
+
+    transformers chooses the frequencies by the longest row of a batch.
+    """
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [given, *(one for one in given.values() if isinstance(one, dict))]
+    found = [
+        kind.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        for kind in kinds
+        if kind.get("rope_type", kind.get("type")) == "longrope"
+    ]
+    return min((n for n in found if n), default=None)

@@ -15,6 +15,7 @@ from typing import Any
 
 from crl_exp.asset_sources import ASSETS, Asset
 from crl_exp.errors import UserError, did_you_mean
+from crl_exp.files import home
 
 MANIFEST = "manifest.json"
 COPY_HINT = (
@@ -26,7 +27,7 @@ COPY_HINT = (
 def cache_dir() -> Path:
     """`$CRL_EXP_CACHE`, or `~/.cache/crl_exp`; it need not exist."""
     folder = os.environ.get("CRL_EXP_CACHE")
-    return Path(folder).expanduser().absolute() if folder else Path.home() / ".cache" / "crl_exp"
+    return home(folder or "~/.cache/crl_exp", "CRL_EXP_CACHE").absolute()
 
 
 def asset_path(name: str) -> Path:
@@ -68,7 +69,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
 def write_manifest(root: Path, entries: dict[str, Any]) -> None:
     """Replaces the manifest in one step."""
     temporary = root / (MANIFEST + ".new")
-    temporary.write_text(json.dumps({"version": 1, "assets": entries}, indent=1, sort_keys=True))
+    temporary.write_text(
+        json.dumps({"version": 1, "assets": entries}, indent=1, sort_keys=True), encoding="utf-8"
+    )
     os.replace(temporary, root / MANIFEST)
 
 

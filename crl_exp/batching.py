@@ -147,6 +147,10 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     free = psutil.virtual_memory().available
     limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
+    if (
+        limit.is_file()
+        and used.is_file()
+        and (most := limit.read_text(encoding="utf-8").strip()) != "max"
+    ):
+        free = min(free, int(most) - int(used.read_text(encoding="utf-8")))
     return max(free, 0)

@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
         "figures": [asdict(m) for m in found], "left_out": left_out,
     }  # fmt: skip
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    asked.out.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"written to {asked.out}")
     return 0
 

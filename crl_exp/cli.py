@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import make_dataclass
+from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.errors import UserError, did_you_mean
+from crl_exp.shown import plain
 
 SWEEPER = "hydra_plugins.crl_exp_sweeper.grids.GridSweeper"
 
@@ -23,6 +27,7 @@ def register() -> None:
     """Make the config schema known to Hydra."""
     from crl_exp.config import Schema
     from crl_exp.launcher.settings import KINDS
+    from hydra_plugins.crl_exp_sweeper.grids import GridSweeper
 
     store = ConfigStore.instance()
     store.store(name="schema", node=Schema)
@@ -32,17 +37,57 @@ def register() -> None:
         # Hydra wants the class that it makes named in the same node as the values.
         schema = make_dataclass("Schema", [("_target_", str)], bases=(settings,))
         store.store(group="hydra/launcher", name=f"{kind}_schema", node=schema)
+    GridSweeper.check = staticmethod(_check_points)
     # We print errors ourselves (`people_errors`), so let Hydra raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
 
+def _check_points(loader: ConfigLoader, master: DictConfig, jobs: list[list[str]]) -> None:
+    from crl_exp.launcher.plan import check_all
+
+    check_all(loader, master, jobs)
+
+
+def check_sweeper(hydra: Any) -> None:
+    """Raise `UserError` for Optuna's own sweeper, which minimises and ends at a failed trial."""
+    if "hydra_optuna_sweeper" in str(hydra.sweeper.get("_target_")):
+        raise UserError(
+            "hydra/sweeper=optuna minimises the figure and ends at the first trial that fails: "
+            "take hydra/sweeper=trials, which is Optuna too"
+        )
+
+
+def check_alone(hydra: Any) -> None:
+    """Raise `UserError` where one run is asked for with what only a sweep takes notice of.
+
+    hydra: Hydra's own part of the composed config.
+    """
+    choices = hydra.runtime.choices
+    said = " ".join(hydra.overrides.task)
+    sweep, launcher = choices.get("sweep"), choices.get("hydra/launcher")
+    if sweep is not None or hydra.sweeper.get("grids"):
+        what = f"+sweep={sweep}" if sweep else "hydra.sweeper.grids"
+        raise UserError(f"{what} is many runs: add -m, as in `python launch.py -m {said}`")
+    if launcher not in (None, "basic"):
+        raise UserError(
+            f"hydra/launcher={launcher} starts sweeps, and would not be used for one run: add -m, "
+            f"as in `python launch.py -m hydra/launcher={launcher} {said}`"
+        )
+
+
 @contextmanager
-def people_errors() -> Iterator[None]:
-    """Print what the user can mend without a traceback, with the nearest right names; exit 1."""
+def people_errors(interrupted: str = "interrupted") -> Iterator[None]:
+    """Print what the user can mend without a traceback, with the nearest right names; exit 1.
+
+    interrupted: what Ctrl-C is answered with.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(explain(error))
+        sys.exit(plain(explain(error)))
     except ValueError as error:  # Hydra's own, of no class of its own
         if not str(error).startswith("Config group override must be"):
             raise

@@ -75,7 +75,10 @@ def _git(repo: Path, *words: str) -> str | None:
     """What git prints; None where it fails or isn't there."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(repo), *words], capture_output=True, text=True, errors="replace"
+            ["git", "-C", str(repo), *words],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
         )
     except FileNotFoundError:
         return None

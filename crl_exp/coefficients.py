@@ -6,6 +6,7 @@ Shapes: F d_sae. A coefficient multiplies the feature's `W_dec` row.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +25,20 @@ class Coefficient:
     def faults(self) -> list[str]:
         return [_not_positive("coefficient.multiplier", self.multiplier)]
 
-    def values(self, statistics: LayerStatistics, sae: LayerSAE) -> Tensor:
-        """Coefficients [F], float32, on the SAE's device."""
-        values_F = self.raw(statistics, sae).to(sae.W_dec_FD.device, torch.float32)
-        return values_F * self.multiplier
+    def values(self, statistics: LayerStatistics, sae: LayerSAE, against: bool = False) -> Tensor:
+        """Coefficients [F], float32, on the SAE's device.
 
+        against: for features that go with failure and are steered against; their size counts.
+        """
+        raw_F = (self.raw_against if against else self.raw)(statistics, sae)
+        return raw_F.to(sae.W_dec_FD.device, torch.float32) * self.multiplier
+
+    @abstractmethod
     def raw(self, statistics: LayerStatistics, sae: LayerSAE) -> Tensor:
         raise NotImplementedError
+
+    def raw_against(self, statistics: LayerStatistics, sae: LayerSAE) -> Tensor:
+        return self.raw(statistics, sae)
 
 
 def _not_positive(name: str, value: float) -> str:
@@ -56,7 +64,9 @@ class FromWarmup(Coefficient):
     """A statistic of the pooled activation z in stage 1 (CorrSteer, arXiv 2508.12535).
 
     statistic: mean_positive (mean of z over rewarded samples), mean_active (over the rewarded
-    samples where the feature is active), contrastive (mean over rewarded minus unrewarded).
+    samples where the feature is active), contrastive (mean over rewarded minus unrewarded). For a
+    feature that is steered against (warmup.negative=steer) the means are over unrewarded samples:
+    what is taken away is as much as there is in failure.
     """
 
     statistic: str
@@ -69,6 +79,12 @@ class FromWarmup(Coefficient):
 
     def raw(self, statistics: LayerStatistics, sae: LayerSAE) -> Tensor:
         return statistics.by_feature[self.statistic]
+
+    def raw_against(self, statistics: LayerStatistics, sae: LayerSAE) -> Tensor:
+        return statistics.by_feature[_IN_FAILURE.get(self.statistic, self.statistic)]
+
+
+_IN_FAILURE = {"mean_positive": "mean_unrewarded", "mean_active": "mean_active_unrewarded"}
 
 
 @dataclass

@@ -10,7 +10,10 @@ from crl_exp.errors import UserError
 from crl_exp.records import Record, flatten
 
 # Keys of the task that don't change what is asked and scored on the test items.
-NOT_THE_TEST = ("task.shuffle_labels", "task.n_train", "task.n_train_benign")
+NOT_THE_TEST = (
+    "task.shuffle_labels", "task.n_train", "task.n_train_benign",
+    "task.wording",  # a name; task.question has what it stands for
+)  # fmt: skip
 # Keys of models that change how they are run, not which they are.
 NOT_THE_MODEL = (
     "model.device", "model.attn_implementation", "task.classifier.device",
@@ -32,8 +35,7 @@ def refuse_unfinished(records: list[Record]) -> None:
 
 def refuse_unlike(records: list[Record]) -> None:
     """Raise `UserError` where model, task, data, n or scorer differ, naming them all."""
-    asked = {record.key: _asked(record) for record in records}
-    faults = _differences(asked)
+    faults = _asked_differences(records)
     keys = [fault.split(":")[0].strip() for fault in faults]
     by = next((key for key in keys if key.startswith(("model.", "task."))), None)
     faults += _other_data(records)
@@ -45,6 +47,15 @@ def refuse_unlike(records: list[Record]) -> None:
             + f"\n{apart} each kind under its own sweep_name=…, or move the odd ones out of the "
             "folder"
         )
+
+
+def differences(records: list[Record]) -> list[str]:
+    """A line for each thing of model, task, data, n and scorer in which runs differ."""
+    return _asked_differences(records) + _other_data(records)
+
+
+def _asked_differences(records: list[Record]) -> list[str]:
+    return _differences({record.key: _asked(record) for record in records})
 
 
 def _differences(asked: dict[str, dict[str, Any]]) -> list[str]:

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from crl_exp.comparable import refuse_unfinished, refuse_unlike
-from crl_exp.labels import NAMES, Label, best_on_validation, labels
+from crl_exp.estimates import Estimates, estimates, split
+from crl_exp.labels import NAMES, Label, best_on_validation, is_control, labels
 from crl_exp.records import Record
-from crl_exp.statistics import mean_interval, share_interval
-
-CONTROLS = ("none", "random")
 
 
 @dataclass(frozen=True)
@@ -52,32 +49,32 @@ class Row:
     def mean(self, key: str, test_set: str | None = None) -> float:
         return float(self.values(key, test_set).mean())
 
+    @cached_property
+    def _estimates(self) -> dict[str | None, Estimates]:
+        return {}
+
+    def estimates(self, test_set: str | None = None) -> Estimates:
+        """What the seeds say together, on the test set or a further one."""
+        if test_set not in self._estimates:
+            self._estimates[test_set] = estimates(self.runs, test_set)
+        return self._estimates[test_set]
+
     def interval(self, test_set: str | None = None) -> tuple[float, float]:
-        """95 % interval of delta: Student's t over seeds; where there is one seed, or all give the
-        same, the run's own paired bootstrap over items."""
-        values = self.values("delta", test_set)
-        if np.ptp(values) > 0:
-            return mean_interval(values)
-        low, high = split(self.runs[0], test_set)["delta_ci95"]
-        return low, high
+        """95 % interval of delta over items and seeds; see `Estimates`."""
+        return self.estimates(test_set).interval
 
     def accuracy_interval(self, test_set: str | None = None) -> tuple[float, float]:
-        """95 % interval of the steered accuracy: Student's t over seeds; where there is one seed,
-        or all give the same, Wilson's over items."""
-        values = self.values("accuracy_steered", test_set)
-        if np.ptp(values) > 0:
-            return mean_interval(values)
-        return share_interval(float(values[0]), int(self.values("n", test_set)[0]))
+        """95 % interval of the steered accuracy over items and seeds."""
+        return self.estimates(test_set).accuracy_interval
 
     @property
     def over_seeds(self) -> bool:
-        """Whether `interval` is one over seeds."""
-        return bool(np.ptp(self.values("delta")) > 0)
+        """Whether seeds differ, so that `interval` holds them too."""
+        return not self.estimates().alike
 
     @property
     def p_value(self) -> float:
-        """The largest McNemar p of the seeds."""
-        return float(self.values("p_value").max())
+        return self.estimates().p_value
 
     @property
     def ser(self) -> float | None:
@@ -87,24 +84,17 @@ class Row:
 
     @property
     def validation(self) -> float:
-        """Mean reward on validation: what layers are chosen by."""
-        return float(np.mean([split(r, "validation")["accuracy_steered"] for r in self.runs]))
+        """Mean reward on validation: what layers are chosen by. An undefined one is the worst."""
+        mean = self.mean("accuracy_steered", "validation")
+        return mean if np.isfinite(mean) else -np.inf
 
     @property
     def control(self) -> bool:
-        return self.method in CONTROLS or self.shuffled
+        return is_control(self.runs[0])
 
     @property
     def seeds(self) -> list[int]:
         return sorted(run.config["seed"] for run in self.runs)
-
-
-def split(run: Record, name: str | None) -> dict[str, Any]:
-    """A run's figures on test (None), validation or a further test set."""
-    assert run.result is not None
-    if name is None:
-        return run.result
-    return run.result["validation"] if name == "validation" else run.result["test_sets"][name]
 
 
 @dataclass(frozen=True)
@@ -136,10 +126,18 @@ class SweepComparison:
         return found
 
     @cached_property
+    def tried(self) -> dict[str, list[Row]]:
+        """By method all its rows, of every layer and option: what p-values are corrected for."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.label.name, []).append(row)
+        return found
+
+    @cached_property
     def p_holm(self) -> dict[Row, float]:
-        """The rows' p-values, Holm-corrected for the layers tried within their family."""
+        """The rows' p-values, Holm-corrected for the layers and options tried of their method."""
         corrected: dict[Row, float] = {}
-        for rows in self.families.values():
+        for rows in self.tried.values():
             corrected |= dict(zip(rows, holm([row.p_value for row in rows]), strict=True))
         return corrected
 
@@ -185,16 +183,21 @@ def compare_runs(records: list[Record]) -> SweepComparison:
 def _row(key: tuple[Label, str, bool, tuple[int, ...]], runs: list[Record]) -> Row:
     label, method, shuffled, layers = key
     layers = layers or tuple(sorted({layer for run in runs for layer in run.layers or ()}))
+    if not layers:  # a sweep over layers runs it again and again, each time the same
+        runs = list({run.config["seed"]: run for run in runs}.values())
     return Row(
         label, method, shuffled, layers, tuple(sorted(runs, key=lambda run: run.config["seed"]))
     )
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction: the i-th smallest of m is multiplied by m - i, made monotone."""
-    order = np.argsort(p_values, kind="stable")
-    corrected, largest = [0.0] * len(p_values), 0.0
+    """Holm's step-down correction: the i-th smallest of m is multiplied by m - i, made monotone.
+
+    Undefined ones (NaN) stay so and aren't counted.
+    """
+    order = [i for i in np.argsort(p_values, kind="stable") if np.isfinite(p_values[i])]
+    corrected, largest = [float("nan")] * len(p_values), 0.0
     for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected

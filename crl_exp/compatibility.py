@@ -8,6 +8,7 @@ their keys when an option is added, and a config frozen earlier runs on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -17,16 +18,53 @@ class Added(NamedTuple):
     """An option that earlier versions didn't have.
 
     section: of the config. target: end of the section's `_target_` (`CRL`), or "" where every class
-    of the section has the key. meant: the value that does what earlier versions did.
+    of the section has the key. meant: the value that does what earlier versions did. same: whether
+    in a resolved config every value does that.
     """
 
     section: str
     target: str
     key: str
     meant: Any
+    same: Callable[[dict[str, Any]], bool] = lambda plain: False
+
+
+_RIGHT_OR_WRONG = (
+    "jsonl", "multiple_choice", "open_questions", "refusal", "refusal_sets", "sentiment", "tiny",
+)  # fmt: skip
+
+
+def all_or_nothing(plain: dict[str, Any]) -> bool:
+    """Whether the task's rewards are known to be 0 or 1: those of these modules are, unless they
+    are scored by the words shared with the answer. Of others nothing is known."""
+    task = plain.get("task") or {}
+    module = str(task.get("_target_", "")).rpartition(".")[0]
+    known = module.removeprefix("crl_exp.tasks.") in _RIGHT_OR_WRONG
+    return known and task.get("scorer") != "token_f1"
+
+
+_WITHOUT_A_POLICY = (
+    "NoSteering", "CorrSteerS", "CorrSteerA", "CorrSteerP", "RandomFeatures", "RandomDirection",
+    "TopActivation", "RawResidual",
+)  # fmt: skip
+
+
+def starts_at_zero(plain: dict[str, Any]) -> bool:
+    """Whether it is known that no first weight matters: networks are linear, or not trained."""
+    policy = plain.get("policy") or {}
+    untrained = _of_class(plain, "method", *_WITHOUT_A_POLICY) or (
+        _of_class(plain, "method", "CRL") and not _trains(plain)
+    )
+    return untrained or not (policy.get("policy_depth", 1) or policy.get("critic_depth", 1))
 
 
 ADDED: tuple[Added, ...] = (
+    Added("task", "", "train_seed", None),
+    Added("task", "", "groups", None),
+    Added("warmup", "", "rewarded", "half", same=all_or_nothing),
+    Added("sae", "", "dictionary", "sae"),
+    Added("task", "Sentiment", "wording", "plain"),
+    Added("task", "Sentiment", "wordings", {}),
     Added("noise", "Gaussian", "on_policy", False),
     Added("noise", "EpsilonGreedy", "on_policy", False),
     Added("activation", "STETopK", "value", "probability"),
@@ -37,10 +75,37 @@ ADDED: tuple[Added, ...] = (
     Added("fusion", "PositionLinear", "over", "answer"),
     Added("fusion", "Attention", "over", "answer"),
     Added("policy", "", "combine", "sum"),
-    Added("task", "", "train_seed", None),
-    Added("task", "", "groups", None),
+    Added("model", "", "chat_template_args", {}),
+    Added("task", "JsonLines", "length_normalised", False),
+    Added("task", "Sentiment", "length_normalised", False),
+    Added("task", "JsonLines", "choice_prefix", ""),
+    Added("task", "Sentiment", "choice_prefix", ""),
+    Added("policy", "", "first_weights", "by_seed", same=starts_at_zero),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
+
+
+def _get(plain: dict[str, Any], section: str, key: str) -> Any:
+    """A value of a resolved config; None where there is no such."""
+    found = plain.get(section)
+    return found.get(key) if isinstance(found, dict) else None
+
+
+_ONE_TOKEN = {"yes", "no", "true", "false", "positive", "negative"}
+"""Words of one token each, capital or not, of every tokenizer of conf/model but GPT-2's."""
+
+
+def _several_tokens(plain: dict[str, Any]) -> bool:
+    """Whether answers are restricted to options that may be several tokens.
+
+    Which are is known to the tokenizer alone: what isn't sure to be one token counts.
+    """
+    choices = _get(plain, "task", "choices") or []
+    kind = str(_get(plain, "task", "_target_")).rpartition(".")[2]
+    if kind not in ("JsonLines", "Sentiment"):
+        return False
+    sure = set() if "gpt2" in str(_get(plain, "model", "path")) else _ONE_TOKEN
+    return any(len(str(one)) > 1 and str(one).lower() not in sure for one in choices)
 
 
 class Mended(NamedTuple):
@@ -54,16 +119,73 @@ class Mended(NamedTuple):
     concerns: Callable[[dict[str, Any]], bool]
 
 
+def _of_class(plain: dict[str, Any], section: str, *names: str) -> bool:
+    target = str((plain.get(section) or {}).get("_target_", ""))
+    return target.rpartition(".")[2] in names
+
+
+def _trains(plain: dict[str, Any]) -> bool:
+    return _of_class(plain, "method", "CRL") and bool(plain["method"].get("stage2"))
+
+
+def _ranks_by_another_score(plain: dict[str, Any]) -> bool:
+    another = (plain.get("warmup") or {}).get("score", "pearson") != "pearson"
+    return another and not _of_class(plain, "method", "NoSteering")
+
+
+def _steers_against_by_means(plain: dict[str, Any]) -> bool:
+    against = (plain.get("warmup") or {}).get("negative") == "steer"
+    by_means = _of_class(plain, "coefficient", "FromWarmup")
+    return against and by_means and plain["coefficient"].get("statistic") != "contrastive"
+
+
+def _weighs_answers(plain: dict[str, Any]) -> bool:
+    algorithm = plain.get("algorithm") or {}
+    per_answer = not algorithm.get("flatten_tokens", True) and algorithm.get("minibatches", 1) > 1
+    return _trains(plain) and per_answer
+
+
+def _tests_a_layer_more_than_once(plain: dict[str, Any]) -> bool:
+    method = plain.get("method") or {}
+    several = len(set(method.get("multipliers") or ())) > 1 or method.get("n_candidates", 1) > 1
+    return _of_class(plain, "method", "CorrSteerP") and several
+
+
 def _gumbel_was_drawn_twice(plain: dict[str, Any]) -> bool:
     """A rollout of `gumbel_topk` drew from another distribution than the one it recorded."""
-    method, activation = plain.get("method") or {}, plain.get("activation") or {}
-    trained = method.get("stage2") is True and method.get("features") == "free"
-    return trained and str(activation.get("_target_", "")).endswith(".GumbelTopK")
+    free = (plain.get("method") or {}).get("features") == "free"
+    return _trains(plain) and free and _of_class(plain, "activation", "GumbelTopK")
 
 
 MENDED: tuple[Mended, ...] = (
+    Mended("scores compared across layers as they are", _ranks_by_another_score),
+    Mended("steered against by means over failures", _steers_against_by_means),
+    Mended(
+        "directions and features drawn by layer",
+        lambda plain: _of_class(plain, "method", "RandomDirection", "RandomFeatures"),
+    ),
+    Mended("tokens of an answer counted in the whole rollout", _weighs_answers),
     Mended("gumbel_topk records the act's probability", _gumbel_was_drawn_twice),
+    Mended("CorrSteer-P tests each layer once", _tests_a_layer_more_than_once),
+    # Options of several tokens could never be right.
+    Mended("options_of_several_tokens", _several_tokens),
+    # "I must refuse", "Sorry, no." are refusals (refusal_rule_v2).
+    Mended("refusal_rule_v2", lambda plain: _get(plain, "task", "scorer") == "phrases"),
 )
+
+
+TABLES = (("task", "wordings"),)
+"""Keys that others are looked up in (`task.question`). What was found there is hashed; the table
+isn't, so that an entry may be added to it."""
+
+
+def without_tables(plain: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config without `TABLES`."""
+    kept = {k: dict(v) if isinstance(v, dict) else v for k, v in plain.items()}
+    for section, key in TABLES:
+        if isinstance(kept.get(section), dict):
+            kept[section].pop(key, None)
+    return kept
 
 
 def fill_missing(config: DictConfig) -> None:
@@ -77,14 +199,38 @@ def fill_missing(config: DictConfig) -> None:
                 section[added.key] = added.meant
 
 
+def as_compared(plain: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config with every option there: where all values or a missing one mean what
+    earlier versions did, with the one that says so. Of configs that do the same it is the same."""
+    found = {k: dict(v) if isinstance(v, dict) else v for k, v in plain.items()}
+    for added in ADDED:
+        section = found.get(added.section)
+        if not isinstance(section, dict) or not _is_of(section.get("_target_"), added):
+            continue
+        if section.get(added.key, "???") == "???" or added.same(plain):
+            section[added.key] = added.meant
+    return found
+
+
+def mended_since(plain: dict[str, Any], key: str, content_key: Callable[[Any], str]) -> list[str]:
+    """Faults that a run of this key and resolved config still has, mended since it ran."""
+    now = hashed(plain)
+    names = now.pop("mended", [])
+    for n_known in range(len(names)):
+        for known in combinations(names, n_known):
+            if content_key({**now, **({"mended": list(known)} if known else {})}) == key:
+                return [name for name in names if name not in known]
+    return []
+
+
 def hashed(plain: dict[str, Any]) -> dict[str, Any]:
     """A resolved config as its run key sees it: without what means the earlier behaviour."""
-    kept = {k: dict(v) if isinstance(v, dict) else v for k, v in plain.items()}
+    kept = without_tables(plain)
     for added in ADDED:
         section = kept.get(added.section)
         if not isinstance(section, dict) or not _is_of(section.get("_target_"), added):
             continue
-        if section.get(added.key, added.meant) in (added.meant, "???"):
+        if section.get(added.key, added.meant) in (added.meant, "???") or added.same(plain):
             section.pop(added.key, None)
     mended = sorted(m.name for m in MENDED if m.concerns(plain))
     return {**kept, "mended": mended} if mended else kept

@@ -21,10 +21,11 @@ from crl_exp.errors import UserError, did_you_mean
 from crl_exp.layers import LayerSet
 from crl_exp.methods import CRL, Method
 from crl_exp.model_config import ModelConfig
+from crl_exp.names import sweep_fault
 from crl_exp.networks import PolicyConfig
 from crl_exp.runs import RESUME
 from crl_exp.sae_config import SAEConfig
-from crl_exp.sections import Known, build, fill, once
+from crl_exp.sections import Known, build, fill, number_faults, once
 from crl_exp.stages.base import STAGES, Stage
 from crl_exp.tasks.base import Task
 from crl_exp.tracking import TrackingConfig
@@ -146,7 +147,9 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
             f"resume={config.resume}: must be one of {', '.join(RESUME)}"
             f"{did_you_mean(config.resume, RESUME)}"
         )
+    faults += [fault for fault in [sweep_fault(config.sweep_name)] if fault]
     faults += _order_faults(list(config.order))
+    faults += number_faults("seed", config.seed)
     if faults:
         raise UserError("\n".join(faults))
     top = {key: config[key] for key in ("sweep_name", "seed", "output_dir", "resume")}
@@ -185,8 +188,9 @@ def validate(exp: Experiment, known: Known | None = None) -> list[int]:
     layers: list[int] = []
     faults: list[str] = []
     try:
-        available = once(known, ["available", sae], lambda: exp.sae.available)
-        layers = exp.layers.resolve(available, config.num_hidden_layers)
+        if exp.method.uses_layers:
+            available = once(known, ["available", sae], lambda: exp.sae.available)
+            layers = exp.layers.resolve(available, config.num_hidden_layers)
     except UserError as error:
         faults.append(str(error))
     k = exp.policy.k if isinstance(exp.method, CRL) else 1

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from crl_exp.controllers.base import Controller
 from crl_exp.controllers.fixed import Steer
+from crl_exp.draws import own_seed
 from crl_exp.errors import UserError
 from crl_exp.methods import CorrSteer
 from crl_exp.residual_means import ResidualMeans, residual_means
@@ -28,15 +29,18 @@ if TYPE_CHECKING:
 class RandomFeatures(CorrSteer):
     """Control: at each layer a random live feature, its addition as long as CorrSteer-A's there.
 
-    The multiplier is chosen for CorrSteer-A's features and kept, so that the norms match.
+    Drawn by seed and layer. The multiplier is chosen for CorrSteer-A's features and kept, so that
+    the norms match.
     """
 
-    def select(self, lab: Lab) -> list[Steer]:
-        chosen = self.each_layer(lab)
-        draw = random.Random(lab.exp.seed)
-        return [self._swapped(lab, steer, draw) for steer in chosen]
+    label = "random features"
+    control = True
 
-    def _swapped(self, lab: Lab, steer: Steer, draw: random.Random) -> Steer:
+    def select(self, lab: Lab) -> list[Steer]:
+        return [self._swapped(lab, steer) for steer in self.each_layer(lab)]
+
+    def _swapped(self, lab: Lab, steer: Steer) -> Steer:
+        draw = random.Random(own_seed("random feature", lab.exp.seed, steer.layer))
         allowed = lab.statistics()[steer.layer].allowed(lab.exp.warmup.min_frequency).tolist()
         others = [feature for feature in allowed if feature != steer.feature_idx] or allowed
         feature_idx = draw.choice(others)
@@ -53,6 +57,9 @@ class TopActivation(CorrSteer):
     are found as CorrSteer-A's are.
     """
 
+    label = "most active features"
+    control = True
+
     def best_features(self, lab: Lab, statistics: LayerStatistics) -> list[int]:
         allowed_C = statistics.allowed(lab.exp.warmup.min_frequency)
         by_mean = statistics.by_feature["mean"][allowed_C].argsort(descending=True, stable=True)
@@ -66,13 +73,18 @@ class TopActivation(CorrSteer):
 class RandomDirection(CorrSteer):
     """Control: at each layer a random direction, as long as CorrSteer-A's addition there.
 
-    Drawn from the unit sphere by `seed`. The multiplier is chosen for CorrSteer-A's features.
+    Drawn from the unit sphere by seed and layer. The multiplier is chosen for CorrSteer-A's
+    features.
     """
 
+    label = "random directions"
+    control = True
+
     def prepare(self, lab: Lab) -> Controller:
-        draw = torch.Generator().manual_seed(lab.exp.seed)
         vectors = {}
         for steer in self.each_layer(lab):
+            seed = own_seed("random direction", lab.exp.seed, steer.layer)
+            draw = torch.Generator().manual_seed(seed)
             direction_D = torch.randn(lab.lm.d_model, generator=draw)
             vectors[steer.layer] = direction_D / direction_D.norm() * length(lab, steer)
         return lab.vectors(vectors)
@@ -92,14 +104,18 @@ class RawResidual(CorrSteer):
 
     norm_match: bool
 
+    label = "raw residual"
+    control = True
+
     def prepare(self, lab: Lab) -> Controller:
         contrast = {la: self._contrast(la, means) for la, means in residual_means(lab).items()}
         if self.norm_match:
             wanted = {steer.layer: length(lab, steer) for steer in self.each_layer(lab)}
-            return lab.vectors({la: v / v.norm() * wanted[la] for la, v in contrast.items()})
+            matched = {la: contrast[la] / contrast[la].norm() * wanted[la] for la in wanted}
+            return lab.vectors(matched)
         tried = []
         for multiplier in sorted(self.multipliers):
-            made = lab.vectors({la: v * multiplier for la, v in contrast.items()})
+            made = lab.vectors({la: v * multiplier for la, v in contrast.items() if multiplier})
             tried.append((lab.validation_reward(made), made, multiplier))
         _, best, multiplier = max(tried, key=lambda t: t[0])
         lab.note(f"multiplier for layers {sorted(contrast)}", multiplier)

@@ -46,12 +46,16 @@ def convert(gguf: Path, target: Path, expected: str) -> None:
     # The bar of the slow step is tqdm's own and stays; these would only follow it for an instant.
     transformers.utils.logging.disable_progress_bar()
     folder, name = str(gguf.parent), gguf.name
-    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+    )
     fresh = LlamaForCausalLM(_clean_config(quantised.config))
     fresh.load_state_dict(quantised.state_dict())
     fresh.tie_weights()
     fresh.save_pretrained(target)
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False).save_pretrained(
+        target
+    )
     saved = LlamaForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True)
     found = weights_digest(saved.state_dict())
     if found != expected:

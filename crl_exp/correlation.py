@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crl_exp.groups import Sums
-from crl_exp.scores import KeptValues, all_scores
+from crl_exp.groups import Sums, is_rewarded
+from crl_exp.histograms import LogHistogram
+from crl_exp.scores import KeptValues, all_scores, published_scores
 
 COLUMNS_TOGETHER = 2048
 
@@ -87,12 +88,15 @@ class Moments:
 class StreamingCorrelation:
     """Pearson r of every feature with the reward, and what coefficients are made of.
 
-    A sample counts as rewarded where its reward is at least .5.
-    keep_values: keep the rewarded samples' activations, which the score `composite` needs.
+    keep: what `scores.KEPT` says that a score needs besides: `values`, the rewarded samples'
+        activations, or `histogram`, counts in bins of both groups. rewarded: which samples are in
+        which group, `groups.REWARDED`.
     """
 
-    def __init__(self, keep_values: bool = False) -> None:
-        self.kept = KeptValues() if keep_values else None
+    def __init__(self, keep: str | None = None, rewarded: str = "positive") -> None:
+        self.keep, self.rule = keep, rewarded
+        self.kept = KeptValues() if keep == "values" else None
+        self.histograms: tuple[LogHistogram, LogHistogram] | None = None
         self.moments: Moments | None = None
         self.rewarded: Sums | None = None
         self.unrewarded: Sums | None = None
@@ -108,10 +112,12 @@ class StreamingCorrelation:
             return
         other = StreamingCorrelation()
         other.moments = Moments.of(z_BF, y_B)
-        good_B = y_B >= 0.5
+        good_B = is_rewarded(y_B, self.rule)
         other.rewarded, other.unrewarded = Sums.of(z_BF[good_B]), Sums.of(z_BF[~good_B])
         if self.kept is not None:
             self.kept.add(z_BF[good_B])
+        if self.keep == "histogram":
+            other.histograms = LogHistogram.of(z_BF[good_B]), LogHistogram.of(z_BF[~good_B])
         self.merge(other)
 
     def merge(self, other: StreamingCorrelation) -> None:
@@ -121,6 +127,13 @@ class StreamingCorrelation:
         if self.kept is not None and other.kept is not None:
             self.kept.feature_M += other.kept.feature_M
             self.kept.value_M += other.kept.value_M
+        if self.histograms is None:
+            self.histograms = other.histograms
+        elif other.histograms is not None:
+            good, bad = (
+                a.merged(b) for a, b in zip(self.histograms, other.histograms, strict=True)
+            )
+            self.histograms = good, bad
         if self.moments is None:
             self.moments, self.rewarded, self.unrewarded = (
                 other.moments, other.rewarded, other.unrewarded,
@@ -135,14 +148,18 @@ class StreamingCorrelation:
         """All per-feature statistics, each [F], float64."""
         assert self.moments and self.rewarded and self.unrewarded, "no samples yet"
         active_F = self.rewarded.active_F + self.unrewarded.active_F
+        correlation_F = self.moments.correlation()
         return {
-            "correlation": self.moments.correlation(),
+            "correlation": correlation_F,
             "mean": self.moments.origin_F + self.moments.mean_F,
             "frequency": active_F / self.n,
             "frequency_rewarded": self.rewarded.frequency(),
             "frequency_unrewarded": self.unrewarded.frequency(),
             "mean_positive": self.rewarded.mean(),
             "mean_active": self.rewarded.mean_active(),
+            "mean_unrewarded": self.unrewarded.mean(),
+            "mean_active_unrewarded": self.unrewarded.mean_active(),
             "contrastive": self.rewarded.mean() - self.unrewarded.mean(),
             **all_scores(self.rewarded, self.unrewarded, self.kept),
+            **published_scores(self.rewarded, self.unrewarded, correlation_F, self.histograms),
         }

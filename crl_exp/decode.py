@@ -3,7 +3,8 @@
 Here the controllers meet the model: their hooks are set for one forward pass at a time. Rows whose
 answers have ended leave the batch. Where rows come from and where answers go is `crl_exp.engine`'s
 part.
-Shapes: B rows of the batch, R rows still in it, T tokens, D d_model, V vocabulary or choices.
+Shapes: B rows of the batch, R rows still in it, T tokens, D d_model, V vocabulary or choices,
+X either of them.
 """
 
 from __future__ import annotations
@@ -49,6 +50,18 @@ class Decoding:
 
     def run(self, max_new_tokens: int, choices: Sequence[int] | None) -> None:
         """Answer every row, greedily. Raises `UserError` where the model can't take that many."""
+        now = self._begin(max_new_tokens)
+        for index in range(max_new_tokens):
+            token_R = self._step(index, now, choices)
+            self._note_tokens(index, token_R)
+            if not self.alive_R.any():
+                break
+            if index + 1 < max_new_tokens:
+                self._drop_ended(now)
+        self._end()
+
+    def _begin(self, max_new_tokens: int) -> Running:
+        """What the first forward pass starts from; controllers are told."""
         self._check_room(max_new_tokens)
         for part, context in zip(self.parts, self.lineup.contexts, strict=True):
             part.controller.begin(context)
@@ -59,19 +72,19 @@ class Decoding:
             start_layer(part.controller, max_new_tokens, lm.n_layers) for part in self.parts
         )
         cache = prompt.cache(first_layer, with_last=top + 1, room=max_new_tokens)
-        now = Running(prompt.last_B, prompt.position_B, prompt.key_BT, prompt.valid_BT, cache)
-        for index in range(max_new_tokens):
-            token_R = self._step(index, now, choices)
-            self._note_tokens(index, token_R)
-            if not self.alive_R.any():
-                break
-            if index + 1 < max_new_tokens:
-                self._drop_ended(now)
+        return Running(prompt.last_B, prompt.position_B, prompt.key_BT, prompt.valid_BT, cache)
+
+    def _end(self) -> None:
         for part, context in zip(self.parts, self.lineup.contexts, strict=True):
             part.controller.end(context)
 
     def _step(self, index: int, now: Running, choices: Sequence[int] | None) -> Tensor:
         """Run the model for one token of every row; returns the next ones [R]."""
+        now.token_R = self._next(self._forward(index, now)[:, -1], choices, index)
+        return now.token_R
+
+    def _forward(self, index: int, now: Running) -> Tensor:
+        """Run the model for one token of every row; returns its last hidden states [R, 1, D]."""
         lm = self.lm
         now.step()
         with ExitStack() as stack:
@@ -86,17 +99,16 @@ class Decoding:
                 past_key_values=now.cache,
                 use_cache=True,
             ).last_hidden_state
-        now.token_R = self._next(hidden_RTD[:, -1], choices)
         now.position_R = now.position_R + 1
-        return now.token_R
+        return hidden_RTD
 
     def _check_room(self, max_new_tokens: int) -> None:
         longest, limit = int(self.prompt.position_B.max()) + 1, self.lm.max_positions
         # The last token that is generated doesn't go through the model.
         if limit and longest + max_new_tokens - 1 > limit:
             raise UserError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones don't fit into the "
-                f"{limit} positions of {self.lm.name}; lower task.max_new_tokens"
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones don't fit: "
+                f"{self.lm.room()}; lower task.max_new_tokens"
             )
 
     def _drop_ended(self, now: Running) -> None:
@@ -167,9 +179,25 @@ class Decoding:
             rows = list(self.job_rows[index])
             self.steps[index].append(Step(troop.layer, token_index, rows, alive, action.part(part)))
 
-    def _next(self, hidden_BD: Tensor, choices: Sequence[int] | None) -> Tensor:
-        best_B = self.lm.logits(hidden_BD, choices).argmax(dim=-1)
+    def _next(self, hidden_BD: Tensor, choices: Sequence[int] | None, token_index: int) -> Tensor:
+        best_B = self._weighed(self.lm.logits(hidden_BD, choices), token_index).argmax(dim=-1)
         return best_B if choices is None else torch.as_tensor(choices, device=best_B.device)[best_B]
+
+    def _weighed(self, score_RX: Tensor, token_index: int) -> Tensor:
+        """The candidates' scores, after the controllers that have a say in them."""
+        weighed_RX = score_RX
+        lineup = self.lineup
+        for part, rows, context in zip(self.parts, lineup.rows, lineup.contexts, strict=True):
+            if not part.controller.at_output or rows.start == rows.stop:
+                continue
+            context.token_index, context.alive_B = token_index, self.alive_R[rows]
+            mine_BX = part.controller.weigh(score_RX[rows], context)
+            if mine_BX is None:
+                continue
+            if weighed_RX is score_RX:
+                weighed_RX = score_RX.clone()
+            weighed_RX[rows] = mine_BX
+        return weighed_RX
 
     def _note_tokens(self, token_index: int, token_R: Tensor) -> None:
         for index, rows in enumerate(self.lineup.rows):

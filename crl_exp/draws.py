@@ -8,6 +8,7 @@ Shapes: B rows, N numbers a row.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,9 +61,24 @@ class Draws:
         return radius_BN * (2 * math.pi * self.uniform(n)).cos()
 
 
+def own_seed(use: str, seed: int, layer: int) -> int:
+    """The seed of something drawn once a run and layer (a direction, a random feature).
+
+    Of another run's layer it is another one, so that runs at single layers don't share a draw.
+    """
+    digest = hashlib.sha256(f"{use} {seed} {layer}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
 def layer_keys(seed: int, row_B: Tensor, layer: int) -> Tensor:
     """What all numbers of a rollout's rows at one layer are made from [B], whatever the token."""
     return _mix(_mix(row_B.long() + _signed(seed * GOLDEN)) + _signed((layer + 1) * GOLDEN))
+
+
+def option_keys(key_B: Tensor, option_B: Tensor) -> Tensor:
+    """`layer_keys` of rows that read one option each, so that the options of a row don't explore
+    alike."""
+    return _mix(key_B + (option_B.long() + 1) * _signed(3 * GOLDEN))
 
 
 def _later(key_B: Tensor, token_index: int | Tensor) -> Tensor:

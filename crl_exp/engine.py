@@ -16,12 +16,14 @@ from typing import Any, Protocol
 import torch
 
 from crl_exp.batching import BatchSize, batches, bytes_to_decode, bytes_to_keep
+from crl_exp.choice import Options
 from crl_exp.controllers.team import Teams
 from crl_exp.decode import Decoding
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.generation import Generation, Job, cut_at, joined
 from crl_exp.lineup import Part, start_layer
 from crl_exp.models import LanguageModel
+from crl_exp.option_decode import OptionDecoding
 from crl_exp.prompts import Progress, PromptBatch, PromptStore, common_prefix
 from crl_exp.static_decode import CompiledDecoding
 from crl_exp.static_step import Steps
@@ -109,7 +111,7 @@ class Engine:
             raise UserError("a prompt is empty; check task.chat_template and the data")
         if limit and longest >= limit:
             raise UserError(
-                f"a prompt has {longest} tokens, but {self.lm.name} takes {limit}; "
+                f"a prompt has {longest} tokens, but {self.lm.room()}; "
                 "shorten the task's prompts or choose another model"
             )
         needed = self._kept_bytes(prompts) / 2**30
@@ -141,14 +143,16 @@ class Engine:
         prompts: Prompts,
         jobs: Sequence[Job],
         max_new_tokens: int,
-        choices: Sequence[int] | None = None,
+        choices: Sequence[int] | Options | None = None,
         record: bool = False,
         progress: Progress | None = None,
         stop: Sequence[str] = (),
     ) -> list[Generation]:
         """Answer every job's items, greedily.
 
-        choices: restrict the first token to these ids (then one token is generated).
+        choices: restrict the first token to these ids (then one token is generated), or the answer
+            to these options. Where those have several tokens, a batch has fewer items, so that as
+            many rows as ever go through the model together.
         record: keep every action (`Generation.steps`).
         stop: texts that end an answer; its text is cut before the first of them.
         Returns one `Generation` a job. What else is in a batch changes an answer's residuals by
@@ -158,7 +162,12 @@ class Engine:
         assert max_new_tokens >= 1
         if any(len(job.items) == 0 for job in jobs):
             raise UserError("nothing to generate: a job has no items")
+        if isinstance(choices, Options):
+            choices = choices.one_token or choices
+        several = choices if isinstance(choices, Options) else None
         new_tokens = 1 if choices else max_new_tokens
+        if several is not None:
+            new_tokens = several.longest
         results = [Generation([[] for _ in job.items], []) for job in jobs]
         teams = Teams()
 
@@ -175,14 +184,19 @@ class Engine:
         row += bytes_to_keep(self.lm, new_tokens, max(layers, default=0))
         # A graph's own cache has room for up to twice as many rows.
         row = row if self.compiled is None else 2 * row
-        size = self.batch_size.rows(row, self.lm.device, self.lm.scratch.nbytes)
+        n_branches = 1 if several is None else several.n_longer
+        if isinstance(self.config.batch_size, int):
+            size = max(1, self.config.batch_size // n_branches)
+        else:  # the prompt's row and its branches are there at once
+            row *= 1 + n_branches * (several is not None)
+            size = self.batch_size.rows(row, self.lm.device, self.lm.scratch.nbytes)
         starts = [start_layer(job.controller, new_tokens, self.lm.n_layers) for job in jobs]
         enough = ENOUGH_ROWS.get(self.lm.device.type, ENOUGH_ROWS["cuda"])
         self.batch_size.play(batches(lengths, size, starts, enough), play)
         for result in results:
             texts = self.lm.tokenizer.batch_decode(result.tokens, skip_special_tokens=True)
             result.texts = [cut_at(text, stop) for text in texts]
-            result.steps = joined(result.steps)
+            result.steps, result.others = joined(result.steps), joined(result.others)
         return results
 
     def _play(
@@ -192,7 +206,7 @@ class Engine:
         rows: list[tuple[int, int]],
         results: list[Generation],
         new_tokens: int,
-        choices: Sequence[int] | None,
+        choices: Sequence[int] | Options | None,
         record: bool,
         stop: Sequence[str],
         teams: Teams,
@@ -206,11 +220,18 @@ class Engine:
             part.row_B.append(at)
         prompt = prompts.batch([item for part in parts.values() for item in part.items])
         given = (self.lm, prompt, list(parts.values()), record, stop, teams)
-        if self.compiled is None:
+        batch: Decoding
+        if isinstance(choices, Options):
+            batch = read_out = OptionDecoding(*given)
+            read_out.choose(choices)
+            for (index, _), others in zip(parts.items(), read_out.others, strict=True):
+                results[index].others += others
+        elif self.compiled is None:
             batch = Decoding(*given)
+            batch.run(new_tokens, choices)
         else:
             batch = CompiledDecoding(*given, steps=self.compiled)
-        batch.run(new_tokens, choices)
+            batch.run(new_tokens, choices)
         for (index, at), tokens in zip(rows, batch.tokens, strict=True):
             results[index].tokens[at] = tokens
         for index, steps in zip(parts, batch.steps, strict=True):

@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from crl_exp.answerer import Answerer
 from crl_exp.answers import Answers
-from crl_exp.controllers.base import Controller, Unsteered
+from crl_exp.controllers.base import Unsteered
 from crl_exp.files import replacing
+from crl_exp.items import items_table, write_items
 from crl_exp.lab import Lab
+from crl_exp.quality import quality
 from crl_exp.statistics import compare
 from crl_exp.tasks.base import Item
 
@@ -44,21 +48,24 @@ length of what was added to the residual. `changed`: whether the item's answer d
 unsteered one. The rewards are the item's, unsteered and steered."""
 
 
-def evaluate_split(lab: Lab, controller: Controller, split: str) -> tuple[dict[str, Any], Answers]:
+def evaluate_split(lab: Lab, answerer: Answerer, split: str) -> tuple[dict[str, Any], Answers]:
     """Compare on one split. Returns the figures and the steered answers."""
     baseline = lab.baseline(split)
-    if isinstance(controller, Unsteered):
+    if isinstance(answerer, Unsteered):
         steered = baseline
     else:
         steered = lab.kept_answers(
-            f"steered_{split}", f"steered on {split}", controller, split, record=True
+            f"steered_{split}", f"steered on {split}", answerer, split, record=True
         )
+    for answers in (baseline, steered):
+        lab.warn_of_undefined(answers, split)
     changed = changed_outputs(baseline, steered)
     was, now = (answers.reward_B.double().numpy() for answers in (baseline, steered))
     figures = asdict(compare(was, now, changed))
     figures["delta_ci95"] = list(figures["delta_ci95"])
     figures["invalid_baseline"] = baseline.invalid
     figures["invalid_steered"] = steered.invalid
+    figures |= quality(lab, split, steered, torch.from_numpy(changed))
     return figures, steered
 
 
@@ -68,8 +75,8 @@ def changed_outputs(baseline: Answers, steered: Answers) -> np.ndarray:
     return np.array([a != b for a, b in pairs])
 
 
-def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
-    """All test sets and validation. Writes interventions.parquet.
+def evaluate(lab: Lab, answerer: Answerer) -> tuple[dict[str, Any], Used]:
+    """All test sets and validation. Writes interventions.parquet and items.parquet.
 
     Returns the result's figures and, for features.json, how often each feature was used on test.
     """
@@ -77,15 +84,20 @@ def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
     used: Used = {}
     unsteered: float | None = None
     tables: list[pa.Table] = []
+    items_of: list[pa.Table] = []
     steered: dict[str, Answers] = {}
     for split in ["test", *lab.splits.extra, "validation"]:
-        figures[split], answers = evaluate_split(lab, controller, split)
+        figures[split], answers = evaluate_split(lab, answerer, split)
+        if split == "validation":
+            _warn_of_harm(lab, figures[split])
         steered[split] = answers
+        items_of.append(_items(lab, split, answers))
         if split != "validation":
             tables.append(_interventions(lab, split, answers))
         if split == "test":
             used, unsteered = _used(answers), _unsteered(answers)
     _write_interventions(lab.run.path / "interventions.parquet", tables)
+    write_items(lab.run.path, items_of)
     result = dict(figures.pop("test"))
     result["validation"] = figures.pop("validation")
     result["test_sets"] = figures
@@ -101,6 +113,27 @@ def evaluate(lab: Lab, controller: Controller) -> tuple[dict[str, Any], Used]:
         )
     result["unique_features"] = len({(la, f) for la, rows in used.items() for f in rows})
     return result, used
+
+
+def _warn_of_harm(lab: Lab, validation: dict[str, Any]) -> None:
+    """What did best there is kept: where it does worse than nothing all that was tried did."""
+    was, now = validation["accuracy_baseline"], validation["accuracy_steered"]
+    if now < was:
+        grid = getattr(lab.exp.method, "multipliers", None)
+        way_out = "" if grid is None else "; with 0 in method.multipliers nothing would be added"
+        lab.warn(
+            f"on validation this does worse than the unsteered model, {100 * was:.1f} → "
+            f"{100 * now:.1f} % of {validation['n']} items, and it steers all the same{way_out}"
+        )
+
+
+def _items(lab: Lab, split: str, answers: Answers) -> pa.Table:
+    """A split's items with their rewards."""
+    baseline = lab.baseline(split)
+    return items_table(
+        split, [item.item_id for item in lab.splits.named()[split]], baseline.reward_B.tolist(),
+        answers.reward_B.tolist(), changed_outputs(baseline, answers).tolist(),
+    )  # fmt: skip
 
 
 def over_refusal(items: Sequence[Item], answers: Answers) -> float | None:

@@ -12,15 +12,19 @@ from omegaconf import DictConfig
 
 from crl_exp import config as configs
 from crl_exp import preemption
+from crl_exp.answerer import Answerer
 from crl_exp.code_state import note_code
 from crl_exp.config import Experiment
 from crl_exp.effects import cautions
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
 from crl_exp.evaluation import evaluate
+from crl_exp.fed import note_data
+from crl_exp.files import defined
 from crl_exp.heartbeat import PHASES, beating
+from crl_exp.inputs import changed, inputs_of
 from crl_exp.lab import Lab
-from crl_exp.methods import NoSteering
+from crl_exp.loaded import shared_splits
 from crl_exp.models import LanguageModel
 from crl_exp.records import Record
 from crl_exp.run_status import RETRIED, HeldError
@@ -66,11 +70,14 @@ def run_experiment(
     if exp.resume == "retry" and (state := Record(run.path).state) not in RETRIED:
         log.info("%s, left alone by resume=retry: %s", state, run.path)
         return None
+    if run.anew or not run.result_path.exists():
+        _check_machine(exp)
     try:
         with preemption.guard(), run.held():
             # Only now: until here another process may have been at it.
-            done = run.result()
-            if done is not None and not run.anew:
+            refuse_changed_inputs(exp, layers, run)
+            done = None if run.anew else run.result()
+            if done is not None:
                 _already(run, skip_finished)
                 return done
             return _attempt(exp, layers, run, place or Place())
@@ -79,6 +86,27 @@ def run_experiment(
             raise
         log.info("left alone: %s", error)
         return None
+
+
+def _check_machine(exp: Experiment) -> None:
+    """What only the machine that runs it can tell, before there is a run directory.
+
+    Raises `UserError` for a device that isn't here, and data that lies here and doesn't do.
+    """
+    if found := exp.model.machine_faults():
+        raise UserError("\n".join(found))
+    if exp.task.is_local:
+        shared_splits(exp.task)
+
+
+def refuse_changed_inputs(exp: Experiment, layers: list[int], run: RunDirectory) -> None:
+    """Raise `UserError` where the run was begun with other files than lie there now; note what does
+    in `run.inputs`."""
+    run.inputs = inputs_of(exp, layers)
+    if run.anew or not run.path.exists():
+        return
+    if fault := changed(run.path, run.inputs, lambda: shared_splits(exp.task).digest()):
+        raise UserError(fault)
 
 
 def _already(run: RunDirectory, skip_finished: bool) -> None:
@@ -104,6 +132,7 @@ def _attempt(exp: Experiment, layers: list[int], run: RunDirectory, place: Place
         run.progress.packed = max(run.progress.packed, place.packed)
         place.begun(run)
         result = _run(exp, layers, run, place) | code | {"packed": run.progress.packed}
+        result = defined(result)
         write_json(run.result_path, result)
         run.clear_answers()
     return result
@@ -116,15 +145,17 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
         for caution in cautions(exp):
             lab.warn(caution)
         preemption.check()
-    write_json(run.path / "data.json", lab.splits.facts())
+    note_data(run, lab.splits, lab.lm, lab.fed)
     with timed("warmup"):
-        if not isinstance(exp.method, NoSteering):
+        if exp.method.needs_statistics:
             place.warming_up(lab)
             lab.statistics()
     with timed("train"):
-        controller, layers = exp.layers.prepare(lab)
+        answerer, layers = prepared(lab)
+        if few := lab.tried.warning():
+            lab.warn(few)
     with timed("evaluate"):
-        figures, used = evaluate(lab, controller)
+        figures, used = evaluate(lab, answerer)
     write_json(run.path / "features.json", _features(lab, used))
     result = _identity(exp, layers, run, lab) | figures
     seconds = {phase: run.progress.seconds[phase] for phase in PHASES}
@@ -134,14 +165,24 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
     return result
 
 
+def prepared(lab: Lab) -> tuple[Answerer, list[int]]:
+    """What the method found, and the layers that it reads or steers."""
+    if lab.exp.method.uses_layers:
+        return lab.exp.layers.prepare(lab)
+    return lab.exp.method.prepare(lab), []
+
+
 def _identity(exp: Experiment, layers: list[int], run: RunDirectory, lab: Lab) -> dict[str, Any]:
     """What a result is a result of."""
     return {
         "run_key": run.key,
         "sweep": exp.sweep_name,
         "method": exp.method.name,
+        "label": exp.method.label or exp.method.name,
+        "control": exp.method.control or exp.sae.control or exp.task.shuffle_labels,
         "model": exp.model.name,
         "sae": exp.sae.name,
+        "dictionary": exp.sae.dictionary,
         "task": exp.task.name,
         "layers": layers,
         "seed": exp.seed,
@@ -152,7 +193,7 @@ def _identity(exp: Experiment, layers: list[int], run: RunDirectory, lab: Lab) -
 
 def _features(lab: Lab, used: dict[int, dict[int, dict[str, float]]]) -> dict[str, Any]:
     """features.json: by layer, the best found in stage 1 and those added on the test set."""
-    if isinstance(lab.exp.method, NoSteering):
+    if not lab.exp.method.needs_statistics:
         return {}
     layers: dict[str, Any] = {}
     for layer, statistics in lab.statistics().items():

@@ -10,6 +10,7 @@ import numpy as np
 
 from crl_exp.comparison import SweepComparison
 from crl_exp.feature_layout import Axis, Place, laid_out
+from crl_exp.feature_spread import spread_over_items
 from crl_exp.feature_use import LayerUse
 from crl_exp.figure_style import (
     COLUMN_INCHES,
@@ -19,7 +20,6 @@ from crl_exp.figure_style import (
     style,
     wrapped,
 )
-from crl_exp.statistics import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,12 +79,13 @@ def _figure(along: Axis, panels: int) -> tuple[Figure, np.ndarray]:
 
 
 def _points(axis: Axes, along: Axis, metric: Callable[[LayerUse], float], top: float) -> None:
-    """Mean and interval over seeds, cut at what is possible (0 to `top`); seeds as small dots."""
+    """Mean and interval over items and seeds, cut at what is possible (0 to `top`); seeds as small
+    dots."""
     for place in along.places:
         values = np.array([metric(use) for use in place.uses])
         if np.isnan(values).any():
             continue
-        low, high = mean_interval(values)
+        low, high = spread_over_items(place.uses, metric)[0].interval
         ends = [[values.mean() - max(low, 0.0)], [min(high, top) - values.mean()]]
         x, y = along.ordered(place.at, values.mean())
         axis.errorbar(

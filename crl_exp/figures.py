@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crl_exp.comparison import Row, SweepComparison, split
+from crl_exp.comparison import Row, SweepComparison
+from crl_exp.estimates import split
 from crl_exp.figure_style import (
     COLOURS,
     COLUMN_INCHES,
@@ -87,7 +88,8 @@ def _layer_panel(axis: Axes, sweep: SweepComparison, name: str | None) -> None:
     ticks = {float(layer): str(layer) for layer in layers}
     if together:
         end = (layers[-1] if layers else 0) + 1.3 * gap
-        ticks[end] = "several" if len({row.layers for row in together}) > 1 else "all"
+        sets = {row.layers for row in together if row.layers}
+        ticks[end] = "several" if len(sets) > 1 else "all" if sets else "none"
         _together(axis, together, name, (end, gap * 0.22), looks)
     axis.set_xticks(list(ticks), list(ticks.values()))
     axis.margins(x=0.06)
@@ -106,22 +108,24 @@ def _together(
     place: tuple[float, float],
     looks: dict[str, tuple[str, str]],
 ) -> None:
-    """Rows that steer several layers at once: a point with its interval at the right-hand end, and
-    a line through the panel to compare single layers with. place: x and the step between rows."""
+    """Rows of several layers at once, or of none: a point with its interval at the right-hand end,
+    and a line through the panel to compare single layers with. place: x and the step between them.
+    """
     end, step = place
-    alike = len({row.layers for row in rows}) == 1
+    alike = len({row.layers for row in rows if row.layers}) == 1
     for i, row in enumerate(rows):
         x = end + step * (i - (len(rows) - 1) / 2)
         colour, marker = looks[row.family]
         plural = "" if row.alternatives else "s"
         which = f"layer{plural} {row_layers(row)}"
         which = f"all {len(row.layers)} layers" if alike and plural else which
+        label = f"{row.family}, {which}" if row.layers else row.family
         mean, (low, high) = _mean(row, name), _in_points(row.interval(name), name)
         axis.axhline(mean, color=colour, linestyle=DASHES[i % len(DASHES)], linewidth=0.8)
         axis.errorbar(
             x, mean, yerr=[[max(mean - low, 0)], [max(high - mean, 0)]], color=colour,
             marker=marker, markersize=5, linestyle=DASHES[i % len(DASHES)], linewidth=0.8,
-            elinewidth=1.2, capsize=2, label=f"{row.family}, {which}",
+            elinewidth=1.2, capsize=2, label=label,
             markerfacecolor="white" if row.shuffled else colour, zorder=3,
         )  # fmt: skip
 
@@ -195,7 +199,7 @@ def _option_label(row: Row, rows: list[Row]) -> str:
     """The family; with the layer, where not all have the same."""
     if len({other.layers for other in rows}) == 1:
         return row.family
-    return f"{row.family} @ {row_layers(row)}"
+    return f"{row.family} @ {row_layers(row)}" if row.layers else row.family
 
 
 def _option_point(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import numbers
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from typing import IO, Any
 
 from crl_exp.errors import UserError
 
+SWEEP_CONFIG = "multirun.yaml"
+"""In a sweep's folder: what was asked for, by the launch that was taken last."""
 REFUSALS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "your quota of that disk is used up",
@@ -68,5 +72,63 @@ def write_atomic(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def read_json(path: Path, advice: str, kind: type = dict) -> Any:
+    """What a file of ours holds; None where there is none.
+
+    kind: of the whole of it. Raises `UserError` with the advice for one that was cut off, is not
+    text, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, not even UTF-8
+        raise UserError(f"{path} is damaged ({error}); {advice}") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} is damaged (it holds a {type(value).__name__}); {advice}")
+    return value
+
+
+def home(path: str | Path, key: str) -> Path:
+    """A path with `~` and `~user` put in. Raises `UserError` naming the key for an unknown user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = Path(path).parts[0]
+        raise UserError(
+            f"{key}={path}: there is no home folder of {user!r} here; give the whole path"
+        ) from error
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write strict JSON; a number that isn't finite is null."""
+    write_atomic(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: Any, undefined: dict[str, str] | None = None, at: str = "") -> Any:
+    """A JSON-like value in which numbers that aren't finite are null, and NumPy's are Python's.
+
+    undefined: is given, by their keys joined by dots, what those numbers were. at: keys so far.
+    """
+    if isinstance(value, dict):
+        return {k: finite(v, undefined, f"{at}.{k}" if at else str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v, undefined, f"{at}.{i}" if at else str(i)) for i, v in enumerate(value)]
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):
+        number = int(value) if isinstance(value, numbers.Integral) else float(value)
+        if math.isfinite(number):
+            return number
+        if undefined is not None:
+            undefined[at] = "not a number" if math.isnan(number) else "infinite"
+        return None
+    return value
+
+
+def defined(figures: dict[str, Any]) -> dict[str, Any]:
+    """A result in which every undefined figure is null and `undefined` says of each what it was.
+
+    A result whose figures are all finite is as it was.
+    """
+    reasons: dict[str, str] = {}
+    made = finite(figures, reasons)
+    return {**made, "undefined": reasons} if reasons else figures

@@ -27,6 +27,7 @@ class Step:
     """One controller's action at one layer and token, for all answers that had got so far.
 
     rows: position of each answer among the job's, ascending. alive_B: whether what was done counts.
+    option: of `Generation.others`, the option whose token it was.
     """
 
     layer: int
@@ -35,6 +36,7 @@ class Step:
     alive_B: Tensor
     action: Action
     token_B: Tensor | None = None
+    option: int | None = None
 
     def living(self) -> Step:
         """Without the rows that had ended."""
@@ -47,7 +49,8 @@ class Step:
         rows = [self.rows[i] for i in index_R.tolist()]
         token_R = None if self.token_B is None else self.token_B[index_R]
         alive_R = self.alive_B[index_R]
-        return Step(self.layer, self.token_index, rows, alive_R, self.action.part(index_R), token_R)
+        action = self.action.part(index_R)
+        return Step(self.layer, self.token_index, rows, alive_R, action, token_R, self.option)
 
 
 @dataclass
@@ -55,23 +58,29 @@ class Generation:
     """A job's answers, in the order of its items, and its actions if they were recorded.
 
     tokens: ids of each answer, the end token left out. steps: one for each token and layer, in
-    that order, however the rows were cut into batches.
+    that order, however the rows were cut into batches. others: where answers are options of several
+    tokens, the actions at the tokens of options that weren't taken; one for each token, layer and
+    option.
     """
 
     tokens: list[list[int]]
     texts: list[str]
     steps: list[Step] = field(default_factory=list)
+    others: list[Step] = field(default_factory=list)
 
     def copy(self) -> Generation:
         """With lists of its own, so that two callers can't disturb each other."""
-        return Generation([list(tokens) for tokens in self.tokens], list(self.texts), [*self.steps])
+        tokens = [list(one) for one in self.tokens]
+        return Generation(tokens, list(self.texts), [*self.steps], [*self.others])
 
 
 def joined(steps: Sequence[Step]) -> list[Step]:
-    """One step for each token and layer, its rows ascending, from those of several batches."""
-    together: dict[tuple[int, int], list[Step]] = {}
+    """One step for each token and layer (and option), its rows ascending, from those of several
+    batches."""
+    together: dict[tuple[int, int, int], list[Step]] = {}
     for step in steps:
-        together.setdefault((step.token_index, step.layer), []).append(step)
+        place = (step.token_index, step.layer, -1 if step.option is None else step.option)
+        together.setdefault(place, []).append(step)
     return [_one(together[place]) for place in sorted(together)]
 
 
@@ -84,6 +93,7 @@ def _one(parts: list[Step]) -> Step:
     whole = Step(
         first.layer, first.token_index, rows, torch.cat([part.alive_B for part in parts]),
         Action.cat([part.action for part in parts]), torch.cat(tokens) if tokens else None,
+        first.option,
     )  # fmt: skip
     order = torch.tensor(rows).argsort()
     return whole.part(order.to(whole.alive_B.device))

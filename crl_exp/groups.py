@@ -1,4 +1,4 @@
-"""What is summed over a group of samples, rewarded or unrewarded. Pure.
+"""Which samples count as rewarded, and what is summed over a group of them. Pure.
 
 Shapes: B samples, F features.
 """
@@ -9,6 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+REWARDED = ("positive", "half")
+
+
+def is_rewarded(reward_B: Tensor, rule: str) -> Tensor:
+    """Whether each sample counts as rewarded [B]: positive, y > 0 (CorrSteer); half, y >= .5."""
+    return reward_B > 0 if rule == "positive" else reward_B >= 0.5
 
 
 @dataclass
@@ -42,6 +49,10 @@ class Sums:
     def variance(self) -> Tensor:
         """Of the population; 0 for an empty group."""
         return self.m2_F / max(self.n, 1)
+
+    def mean_square(self) -> Tensor:
+        """E[z²]; 0 for an empty group."""
+        return self.variance() + self.mean().square()
 
     def mean_active(self) -> Tensor:
         return self.total_F / self.active_F.clamp(min=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from crl_exp.files import write_json
+from crl_exp.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 10.0
@@ -28,11 +27,12 @@ class Progress:
     def __init__(self) -> None:
         self.phase = PHASES[0]
         self.what, self.done, self.total = "", 0, 0
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, float | None] = {}  # null: undefined
         self.seconds: dict[str, float] = {}
         self.packed = 1
         self._since = self._phase_since = time.perf_counter()
         self._first = 0
+        self._bars = 0  # that are open
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -45,10 +45,20 @@ class Progress:
         self.seconds[phase] = round(before + now - self._phase_since, 3)
         self._phase_since = now
 
-    def begin(self, what: str, total: int) -> None:
-        """A bar of `total` steps begins."""
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[None]:
+        """A bar of `total` steps; within another one (prompts are read in the middle of training)
+        it takes that one's place only while the block lasts."""
+        outer = self.what, self.done, self.total, self._since, self._first
         self.what, self.done, self.total = what, 0, total
         self._since, self._first = time.perf_counter(), 0
+        self._bars += 1
+        try:
+            yield
+        finally:
+            self._bars -= 1
+            if self._bars:
+                self.what, self.done, self.total, self._since, self._first = outer
 
     def advance(self, n: int) -> None:
         """n more steps are done."""
@@ -103,5 +113,5 @@ def beating(path: Path, progress: Progress) -> Iterator[None]:
 
 
 def read_heartbeat(path: Path) -> dict[str, Any]:
-    """The last heartbeat; {} where there is none (yet)."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The last heartbeat; {} where there is none (yet). Raises `UserError` for a damaged one."""
+    return read_json(path, "set resume=force to start this run anew") or {}

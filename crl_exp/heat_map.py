@@ -10,6 +10,7 @@ import numpy as np
 
 from crl_exp.comparison import Row, SweepComparison
 from crl_exp.figure_style import COLUMN_INCHES, PAGE_INCHES, save, style, wrapped
+from crl_exp.shown import number, undefined
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +92,8 @@ def heat_map(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
     width = COLUMN_INCHES if widest <= 3 else PAGE_INCHES
     lines = [sum(1 + wrapped(y).count("\n") for y in grid.ys) for grid in found]
     heights = [0.24 * max(n, len(grid.ys)) + 0.75 for n, grid in zip(lines, found, strict=True)]
-    largest = max(abs(100 * r.mean("delta")) for grid in found for r in grid.cells.values())
+    sizes = [abs(100 * r.mean("delta")) for grid in found for r in grid.cells.values()]
+    largest = max((size for size in sizes if not undefined(size)), default=0.0)
     with style():
         figure, axes = plt.subplots(
             len(found), 1, figsize=(width, max(sum(heights) + 0.1, 1.5)), squeeze=False,
@@ -114,7 +116,7 @@ def _panel(axis: Axes, sweep: SweepComparison, grid: Grid, largest: float) -> Ax
         i, j = grid.ys.index(y), grid.xs.index(x)
         strong = abs(values[i, j]) > 0.55 * largest
         axis.text(
-            j, i, f"{values[i, j]:+.1f}".replace("-", "−"), ha="center", va="center",
+            j, i, number(values[i, j], "+.1f").replace("-", "−"), ha="center", va="center",
             color="white" if strong else "black",
             fontweight="bold" if sweep.p_holm[row] < SIGNIFICANT else "normal",
         )  # fmt: skip

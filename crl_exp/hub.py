@@ -37,6 +37,17 @@ def hub_trouble(error: BaseException, repo_id: str) -> str | None:
     return None
 
 
+def own_code(error: BaseException) -> str | None:
+    """Why something that brings Python code of its own was refused, or None where it is another
+    fault. Such code runs with all that its reader may do; nothing here runs it."""
+    if not any("trust_remote_code" in str(cause) for cause in _causes(error)):
+        return None
+    return (
+        "it brings Python code of its own (auto_map in its config), which is never run here; take "
+        "a model whose architecture transformers has"
+    )
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error

@@ -8,34 +8,41 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from crl_exp import preemption
+from crl_exp.answerer import Answerer
 from crl_exp.answers import AnswerBook, Answers, batches
 from crl_exp.config import Experiment
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import FixedFeatures, Steer
 from crl_exp.controllers.vector import FixedVectors
+from crl_exp.dictionaries import with_dictionary
 from crl_exp.engine import Engine, EngineConfig, Prompts
+from crl_exp.fed import look_at, options_for, prompt_ids
+from crl_exp.files import home
 from crl_exp.generation import Generation, Job
-from crl_exp.loaded import shared, shared_model, shared_sae
+from crl_exp.inputs import sae_digest
+from crl_exp.loaded import shared, shared_model, shared_sae, shared_splits
 from crl_exp.measuring import measure_of, warn_of_one_outcome
 from crl_exp.models import LanguageModel, load_model
 from crl_exp.preemption import Pace
 from crl_exp.probe import checked
 from crl_exp.runs import RunDirectory, content_key
 from crl_exp.saes import LayerSAE, load_saes
+from crl_exp.scores import KEPT
 from crl_exp.tasks.base import Splits
 from crl_exp.terminal import progress_bar
 from crl_exp.warmup import STATISTICS_FORMAT, LayerStatistics, shared_statistics
+from crl_exp.winners_curse import Tried
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +60,7 @@ class Lab:
         self.exp, self.run = exp, run
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
-        self.splits: Splits = shared("splits", asdict(exp.task), exp.task.splits, keep=4)
+        self.splits: Splits = shared_splits(exp.task)
         self.model_key = asdict(exp.model)
         self.engine_key = [self.model_key, asdict(exp.engine)]
         self.lm = shared_model(self.model_key, lambda: checked(load_model(exp.model)))
@@ -64,9 +71,14 @@ class Lab:
                 self.warn(warning)
         for warning in self.splits.warnings:
             self.warn(warning)
-        choices = exp.task.constrained_to
-        self.choices = None if choices is None else self.lm.choice_ids(choices)
+        self.options = options_for(exp.task, self.lm)
+        lengths, warning = look_at(exp.task, self.lm, self.options, self.splits.test[0].user)
+        if lengths:
+            self.note("option_tokens", lengths)
+        if warning:
+            self.warn(warning)
         self._statistics: dict[int, LayerStatistics] | None = None
+        self.tried = Tried()  # on validation, at all layers
         self._asked = 0  # times that a controller was tried on validation
 
     def _sae(self, layer: int) -> LayerSAE:
@@ -75,12 +87,32 @@ class Lab:
         def load() -> LayerSAE:
             return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
 
-        return shared_sae([self.model_key, asdict(exp.sae), layer], load)
+        kind, own = exp.sae.dictionary, asdict(exp.sae) | {"dictionary": "sae"}
+        key = [self.model_key, own, layer, sae_digest(exp.sae, layer)]
+        sae = shared_sae(key, load)
+        if kind == "sae":
+            return sae
+        return shared_sae([*key, kind, exp.seed], lambda: with_dictionary(sae, kind, exp.seed))
+
+    @property
+    def n_tokens(self) -> int:
+        """Steered tokens that an answer has at most."""
+        return self.exp.task.max_new_tokens if self.options is None else self.options.longest
 
     def warn(self, message: str) -> None:
         """Say it now and keep it in the result."""
         log.warning(message)
         self.warnings.append(message)
+
+    def warn_of_undefined(self, answers: Answers, split: str) -> None:
+        """Say how many rewards of a split are no numbers, which makes its mean none."""
+        n = int((~answers.reward_B.isfinite()).sum())
+        message = (
+            f"{n} of {len(answers.scores)} rewards on {split} aren't finite: their mean is "
+            f"undefined. They come from the scorer ({self.exp.task.scorer_name})"
+        )
+        if n and message not in self.warnings:
+            self.warn(message)
 
     def note(self, name: str, value: Any) -> None:
         """Keep something found on the way (a chosen multiplier, say) in the result."""
@@ -103,8 +135,7 @@ class Lab:
     def bar(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
         """A progress bar, told by the heartbeat too. done: steps of an earlier attempt."""
         told = self.run.progress
-        told.begin(what, total)
-        with progress_bar(what, total) as bar:
+        with told.bar(what, total), progress_bar(what, total) as bar:
 
             def advance(n: int) -> None:
                 told.advance(n)
@@ -115,9 +146,13 @@ class Lab:
             yield advance
 
     def fixed(self, steers: list[Steer]) -> Controller:
-        return FixedFeatures(steers, self.saes, self.exp.decay)
+        """Adds these features; none of them: the unsteered model itself."""
+        return FixedFeatures(steers, self.saes, self.exp.decay) if steers else Unsteered()
 
     def vectors(self, vector_D: dict[int, Tensor]) -> Controller:
+        """Adds these; none of them: the unsteered model itself."""
+        if not vector_D:
+            return Unsteered()
         sites = {layer: sae.site for layer, sae in self.saes.items()}
         there = {layer: vector.to(self.lm.device) for layer, vector in vector_D.items()}
         return FixedVectors(there, sites, self.exp.decay)
@@ -126,11 +161,9 @@ class Lab:
 
     def prompts(self, split: str) -> Prompts:
         """The split's prompts, read when first asked for."""
-        items = self.splits.named()[split]
-        chat = self.exp.task.chat_template
+        ids, _ = self._prompt_ids(split)
 
         def read() -> Prompts:
-            ids = [self.lm.prompt_ids(item.user, chat) for item in items]
             with self.bar(f"reading {split} prompts", len(ids)) as advance:
 
                 def progress(n: int) -> None:
@@ -139,29 +172,51 @@ class Lab:
 
                 return self.engine.read(ids, progress)
 
-        users = [item.user for item in items]
-        return shared("prompts", [self.engine_key, chat, users], read, keep=6)
+        return shared("prompts", [self.engine_key, self.fed(split)], read, keep=6)
+
+    def fed(self, split: str) -> str:
+        """Hash of what the model is really fed for a split; see `crl_exp.fed`."""
+        options = None if self.options is None else asdict(self.options)
+        return content_key([self._prompt_ids(split)[1], options])
+
+    def _prompt_ids(self, split: str) -> tuple[list[list[int]], str]:
+        """Token ids of the split's prompts, and their hash."""
+        chat = self.exp.task.chat_template
+        users = [item.user for item in self.splits.named()[split]]
+        key = [self.model_key, chat, users]
+        return shared("prompt_ids", key, lambda: prompt_ids(self.lm, users, chat), keep=8)
+
+    def generated(
+        self,
+        controller: Controller,
+        prompts: Prompts,
+        items: Sequence[int],
+        record: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Generation:
+        """The model's answers to these of the prompts, under a controller."""
+        return self.engine.generate(
+            prompts, [Job(controller, items)], self.exp.task.max_new_tokens, self.options,
+            record, advance, self.exp.task.stop_strings,
+        )[0]  # fmt: skip
 
     def answer(
         self,
-        controller: Controller,
+        answerer: Answerer,
         split: str,
         items: Sequence[int] | None = None,
         record: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> Answers:
-        """Answers to these items of a split (all, by default) under a controller."""
-        prompts = self.prompts(split)
-        chosen = range(len(prompts)) if items is None else items
-        generation = self.engine.generate(
-            prompts, [Job(controller, chosen)], self.exp.task.max_new_tokens, self.choices,
-            record, advance, self.exp.task.stop_strings,
-        )[0]  # fmt: skip
-        asked = [self.splits.named()[split][i] for i in chosen]
+        """Answers to these items of a split (all, by default), scored by the task."""
+        there = self.splits.named()[split]
+        chosen = range(len(there)) if items is None else items
+        generation = answerer.generation(self, split, chosen, record, advance)
+        asked = [there[i] for i in chosen]
         return Answers(generation, self.exp.task.score(asked, generation.texts))
 
     def kept_answers(
-        self, name: str, what: str, controller: Controller, split: str, record: bool = False
+        self, name: str, what: str, answerer: Answerer, split: str, record: bool = False
     ) -> Answers:
         """Answers to a whole split, saved under a name as they come and read back from there.
 
@@ -171,10 +226,10 @@ class Lab:
         whole, pace = book.load(), Pace(self.exp.checkpoint)
         n, first = len(self.splits.named()[split]), len(whole.scores)
         if first < n:
-            self.prompts(split)
+            answerer.ready(self, split)
             with self.bar(what, n, first) as advance:
                 for items in batches(first, n, self.exp.engine.items_together):
-                    batch = self.answer(controller, split, items, record).compact()
+                    batch = self.answer(answerer, split, items, record).compact()
                     book.add(batch)
                     whole.append(batch)
                     advance(len(items))
@@ -184,7 +239,7 @@ class Lab:
 
     def baseline(self, split: str) -> Answers:
         """The unsteered model's answers to a split, generated once a process."""
-        key = [self.engine_key, asdict(self.exp.task), split]
+        key = [*self._depends_on(split), split]
         name, what = f"unsteered_{split}", f"unsteered on {split}"
 
         def make() -> Answers:
@@ -193,39 +248,59 @@ class Lab:
 
         return shared("baseline", key, make, keep=16)
 
+    def _depends_on(self, split: str) -> list[Any]:
+        """What answers to a split depend on besides the controller."""
+        task = [asdict(self.exp.task), self.splits.digest(), self.fed(split)]
+        return [self.engine_key, self.lm.fingerprint(), *task]
+
     def play(self, controller: Controller, items: list[int]) -> tuple[Generation, Tensor]:
         """A recorded rollout on training items, and its rewards [B]."""
         answers = self.answer(controller, "train", items, record=True)
         return answers.generation, answers.reward_B.to(self.lm.device)
 
-    def validation_reward(self, controller: Controller) -> float:
-        """Mean reward on the validation split, for choosing between controllers.
+    def validation_reward(self, answerer: Answerer) -> float:
+        """Mean reward on the validation split, for choosing between controllers and the like.
+
+        -inf where it is undefined, so that such a one isn't chosen.
 
         Saved by its number: a method asks for the same ones in the same order in every attempt.
         """
-        if isinstance(controller, Unsteered):
-            return float(self.baseline("validation").reward_B.mean())
+
+        def mean(reward_B: Tensor) -> float:
+            reward = float(reward_B.mean())
+            return -math.inf if math.isnan(reward) else reward
+
+        def rewards(answers: Answers) -> Tensor:
+            self.warn_of_undefined(answers, "validation")
+            return answers.reward_B
+
+        if isinstance(answerer, Unsteered):
+            return mean(rewards(self.baseline("validation")))
         self._asked += 1
         name, what = f"choice_{self._asked:04d}", f"choice {self._asked} on validation"
 
-        def ask() -> float:
-            return float(self.kept_answers(name, what, controller, "validation").reward_B.mean())
+        def ask() -> Tensor:
+            return rewards(self.kept_answers(name, what, answerer, "validation"))
 
-        if not isinstance(controller, FixedFeatures):
-            return ask()
-        # CorrSteer-P tries what CorrSteer-S tried at each layer.
-        key = [self.engine_key, asdict(self.exp.task), controller.identity]
-        return shared("choice", key, ask, keep=1000)
+        if isinstance(answerer, FixedFeatures):
+            # CorrSteer-P tries what CorrSteer-S tried at each layer.
+            key = [*self._depends_on("validation"), answerer.identity]
+            reward_B = shared("choice", key, ask, keep=1000)
+        else:
+            reward_B = ask()
+        self.tried.add(reward_B.numpy())
+        return mean(reward_B)
 
-    def training_reward(self, controller: Controller, rewards: list[float]) -> float:
+    def training_reward(self, answerer: Answerer, rewards: list[float]) -> float:
         """Mean reward on the validation split, in the middle of training.
 
         rewards: of the items answered so far; goes on behind them and adds to them.
         """
-        n = len(self.prompts("validation"))
+        answerer.ready(self, "validation")
+        n = len(self.splits.validation)
         for items in batches(len(rewards), n, self.exp.engine.items_together):
             preemption.check()
-            rewards += self.answer(controller, "validation", items).reward_B.tolist()
+            rewards += self.answer(answerer, "validation", items).reward_B.tolist()
         return float(torch.tensor(rewards).mean())
 
     # --- stage 1 ---
@@ -234,28 +309,26 @@ class Lab:
         """Stage 1's statistics of the steered layers, from the store where they are there."""
         if self._statistics is None:
             exp = self.exp
-            # The digest is of the data itself: a file may change under the same task.path.
-            asked = [asdict(exp.task), self.splits.digest(), exp.warmup.pooling, STATISTICS_FORMAT]
-            if self.keeps_values:
-                asked.append("values kept")
-            key = content_key([self.engine_key, self.lm.fingerprint(), *asked])
-            folder = Path(exp.output_dir).expanduser() / "shared" / "warmup"
+            # Of the data itself and the tokens made of it: a file, a template or a tokenizer may
+            # change under the same path.
+            asked = [*self._depends_on("train"), exp.warmup.pooling, STATISTICS_FORMAT]
+            asked.append(exp.warmup.rewarded)
+            if exp.warmup.score in KEPT:
+                asked.append(f"{KEPT[exp.warmup.score]} kept")
+            key = content_key(asked)
+            folder = home(exp.output_dir, "output_dir") / "shared" / "warmup"
             with self.engine.alone():
                 found = shared_statistics(folder, key, self.saes, partial(measure_of, self))
             self._statistics = {layer: one.scored(exp.warmup) for layer, one in found.items()}
             warn_of_one_outcome(self, next(iter(found.values())))
         return self._statistics
 
-    @property
-    def keeps_values(self) -> bool:
-        """Whether stage 1 keeps activations: one of its scores can't be streamed without."""
-        return self.exp.warmup.score == "composite"
-
     def coefficients(self, layer: int) -> Tensor:
         """Coefficient of every feature [F]; below 0 where `warmup.negative=steer` says so."""
-        statistics = self.statistics()[layer]
-        value_F = self.exp.coefficient.values(statistics, self.saes[layer])
+        statistics, coefficient = self.statistics()[layer], self.exp.coefficient
+        value_F = coefficient.values(statistics, self.saes[layer])
         if self.exp.warmup.negative != "steer":
             return value_F
         against_F = statistics.by_feature["sign"].to(value_F.device) < 0
-        return torch.where(against_F, -value_F.abs(), value_F)
+        size_F = coefficient.values(statistics, self.saes[layer], against=True).abs()
+        return torch.where(against_F, -size_F, value_F)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from crl_exp.compatibility import as_compared, mended_since
 from crl_exp.option_names import option_names, typed
 from crl_exp.records import Record, flatten
-from crl_exp.run_keys import NOT_IN_KEY
+from crl_exp.run_keys import NOT_IN_KEY, content_key
+from crl_exp.sae_config import DICTIONARIES
 
+# Results say so themselves; here for the order of rows, and for results of before they did.
 NAMES = {
     "none": "unsteered",
     "random": "random features",
@@ -20,10 +24,17 @@ NAMES = {
     "corrsteer_s": "CorrSteer-S",
     "corrsteer_a": "CorrSteer-A",
     "corrsteer_p": "CorrSteer-P",
+    "attribution": "attribution",
     "crl": "CRL",
+    "prompting": "prompting",
+    "calibration": "bias on the answer",
+    "probe": "linear probe (reads only)",
+    "probe_steering": "probe that steers",
+    "lora": "LoRA",
 }
+CONTROLS = ("none", "random", "random_direction", "top_activation", "raw_residual")
 # Said in the method's name.
-IN_THE_NAME = ("task.shuffle_labels", "method.stage2", "method.name")
+IN_THE_NAME = ("task.shuffle_labels", "method.stage2", "method.name", "sae.dictionary")
 Settings = tuple[tuple[str, str], ...]
 
 
@@ -90,24 +101,43 @@ def _compared_among(name: str, mine: dict[str, Any]) -> tuple:
 
 def _name(record: Record) -> str:
     method = record.config["method"]
-    name: str = NAMES.get(method["name"]) or method["name"]
+    name: str = (record.result or {}).get("label") or NAMES.get(method["name"]) or method["name"]
     if method.get("stage2") is False:
         name += " without stage 2"
     if best_on_validation(record):
         name += " at its best layer"
-    return f"{name} (shuffled labels)" if record.config["task"].get("shuffle_labels") else name
+    said = [
+        DICTIONARIES[(record.config.get("sae") or {}).get("dictionary", "sae")],
+        "shuffled labels" if record.config["task"].get("shuffle_labels") else "",
+        *[f"before “{name}”" for name in mended_since(*_identity(record))],
+    ]
+    return f"{name} ({', '.join(filter(None, said))})" if any(said) else name
+
+
+def _identity(record: Record) -> tuple[dict[str, Any], str, Callable[[Any], str]]:
+    """What `mended_since` asks: results of before a fault was mended are rows of their own."""
+    plain = {k: v for k, v in record.config.items() if k not in NOT_IN_KEY}
+    return plain, record.key, content_key
+
+
+def is_control(record: Record) -> bool:
+    """What the run's result says, or its method's name where the result is of before it did."""
+    assert record.result is not None
+    shuffled = bool(record.config["task"].get("shuffle_labels"))
+    return bool(record.result.get("control", record.result["method"] in CONTROLS)) or shuffled
 
 
 def best_on_validation(record: Record) -> bool:
     """Whether the run chose its layer itself, so that its seeds may have different ones."""
-    return str(record.config["layers"].get("_target_")).endswith(".BestOnValidation")
+    target = str(record.config["layers"].get("_target_"))
+    return record.layers != [] and target.endswith(".BestOnValidation")
 
 
 def _options(records: list[Record]) -> dict[str, dict[str, Any]]:
     """By run key: what of a config may set runs of one method apart. A part goes by its name."""
     skipped = (*NOT_IN_KEY, "seed", "layers")
     kept = {
-        record.key: {k: v for k, v in record.config.items() if k not in skipped}
+        record.key: {k: v for k, v in as_compared(record.config).items() if k not in skipped}
         for record in records
     }
     parts = option_names(list(kept.values()))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from crl_exp.controllers.base import Controller
+from crl_exp.answerer import Answerer
 from crl_exp.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,10 +16,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def _repeated(key: str, layers: list[int]) -> list[str]:
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    return [f"{key}={layers}: names {twice} more than once"] if twice else []
+
+
 @dataclass
 class LayerSet:
     """Base of the layer sets."""
 
+    @abstractmethod
     def wanted(self, available: list[int]) -> list[int]:
         raise NotImplementedError
 
@@ -46,8 +53,8 @@ class LayerSet:
                 )
         return layers
 
-    def prepare(self, lab: Lab) -> tuple[Controller, list[int]]:
-        """The method's controller for these layers, and the layers that it steers."""
+    def prepare(self, lab: Lab) -> tuple[Answerer, list[int]]:
+        """What the method found for these layers, and the layers that it reads or steers."""
         return lab.exp.method.prepare(lab), sorted(lab.saes)
 
 
@@ -66,6 +73,9 @@ class Listed(LayerSet):
     """These layers, steered together."""
 
     layers: list[int]
+
+    def faults(self) -> list[str]:
+        return _repeated("layers.layers", self.layers)
 
     def wanted(self, available: list[int]) -> list[int]:
         return self.layers
@@ -120,23 +130,26 @@ class BestOnValidation(LayerSet):
 
     among: list[int] | None
 
+    def faults(self) -> list[str]:
+        return _repeated("layers.among", self.among or [])
+
     def wanted(self, available: list[int]) -> list[int]:
         return available if self.among is None else self.among
 
-    def prepare(self, lab: Lab) -> tuple[Controller, list[int]]:
-        tried: dict[int, tuple[float, Controller, Lab]] = {}
+    def prepare(self, lab: Lab) -> tuple[Answerer, list[int]]:
+        tried: dict[int, tuple[float, Answerer, Lab]] = {}
         for layer in sorted(lab.saes):
             alone = lab.alone(layer)
-            controller = lab.exp.method.prepare(alone)
-            tried[layer] = (lab.validation_reward(controller), controller, alone)
+            found = lab.exp.method.prepare(alone)
+            tried[layer] = (lab.validation_reward(found), found, alone)
             log.info("layer %d: %.4f on validation", layer, tried[layer][0])
         best = max(tried, key=lambda layer: tried[layer][0])
         lab.note(
             "validation_reward_by_layer", {str(n): reward for n, (reward, *_) in tried.items()}
         )
         lab.note("layer_chosen_on_validation", best)
-        _, controller, alone = tried[best]
+        _, found, alone = tried[best]
         for name, value in alone.notes.items():
             lab.note(name, value)
         lab.run.take_journal(alone.run)
-        return controller, [best]
+        return found, [best]

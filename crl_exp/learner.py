@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from crl_exp import selection
 from crl_exp.algorithms import PPO, Algorithm
+from crl_exp.errors import UserError
 from crl_exp.generation import Generation, Step
 from crl_exp.losses import ppo_policy_loss, token_weights, value_loss
 from crl_exp.policy import LayerAgent
@@ -25,7 +26,11 @@ LOGITS_TOGETHER = 2**24
 
 @dataclass
 class Rollout:
-    """One layer's steered tokens of a batch of answers."""
+    """One layer's steered tokens of a batch of answers.
+
+    weight_N: of each token in the loss, where answers are weighed alike; set for a whole rollout,
+    as a minibatch may hold any part of an answer.
+    """
 
     observed: Observation
     choice_NK: Tensor
@@ -33,21 +38,51 @@ class Rollout:
     advantage_N: Tensor
     return_N: Tensor
     episode_N: Tensor
+    weight_N: Tensor | None = None
 
     def part(self, rows: Tensor) -> Rollout:
         return Rollout(
             self.observed.rows(rows), self.choice_NK[rows], self.log_prob_N[rows],
             self.advantage_N[rows], self.return_N[rows], self.episode_N[rows],
+            None if self.weight_N is None else self.weight_N[rows],
         )  # fmt: skip
 
+    @staticmethod
+    def cat(parts: list[Rollout]) -> Rollout:
+        """All tokens of several."""
+        return Rollout(
+            Observation.cat([part.observed for part in parts]),
+            *(
+                torch.cat([getattr(part, f.name) for part in parts])
+                for f in fields(Rollout)
+                if f.name != "observed"
+            ),
+        )
 
-class NonFiniteError(RuntimeError):
+
+class NonFiniteError(UserError):
     """A loss or gradient was not finite; the run stops rather than log it as a result."""
 
 
 def collect(layer: int, played: Generation, reward_B: Tensor, algorithm: Algorithm) -> Rollout:
-    """Put one layer's recorded steps together and compute advantages."""
-    steps = [s for s in played.steps if s.layer == layer]
+    """Put one layer's recorded steps together and compute advantages.
+
+    Where answers are options of several tokens, all acts count, also those at the tokens of options
+    that weren't taken: they were drawn independently, and which option is taken depends on each.
+    Learning from the taken option's alone would favour acts for getting it taken, whatever it
+    brings.
+    """
+    by_option: dict[int, list[Step]] = {-1: [s for s in played.steps if s.layer == layer]}
+    for step in played.others:
+        if step.layer == layer:
+            assert step.option is not None
+            by_option.setdefault(step.option, []).append(step)
+    parts = [_collected(steps, reward_B, algorithm) for steps in by_option.values()]
+    return parts[0] if len(parts) == 1 else Rollout.cat(parts)
+
+
+def _collected(steps: list[Step], reward_B: Tensor, algorithm: Algorithm) -> Rollout:
+    """steps: of each answer, one at each of some tokens in a row."""
     n_tokens = max(s.token_index for s in steps) + 1
     device = steps[0].action.delta_BD.device
     value_BT = torch.zeros(len(reward_B), n_tokens, device=device)
@@ -108,8 +143,10 @@ class LayerLearner:
         seen: list[dict[str, float]] = []
         self.first_ratio_N = None
         for _ in range(self.algorithm.epochs):
-            order_N = torch.randperm(n, generator=generator)
-            for rows in order_N.chunk(self.algorithm.minibatches):
+            parts = torch.randperm(n, generator=generator).chunk(self.algorithm.minibatches)
+            if not self.algorithm.flatten_tokens:
+                rollout.weight_N = len(parts) * token_weights(rollout.episode_N, False)
+            for rows in parts:
                 part = rollout.part(rows.to(rollout.log_prob_N.device))
                 seen.append(self._minibatch(part, step))
         self._average()
@@ -137,7 +174,9 @@ class LayerLearner:
     def _minibatch(self, part: Rollout, step: int) -> dict[str, float]:
         """One step of each optimiser. Losses are sums over tokens, so that the gradient comes
         together from pieces whose logits fit into memory."""
-        weight_N = token_weights(part.episode_N, self.algorithm.flatten_tokens)
+        weight_N = part.weight_N
+        if weight_N is None:
+            weight_N = token_weights(part.episode_N, self.algorithm.flatten_tokens)
         advantage_N = self.algorithm.scaled(part.advantage_N)
         for optimizer, _ in self._optimizers():
             optimizer.zero_grad(set_to_none=True)

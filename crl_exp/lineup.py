@@ -142,6 +142,17 @@ class Lineup:
             at = self.rows[part].stop
         self.troops = [self._fewer(troop) for troop in self.troops if any(self._sizes(troop.parts))]
 
+    def branch(self, option_O: Tensor) -> None:
+        """Each row becomes one for each of these options, side by side."""
+        joint = [troop.context for troop in self.troops]
+        for context in {id(one): one for one in [*self.contexts, *joint]}.values():
+            context.branch(option_O)
+        at = 0
+        for part, context in enumerate(self.contexts):
+            self.rows[part] = slice(at, at + len(context.items))
+            at = self.rows[part].stop
+        self.troops = [self._fewer(troop) for troop in self.troops]
+
     def _fewer(self, troop: Troop) -> Troop:
         who = [index for index in troop.parts if self.contexts[index].items]
         team = self.teams.of([self.parts[index].controller for index in who], troop.layer)

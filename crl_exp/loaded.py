@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 from weakref import WeakValueDictionary
 
+from crl_exp.inputs import task_inputs
 from crl_exp.models import LanguageModel
 from crl_exp.runs import content_key
 from crl_exp.saes import LayerSAE
+from crl_exp.tasks.base import Splits, Task
 
 # Loaded things of this process by content key; see `shared`.
 LOADED: dict[str, dict[str, Any]] = {}
@@ -28,11 +31,16 @@ def shared(kind: str, key: Any, make: Callable[[], Any], keep: int) -> Any:
     return kept[name]
 
 
+def shared_splits(task: Task) -> Splits:
+    """A task's splits, drawn again where its files have changed."""
+    return shared("splits", [asdict(task), task_inputs(task)], task.splits, keep=4)
+
+
 def shared_model(key: Any, make: Callable[[], LanguageModel]) -> LanguageModel:
     """One model is kept. What belongs to another goes before this one is loaded: it, its SAEs and
     its prompts' keys and values would take the memory."""
     if content_key(key) not in LOADED.get("model", {}):
-        for kind in ("model", "sae", "prompts"):
+        for kind in ("model", "sae", "prompts", "prompt_ids"):
             LOADED.pop(kind, None)
     return shared("model", key, make, keep=1)
 

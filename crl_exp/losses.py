@@ -29,7 +29,8 @@ def ppo_policy_loss(
 ) -> PolicyLoss:  # fmt: skip
     """−E[min(ρA, clip(ρ, 1−ε, 1+ε)A)], with ρ = π(a|s) / π_old(a|s) (eq. 7 of the PPO paper).
 
-    weight_N sums to one. approx_kl is the k3 estimate (ρ − 1) − log ρ, which is never negative.
+    weight_N sums to one, over a minibatch or, on average, over minibatches. approx_kl is the k3
+    estimate (ρ − 1) − log ρ, which is never negative.
     """
     log_ratio_N = log_prob_N - old_log_prob_N
     ratio_N = log_ratio_N.exp()

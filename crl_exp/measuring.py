@@ -19,9 +19,10 @@ from crl_exp.controllers.base import Controller
 from crl_exp.controllers.observer import Observer, Residuals
 from crl_exp.correlation import Moments, StreamingCorrelation
 from crl_exp.groups import Sums
+from crl_exp.histograms import LogHistogram
 from crl_exp.preemption import Pace
 from crl_exp.saes import LayerSAE
-from crl_exp.scores import KeptValues
+from crl_exp.scores import KEPT, KeptValues
 from crl_exp.warmup import MOMENT_TENSORS, LayerStatistics, PartialPass
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ Answer = Callable[[Controller, Sequence[int]], Tensor]
 class LayerPass:
     """What is streamed of one layer."""
 
-    def __init__(self, device: torch.device, keep_values: bool):
+    def __init__(self, device: torch.device, keep: str | None, rewarded: str):
         self.device = device
-        self.stream = StreamingCorrelation(keep_values)
+        self.stream = StreamingCorrelation(keep, rewarded)
         self.observed: Moments | None = None
         self.norms: list[Tensor] = []
 
@@ -53,10 +54,12 @@ class LayerPass:
     def state(self) -> dict[str, Any]:
         stream = self.stream
         assert stream.moments and stream.rewarded and stream.unrewarded and self.observed
+        counts = [histogram.count_FN for histogram in stream.histograms or ()]
         return {
             "moments": vars(stream.moments), "rewarded": vars(stream.rewarded),
             "unrewarded": vars(stream.unrewarded), "observed": vars(self.observed),
             "kept": None if stream.kept is None else vars(stream.kept), "norms": self.norms,
+            "histograms": counts or None,
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
@@ -70,6 +73,9 @@ class LayerPass:
         if state["kept"] is not None:
             kept = {k: [t.to(self.device) for t in parts] for k, parts in state["kept"].items()}
             self.stream.kept = KeptValues(**kept)
+        if state["histograms"] is not None:
+            good, bad = (LogHistogram(t.to(self.device)) for t in state["histograms"])
+            self.stream.histograms = good, bad
         self.norms = [norm_N.to(self.device) for norm_N in state["norms"]]
 
     def statistics(self, layer: int, accuracy: float) -> LayerStatistics:
@@ -99,16 +105,17 @@ def measure(
     n_items: int,
     batch_size: int,
     answer: Answer,
-    keep_values: bool = False,
+    keep: str | None = None,
+    rewarded: str = "positive",
     saved: tuple[PartialPass, CheckpointConfig] | None = None,
     skip: Callable[[int], None] = lambda n: None,
 ) -> dict[int, LayerStatistics]:
     """One pass over the training prompts, all layers at once.
 
-    keep_values: as in `StreamingCorrelation`. saved: where and how often to save the pass, and to
-    go on from. skip: told how many items an earlier attempt did.
+    keep, rewarded: as in `StreamingCorrelation`. saved: where and how often to save the pass, and
+    to go on from. skip: told how many items an earlier attempt did.
     """
-    passes = {layer: LayerPass(sae.W_dec_FD.device, keep_values) for layer, sae in saes.items()}
+    passes = {la: LayerPass(sae.W_dec_FD.device, keep, rewarded) for la, sae in saes.items()}
     at, right = 0, 0.0
     state = saved[0].load() if saved else None
     if state is not None:
@@ -150,8 +157,8 @@ def measure_of(
             lab.run.progress.known(n_done)
 
         return measure(
-            saes, exp.warmup.pooling, n, exp.engine.items_together, answer, lab.keeps_values,
-            (partial, exp.checkpoint), skip,
+            saes, exp.warmup.pooling, n, exp.engine.items_together, answer,
+            KEPT.get(exp.warmup.score), exp.warmup.rewarded, (partial, exp.checkpoint), skip,
         )  # fmt: skip
 
 

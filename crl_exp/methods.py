@@ -1,4 +1,4 @@
-"""Methods: how the controller that will be evaluated comes about. `method=…` picks one.
+"""Methods: how what will be evaluated, mostly a controller, comes about. `method=…` picks one.
 
 Each is one dataclass and one YAML file. All go through the same engine and the same evaluation.
 """
@@ -6,13 +6,16 @@ Each is one dataclass and one YAML file. All go through the same engine and the 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from crl_exp.answerer import Answerer
 from crl_exp.controllers.base import Controller, Unsteered
 from crl_exp.controllers.fixed import Steer
+from crl_exp.draws import own_seed
 from crl_exp.effects import Setting, follows_correlation
 from crl_exp.errors import UserError
 from crl_exp.online import online_conflicts
@@ -35,9 +38,25 @@ NOTHING_TO_CHOOSE_BY = (
 
 @dataclass
 class Method:
-    """Base. name: what results are filed under."""
+    """Base. name: what results are filed under.
+
+    label: what a report calls it; None: its name. control: whether it is one, so that a report
+    neither chooses among its layers nor holds it for a result.
+    """
 
     name: str
+    label: ClassVar[str | None] = None
+    control: ClassVar[bool] = False
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether stage 1 is made for it."""
+        return True
+
+    @property
+    def uses_layers(self) -> bool:
+        """Whether `layers` says anything to it; if not, no SAE is looked for."""
+        return True
 
     def faults(self) -> list[str]:
         return []
@@ -46,14 +65,23 @@ class Method:
         """What of the rest of the config this method can't honour."""
         return []
 
-    def prepare(self, lab: Lab) -> Controller:
-        """Find, choose or learn what to add, on train and validation items only."""
+    @abstractmethod
+    def prepare(self, lab: Lab) -> Answerer:
+        """Find, choose or learn what answers the test items, on train and validation items only;
+        for most methods a controller."""
         raise NotImplementedError
 
 
 @dataclass
 class NoSteering(Method):
     """The unsteered model against itself: what a difference of zero looks like."""
+
+    label = "unsteered"
+    control = True
+
+    @property
+    def needs_statistics(self) -> bool:
+        return False
 
     def prepare(self, lab: Lab) -> Controller:
         return Unsteered()
@@ -64,7 +92,8 @@ class CorrSteer(Method):
     """Fixed features by correlation (CorrSteer, arXiv 2508.12535).
 
     multipliers: grid for scaling all coefficients together; the one that does best on the
-        validation split is taken (the smallest of equals).
+        validation split is taken (the smallest of equals). With 0 among them nothing is added where
+        nothing does better than the unsteered model.
     n_candidates: the most correlated features that are tried alone on the validation split, of all
         layers in S, of each in A and P; the one that does best is kept. 1, as published: the most
         correlated one is taken unseen.
@@ -75,25 +104,44 @@ class CorrSteer(Method):
 
     def faults(self) -> list[str]:
         found = []
-        bad = [m for m in self.multipliers if not (math.isfinite(m) and m > 0)]
+        bad = [m for m in self.multipliers if not (math.isfinite(m) and m >= 0)]
         if bad or not self.multipliers:
-            found.append(f"method.multipliers={self.multipliers}: must be positive finite numbers")
+            found.append(
+                f"method.multipliers={self.multipliers}: must be finite numbers, 0 or more"
+            )
         if self.n_candidates < 1:
             found.append(f"method.n_candidates={self.n_candidates}: must be at least 1")
+        cls = type(self)
+        if cls.prepare is CorrSteer.prepare and cls.select is CorrSteer.select:
+            found.append(f"method: {cls.__name__} chooses no features; set method=corrsteer_s")
         return found
 
     def best_features(self, lab: Lab, statistics: LayerStatistics) -> list[int]:
         """The `n_candidates` allowed features of the highest correlation, best first."""
-        return statistics.best(lab.exp.warmup.min_frequency, self.n_candidates)
+        best = statistics.best(lab.exp.warmup.min_frequency, self.n_candidates)
+        if best and lab.exp.warmup.negative in ("keep", "clip"):
+            r = float(statistics.correlation[best[0]])
+            if r <= 0:
+                lab.warn(
+                    f"layer {statistics.layer}: the best feature, {best[0]}, has r = {r:.3f}: no "
+                    "feature that may be steered goes with success. warmup.negative=drop leaves "
+                    "such layers out, as CorrSteer does"
+                )
+        return best
 
     def candidates(self, lab: Lab) -> list[list[Steer]]:
-        """By layer, the best allowed features with their coefficients, best first."""
-        return [self._of_layer(lab, layer) for layer in lab.statistics()]
+        """By layer, the best allowed features with their coefficients, best first.
+
+        Layers without any, as `warmup.negative=drop` may leave them, are left out.
+        """
+        return [steers for layer in lab.statistics() if (steers := self._of_layer(lab, layer))]
 
     def _of_layer(self, lab: Lab, layer: int) -> list[Steer]:
         statistics = lab.statistics()[layer]
         best = self.best_features(lab, statistics)
-        if not best:
+        if not best and lab.exp.warmup.negative == "drop":
+            lab.warn(f"layer {layer}: no feature with r > 0 may be steered; nothing is added there")
+        elif not best:
             raise UserError(
                 f"layer {layer}: no feature is active in {lab.exp.warmup.min_frequency:.0%} "
                 "of the answers; lower warmup.min_frequency"
@@ -106,10 +154,17 @@ class CorrSteer(Method):
         raise NotImplementedError
 
     def scaled(self, lab: Lab, steers: list[Steer]) -> tuple[list[Steer], float]:
-        """Scale by the multiplier that does best on validation; also returns its reward there."""
+        """Scale by the multiplier that does best on validation; also returns its reward there.
+
+        Multiplied by 0 there are none.
+        """
         tried = []
         for multiplier in sorted(self.multipliers):
-            these = [Steer(s.layer, s.feature_idx, s.coefficient * multiplier) for s in steers]
+            these = [
+                Steer(s.layer, s.feature_idx, s.coefficient * multiplier)
+                for s in steers
+                if multiplier
+            ]
             tried.append((lab.validation_reward(lab.fixed(these)), these, multiplier))
         reward, best, multiplier = max(tried, key=lambda t: t[0])
         lab.note(f"multiplier for layers {[s.layer for s in steers]}", multiplier)
@@ -139,6 +194,8 @@ class CorrSteer(Method):
 class CorrSteerS(CorrSteer):
     """CorrSteer-S: the one best feature of all layers."""
 
+    label = "CorrSteer-S"
+
     def select(self, lab: Lab) -> list[Steer]:
         statistics = lab.statistics()
 
@@ -147,12 +204,16 @@ class CorrSteerS(CorrSteer):
 
         every = [steer for steers in self.candidates(lab) for steer in steers]
         best = sorted(every, key=score, reverse=True)
+        if not best:
+            return []
         return self.scaled(lab, [self.pick(lab, best[: self.n_candidates])])[0]
 
 
 @dataclass
 class CorrSteerA(CorrSteer):
     """CorrSteer-A: the best feature of each layer, all steered together."""
+
+    label = "CorrSteer-A"
 
     def select(self, lab: Lab) -> list[Steer]:
         return self.each_layer(lab)
@@ -161,16 +222,32 @@ class CorrSteerA(CorrSteer):
 @dataclass
 class CorrSteerP(CorrSteer):
     """CorrSteer-P: A, kept only where steering that layer alone beats the unsteered model on
-    validation. Where none does, nothing is steered, and the result says so."""
+    validation. Where none does, nothing is steered, and the result says so.
+
+    A layer is tested once, by its most correlated feature with the multiplier nearest to 1: the
+    best of several would beat the unsteered model by luck far more often. Of the layers kept,
+    candidates and multipliers are then chosen as A's are.
+    """
+
+    @property
+    def test_multiplier(self) -> float:
+        """The one that layers are tested with."""
+        return min(self.multipliers, key=lambda multiplier: (abs(math.log(multiplier)), multiplier))
+
+    def helps(self, lab: Lab, steer: Steer, floor: float) -> bool:
+        """Whether steering with this alone beats the unsteered model: one comparison."""
+        tested = Steer(steer.layer, steer.feature_idx, steer.coefficient * self.test_multiplier)
+        return lab.validation_reward(lab.fixed([tested])) > floor
+
+    label = "CorrSteer-P"
 
     def select(self, lab: Lab) -> list[Steer]:
         floor = lab.validation_reward(Unsteered())
-        found = [self.pick(lab, steers) for steers in self.candidates(lab)]
-        kept = [steer for steer in found if self.scaled(lab, [steer])[1] > floor]
+        kept = [steers for steers in self.candidates(lab) if self.helps(lab, steers[0], floor)]
         if not kept:
             lab.warn("CorrSteer-P kept no layer: none alone beats the unsteered model")
             return []
-        return self.scaled(lab, kept)[0]
+        return self.scaled(lab, [self.pick(lab, steers) for steers in kept])[0]
 
 
 @dataclass
@@ -187,6 +264,8 @@ class CRL(CorrSteer):
     stage2: bool
     features: str
     online_correlation: bool
+
+    label = "CRL"
 
     def faults(self) -> list[str]:
         ok = self.features in ("free", "fixed")
@@ -219,6 +298,8 @@ class CRL(CorrSteer):
         exp = lab.exp
         torch.manual_seed(exp.seed)  # initial weights of hidden layers
         agents = self.fixed_agents(lab) if self.features == "fixed" else self.free_agents(lab)
+        if not agents:
+            return Unsteered()
         if self.stage2:
             trainer = Trainer(
                 agents, exp.algorithm, exp.decay, exp.seed, len(lab.splits.train), lab.run,
@@ -234,9 +315,11 @@ class CRL(CorrSteer):
         for layer, statistics in lab.statistics().items():
             allowed_C = statistics.allowed(lab.exp.warmup.min_frequency)
             if len(allowed_C) < lab.exp.policy.k:
+                drops = lab.exp.warmup.negative == "drop"
+                keep = ", or set warmup.negative=keep" if drops else ""
                 raise UserError(
                     f"layer {layer}: only {len(allowed_C)} features may be steered, but "
-                    f"policy.k={lab.exp.policy.k}; lower policy.k or warmup.min_frequency"
+                    f"policy.k={lab.exp.policy.k}; lower policy.k or warmup.min_frequency{keep}"
                 )
             agents[layer] = _agent(lab, layer, allowed_C, lab.coefficients(layer))
             if not self.stage2 and not agents[layer].tells_apart():
@@ -254,14 +337,39 @@ class CRL(CorrSteer):
         return agents
 
 
+@dataclass
+class PublishedCRL(CRL):
+    """CRL with the parts that its paper gives it; `conf/method/crl_published.yaml` sets them."""
+
+    label = "CRL as published"
+
+
 def _agent(
     lab: Lab, layer: int, allowed_C: torch.Tensor, coefficient_F: torch.Tensor
 ) -> LayerAgent:
     exp = lab.exp
-    n_tokens = 1 if exp.task.choices else exp.task.max_new_tokens
     online = isinstance(exp.method, CRL) and exp.method.online_correlation
+    if exp.policy.first_weights == "by_layer":
+        torch.manual_seed(own_seed("policy", exp.seed, layer))
     return LayerAgent(
         lab.saes[layer], lab.statistics()[layer], allowed_C, coefficient_F,
         Pipeline(exp.stages, exp.order),
-        AgentSetting(exp.policy, exp.warmup, n_tokens, exp.algorithm.uses_critic, online, exp.seed),
+        AgentSetting(
+            exp.policy, exp.warmup, lab.n_tokens, exp.algorithm.uses_critic, online,
+            _score_scale(lab), exp.seed,
+        ),
     )  # fmt: skip
+
+
+def _score_scale(lab: Lab) -> float:
+    """The largest score of a feature that may be steered, of all steered layers; 1 for r.
+
+    So that another score enters the logits in r's range and layers stay comparable.
+    """
+    warmup = lab.exp.warmup
+    if warmup.score == "pearson":
+        return 1.0
+    sizes = [
+        one.score[one.allowed(warmup.min_frequency)].abs() for one in lab.statistics().values()
+    ]
+    return max(float(torch.cat(sizes).max()), 1e-12)

@@ -3,27 +3,58 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from crl_exp.assets import asset_path
 from crl_exp.errors import UserError, did_you_mean
-from crl_exp.hub import hub_trouble
+from crl_exp.files import home
+from crl_exp.hub import hub_trouble, own_code
 
 ASSET_PREFIX = "asset:"
 TINY_PREFIX = "tiny:"
+DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
 QUANTIZATIONS = ("int8", "nf4")
+TEMPLATE_OURS = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages",
+    "padding", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "truncation",
+}  # fmt: skip
+"""Arguments of `apply_chat_template` that say what comes out, not what the template prints."""
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 OFFLINE = (
     "Without the hub: copy a folder with config.json, safetensors and the tokenizer's files here "
     "and set model.path=/that/folder, or take model=smollm2_135m, which `make assets` fetches"
 )
+
+
+def device_faults(key: str, device: str) -> list[str]:
+    """What is wrong with a device's name. key: of the config."""
+    if DEVICE.fullmatch(device):
+        return []
+    near = did_you_mean(device.partition(":")[0], ("cpu", "cuda", "mps"))
+    return [f"{key}={device}: must be cpu, cuda, cuda:N or mps{near}"]
+
+
+def missing_device(key: str, device: str) -> list[str]:
+    """What this machine lacks of a device."""
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            return [f"{key}={device}: no CUDA device here; set {key}=cpu"]
+        n, index = torch.cuda.device_count(), int(device.partition(":")[2] or 0)
+        if index >= n:
+            return [f"{key}={device}: there are {n} CUDA devices here, cuda:0 to cuda:{n - 1}"]
+    if device == "mps" and not torch.backends.mps.is_available():
+        return [f"{key}=mps: no such device here; set {key}=cpu"]
+    return []
 
 
 @dataclass
@@ -35,10 +66,13 @@ class ModelConfig:
         for a tiny random one made on the spot.
     revision: hub revision (null: the default branch).
     dtype: float32, bfloat16 or float16.
-    device: cpu, cuda, cuda:1, …
+    device: cpu, cuda, cuda:1, …, or mps.
     attn_implementation: sdpa, eager or null (transformers' own choice for the architecture).
     quantization: of the weights by bitsandbytes, on an NVIDIA GPU: int8 (LLM.int8, arXiv
         2208.07339), nf4 (QLoRA's 4 bits, arXiv 2305.14314) or null.
+    chat_template_args: what the tokenizer's chat template is given besides the turns, as it names
+        them: {enable_thinking: false} (Qwen3), {date_string: 26 Jul 2024} (Llama 3.2, whose
+        template else prints the day of the run).
     """
 
     name: str
@@ -48,6 +82,7 @@ class ModelConfig:
     device: str
     attn_implementation: str | None
     quantization: str | None
+    chat_template_args: dict[str, Any]
 
     def local_path(self) -> str:
         """Resolve `asset:` and `tiny:` names. Raises `UserError` where the asset is missing."""
@@ -61,7 +96,13 @@ class ModelConfig:
 
     def faults(self) -> list[str]:
         """What can be said to be wrong before anything is loaded."""
-        found = []
+        found = device_faults("model.device", self.device)
+        ours = self.path.startswith((ASSET_PREFIX, TINY_PREFIX))
+        if self.revision is not None and (ours or home(self.path, "model.path").is_dir()):
+            found.append(
+                f"model.revision={self.revision}: model.path={self.path} is a folder, which has no "
+                "revisions; set model.revision=null, or model.path to the model's hub id"
+            )
         if self.dtype not in DTYPES:
             near = did_you_mean(self.dtype, DTYPES)
             found.append(f"model.dtype={self.dtype}: must be one of {', '.join(DTYPES)}{near}")
@@ -81,13 +122,14 @@ class ModelConfig:
                 f"model.quantization={self.quantization} needs an NVIDIA GPU; set "
                 "model.device=cuda, or model.quantization=null"
             )
+        if taken := sorted(TEMPLATE_OURS & self.chat_template_args.keys()):
+            found.append(f"model.chat_template_args.{taken[0]}: is set by the framework itself")
         return found
 
     def machine_faults(self) -> list[str]:
         """What this machine lacks; asked where the model is loaded, as a login node has no GPU."""
         found = []
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            found.append(f"model.device={self.device}: no CUDA device here; set model.device=cpu")
+        found += missing_device("model.device", self.device)
         if self.quantization and importlib.util.find_spec("bitsandbytes") is None:
             found.append(
                 f"model.quantization={self.quantization}: bitsandbytes is not installed; "
@@ -115,9 +157,13 @@ class ModelConfig:
 
         path = self.local_path()
         try:
-            config = AutoConfig.from_pretrained(path, revision=self.revision)
+            config = AutoConfig.from_pretrained(
+                path, revision=self.revision, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise UserError(cannot_load(self, path, error)) from error
+        if pickled := pickled_only(path):
+            raise UserError(f"model.path={self.path}: {pickled}")
         text = config.get_text_config()
         if self.attn_implementation == "sdpa" and getattr(text, "attn_logit_softcapping", None):
             raise UserError(
@@ -127,8 +173,33 @@ class ModelConfig:
         return config
 
 
+def pickled_only(path: str) -> str | None:
+    """What is wrong with a folder whose weights are pickled only, and how to convert them."""
+    folder = Path(path).expanduser()
+    if any(folder.glob("*.safetensors")) or not any((folder / n).is_file() for n in PICKLED):
+        return None
+    convert = (
+        "from transformers import AutoModelForCausalLM as A; "
+        f"A.from_pretrained({path!r}, use_safetensors=False).save_pretrained({path!r})"
+    )
+    return (
+        "its weights are in pytorch_model.bin only, a pickle, which may run code when it is read "
+        "and is never loaded here. If you trust where it comes from, convert it once: "
+        f'python -c "{convert}"'
+    )
+
+
 def cannot_load(config: ModelConfig, path: str, error: Exception) -> str:
     """The message for a model that can't be had, its id and the way without the hub named."""
     said = str(error).strip()
-    why = hub_trouble(error, path) or (said.splitlines()[0] if said else repr(error))
+    if (Path(path) / "config.json").is_file() and (pickled := pickled_only(path)):
+        return f"model.path={config.path}: {pickled}"
+    if any(name in said for name in PICKLED) and "safetensors" in said:
+        said = (
+            f"its weights are not in safetensors: convert {path} at "
+            "https://huggingface.co/spaces/safetensors/convert and set model.revision=refs/pr/N, "
+            "the number that it tells"
+        )
+    why = own_code(error) or hub_trouble(error, path)
+    why = why or (said.splitlines()[0] if said else repr(error))
     return f"model.path={config.path}: can't load a language model from {path!r} ({why}). {OFFLINE}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,20 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from crl_exp.architecture import find_layers
+from crl_exp.architecture import find_layers, one_rotation
 from crl_exp.cache import Scratch
+from crl_exp.choice import options_of
 from crl_exp.errors import UserError
 from crl_exp.model_config import DTYPES, ModelConfig, cannot_load
+from crl_exp.prompt_text import chat_ids, plain_ids
 
 
 class LanguageModel:
     """A frozen causal language model with handles on its decoder layers."""
 
-    def __init__(self, model: nn.Module, tokenizer, name: str):
+    def __init__(
+        self, model: nn.Module, tokenizer, name: str,
+        chat_template_args: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
         self.layers = find_layers(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self.chat_template_args = dict(chat_template_args or {})
         self._fingerprint: str | None = None
         self.scratch = Scratch()
         self.in_tuple = False  # whether layers hand their output on in a tuple; `hook` sees it
@@ -55,6 +61,10 @@ class LanguageModel:
                 "masks don't cover; choose a model with full or sliding-window attention"
             )
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.short_of: int | None = one_rotation(config)
+        if self.short_of is not None:
+            self.max_positions = min(self.short_of, self.max_positions or self.short_of)
+        self.final_cap: float | None = getattr(config, "final_logit_softcapping", None)
 
     @property
     def device(self) -> torch.device:
@@ -82,28 +92,35 @@ class LanguageModel:
         ids = listed if isinstance(listed, list) else [listed]
         return {i for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
 
-    def prompt_ids(self, user: str, chat_template: bool) -> list[int]:
-        """Token ids of a user turn, ready for the first output token."""
+    def prompt_ids(
+        self, user: str, chat_template: bool, before: Sequence[tuple[str, str]] = ()
+    ) -> list[int]:
+        """Token ids of a user turn, ready for the first output token.
+
+        before: user turns with their answers that stand before it; without a chat template, texts
+            with an empty line between them.
+        """
         if not chat_template:
-            return self.tokenizer(user)["input_ids"]
-        if not self.tokenizer.chat_template:
-            raise UserError(f"model {self.name} has no chat template; set task.chat_template=false")
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": user}],
-            tokenize=False,
-            add_generation_prompt=True,
+            asked = "".join(f"{turn}{answer}\n\n" for turn, answer in before)
+            return plain_ids(self.tokenizer, asked + user)
+        return chat_ids(self.tokenizer, user, self.chat_template_args, self.name, before)
+
+    def room(self) -> str:
+        """How many tokens the model takes, in words for a message."""
+        if self.short_of is None:
+            return f"{self.name} takes {self.max_positions}"
+        return (
+            f"{self.name} takes {self.max_positions} with one rotation (LongRoPE turns all rows of "
+            "a batch otherwise once one of them is longer, so answers would depend on what is "
+            "beside them)"
         )
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def choice_ids(self, choices: Sequence[str]) -> list[int]:
-        """First token of each choice. Raises `UserError` where two share it."""
-        ids = [self.tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in choices]
-        if len(set(ids)) < len(ids):
-            raise UserError(
-                f"task.choices={list(choices)}: two of them begin with the same token of "
-                f"{self.name}, so a constrained answer can't tell them apart; reword them"
-            )
-        return ids
+        """The one token of each choice. Raises `UserError` where one has several."""
+        one_token = options_of(self.tokenizer, choices, False, self.name).one_token
+        if one_token is None:
+            raise UserError(f"{list(choices)}: not one token each of {self.name}")
+        return one_token
 
     def mask(self, query_BQ: Tensor, key_BK: Tensor, valid_BK: Tensor) -> Tensor | dict:
         """Additive attention mask [B, 1, Q, K] from positions, so that padding may lie anywhere.
@@ -138,6 +155,13 @@ class LanguageModel:
         bias = None if head.bias is None else head.bias[rows]
         return nn.functional.linear(hidden_BD, head.weight[rows], bias)
 
+    def log_probs(self, hidden_BD: Tensor) -> Tensor:
+        """log p of every token [B, V], float32, as the model itself gives it."""
+        logits_BV = self.logits(hidden_BD).float()
+        if self.final_cap is not None:  # not left out here: sums of several tokens need it
+            logits_BV = self.final_cap * torch.tanh(logits_BV / self.final_cap)
+        return logits_BV.log_softmax(dim=-1)
+
     def hook(self, site: int, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Show `see` the residual [B, T, D] at a site; what it returns, if anything, goes on.
 
@@ -162,8 +186,9 @@ class LanguageModel:
         return self.layers[site].register_forward_hook(after)
 
     @contextmanager
-    def skipping(self, top: int, residual_BD: Tensor) -> Iterator[None]:
-        """Within, layers 0..`top` are not computed: `top`'s output is `residual_BD`.
+    def skipping(self, top: int, residual: Tensor) -> Iterator[None]:
+        """Within, layers 0..`top` are not computed: `top`'s output is `residual`, [B, D] of one
+        token or [B, T, D].
 
         The prompt's last token is the same for every policy up to the first steered layer, so
         its residual there is read once and put in. Hooks on layer `top` see it as its output (and
@@ -172,7 +197,7 @@ class LanguageModel:
         if top < 0:
             yield
             return
-        put_in = residual_BD[:, None].to(self.dtype)
+        put_in = (residual if residual.ndim == 3 else residual[:, None]).to(self.dtype)
         given = (put_in,) if self.in_tuple else put_in
         for layer in self.layers[: top + 1]:
             layer.forward = lambda *_, **__: given  # type: ignore[method-assign]
@@ -207,10 +232,12 @@ def load_model(config: ModelConfig) -> LanguageModel:
             "device_map": {"": config.device},
         }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+        # False, not missing: transformers would ask on the terminal whether to run a folder's code.
+        plain = {"revision": config.revision, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(path, **plain)
         model = AutoModelForCausalLM.from_pretrained(
             path,
-            revision=config.revision,
+            **plain,
             dtype=DTYPES[config.dtype],
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
@@ -220,4 +247,4 @@ def load_model(config: ModelConfig) -> LanguageModel:
         raise UserError(cannot_load(config, path, error)) from error
     if not config.quantization:
         model = model.to(config.device)  # type: ignore[arg-type]
-    return LanguageModel(model, tokenizer, config.name)
+    return LanguageModel(model, tokenizer, config.name, config.chat_template_args)

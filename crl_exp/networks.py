@@ -16,9 +16,13 @@ from crl_exp.errors import did_you_mean
 NONLINEARITIES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh,
 }  # fmt: skip
+FIRST_WEIGHTS = ("by_layer", "by_seed")
 CRITICS = ("v", "q")
 COMBINES = ("sum", "one_length")
-KNOWN = {"nonlinearity": tuple(NONLINEARITIES), "critic": CRITICS, "combine": COMBINES}
+KNOWN = {
+    "nonlinearity": tuple(NONLINEARITIES), "critic": CRITICS, "combine": COMBINES,
+    "first_weights": FIRST_WEIGHTS,
+}  # fmt: skip
 
 
 @dataclass
@@ -27,6 +31,8 @@ class PolicyConfig:
 
     policy_depth, critic_depth: hidden layers (0: linear). hidden: their width.
     nonlinearity: between them: relu, gelu, silu or tanh.
+    first_weights: of the hidden layers, drawn by_seed, so that runs of one seed at several single
+        layers begin with the same, or by_layer, from seed and layer. Those of the last layer are 0.
     critic: v, the value V(s) of the residual, or q, the value Q(s, j) of every feature there.
     k: features chosen at each token.
     combine: of several features. sum: their additions as they are, so that k directions at right
@@ -38,6 +44,7 @@ class PolicyConfig:
     critic_depth: int
     hidden: int
     nonlinearity: str
+    first_weights: str
     critic: str
     k: int
     combine: str = "sum"

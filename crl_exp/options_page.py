@@ -61,7 +61,7 @@ class Option:
 
 def read_option(path: Path) -> Option:
     """Raises `AssertionError` where the file doesn't begin with a line that says what it is."""
-    group, text = path.parent.name, path.read_text()
+    group, text = path.parent.name, path.read_text(encoding="utf-8")
     comments = [line for line in text.splitlines() if line.startswith("#")]
     package = "# @package"
     lines = [line for line in comments if not line.startswith(package) and not SOURCE.match(line)]
@@ -169,9 +169,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is stale")
     asked = parser.parse_args(argv)
     if asked.check:
-        fresh = PAGE.exists() and PAGE.read_text() == page()
+        fresh = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page()
         print(f"{PAGE} is {'up to date' if fresh else 'stale: run `python -m crl_exp options`'}")
         return 0 if fresh else 1
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")
     print(f"written to {PAGE}")
     return 0

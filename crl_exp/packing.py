@@ -22,7 +22,6 @@ from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
 from crl_exp.experiment import Place, run_experiment
 from crl_exp.lab import Lab
-from crl_exp.methods import NoSteering
 from crl_exp.models import LanguageModel
 from crl_exp.run_keys import content_key, run_key
 from crl_exp.runs import RunDirectory
@@ -119,7 +118,7 @@ def _wanted_layers(runs: Sequence[DictConfig]) -> Layers:
             layers = configs.validate(exp, known)
         except UserError:
             continue  # it is told where this run itself begins
-        if not isinstance(exp.method, NoSteering) and not _is_done(config):
+        if exp.method.needs_statistics and not _is_done(config):
             wanted.setdefault(_warmup_key(exp), set()).update(layers)
     return wanted
 
@@ -130,7 +129,7 @@ def _warmup_key(exp: configs.Experiment) -> str:
 
 def _is_done(config: DictConfig) -> bool:
     run = RunDirectory(config)
-    return run.result() is not None and not run.anew
+    return not run.anew and run.result() is not None
 
 
 def _end_together(outcomes: Sequence[Outcome]) -> None:

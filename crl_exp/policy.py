@@ -33,6 +33,7 @@ class AgentSetting:
 
     n_tokens: steered tokens an answer has at most. with_critic: PPO's; GRPO has none.
     online: `method.online_correlation`; then stage 1's way of pooling is kept to.
+    score_scale: the score of 1 in the logits. 1 for r, which is there as it is.
     seed: of what is drawn in an evaluation, where a stage samples always.
     """
 
@@ -41,6 +42,7 @@ class AgentSetting:
     n_tokens: int
     with_critic: bool
     online: bool
+    score_scale: float = 1.0
     seed: int = 0
 
 
@@ -87,7 +89,8 @@ class LayerAgent(nn.Module):
                 statistics.moments, allowed_C, setting.warmup.pooling, setting.warmup.negative
             )
         self.register_buffer("allowed_C", allowed_C)
-        self.register_buffer("correlation_C", statistics.score[allowed_C].float())
+        score_C = statistics.score[allowed_C] / setting.score_scale
+        self.register_buffer("correlation_C", score_C.float())
         self.register_buffer("coefficient_C", coefficient_F.cpu()[allowed_C].float())
         self.register_buffer("mean_D", statistics.mean_D.float())
         self.register_buffer("std_D", statistics.std_D.float().clamp(min=1e-6))
@@ -141,8 +144,8 @@ class LayerAgent(nn.Module):
         """Of two agents with the same setting, parameters and buffers alone may differ in value."""
         allowed = self.allowed_C.cpu().numpy().tobytes() if self.reads_acts else None
         return (
-            id(self.sae[0].sae), self.k, self.combine, self.critic_kind, self.norm_mean,
-            self.norm_std, allowed, self.online is None, repr(self.policy), repr(self.critic),
+            self.sae[0].same, self.k, self.combine, self.critic_kind, self.norm_mean, self.norm_std,
+            allowed, self.online is None, repr(self.policy), repr(self.critic),
             self.pipeline.setting(),
             tuple((name, t.shape, t.dtype) for name, t in self.state_dict().items()),
         )  # fmt: skip

@@ -20,7 +20,7 @@ from torch.func import functional_call, stack_module_state
 
 from crl_exp.controllers.base import Action, StepContext, slots
 from crl_exp.controllers.team import Places, Team
-from crl_exp.draws import layer_keys
+from crl_exp.draws import layer_keys, option_keys
 from crl_exp.memory import Memory
 from crl_exp.stages.base import Observation
 
@@ -74,6 +74,8 @@ class PolicyTeam(Team):
             if memory.key_B is None:
                 memory.key_B = self._keys(context.row_B.to(x_ND.device), sizes)
             rows["key_B"] = memory.key_B
+            if context.option_B is not None:
+                rows["key_B"] = option_keys(memory.key_B, context.option_B)
         made = self._made(rows, sizes, token_index)
         memory.note(made.pop("length_B", None))
         return self._action(made, held, self.decay.at(context.token_index))

@@ -1,8 +1,10 @@
 """Does the engine compute what the model itself would? Asked once for every model that is loaded.
 
 The engine keeps prompts, pads them, builds masks and positions by its own rules and skips layers.
-An architecture that works otherwise (linear biases on distances, recurrent states, other caches)
-would give wrong residuals without an error. So two short prompts go both ways, and are compared.
+An architecture that works otherwise (linear biases on distances, recurrent states, other caches,
+positions that depend on the longest row) would give wrong residuals without an error. So short
+prompts and a long one go both ways together, and a short one beside one at the last positions that
+the model takes, and are compared.
 Shapes: B rows, T tokens, D d_model.
 """
 
@@ -17,7 +19,12 @@ from crl_exp.errors import UserError
 from crl_exp.models import LanguageModel
 
 NEW_TOKENS = 3
+LONG = 80
+"""Tokens of the long prompt; more where a sliding window is little longer."""
+LONGEST = 320
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+PROBABILITY_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Largest sum of differences between two distributions that rounding can make."""
 
 
 class _Watch(Controller):
@@ -39,6 +46,8 @@ def checked(lm: LanguageModel) -> LanguageModel:
     mend = ". Choose an architecture like Llama, Gemma-2, Qwen, GPT-2 or GPT-NeoX by model=…"
     try:
         error = largest_error(lm)
+        if error < TOLERANCE[lm.dtype]:
+            error = error_beside_a_long_row(lm)
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # whatever a foreign architecture does with our calls
@@ -55,7 +64,8 @@ def checked(lm: LanguageModel) -> LanguageModel:
 def largest_error(lm: LanguageModel) -> float:
     """Largest ‖engine's residual − the model's own‖ / ‖the model's own‖, over rows and tokens."""
     size = lm.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    prompts = [[i % size for i in ids] for ids in ([11, 12, 13, 14, 15, 16], [11, 12, 17])]
+    long = [7 + 5 * i % 13 for i in range(_long(lm))]
+    prompts = [[i % size for i in ids] for ids in ([11, 12, 13, 14, 15, 16], [11, 12, 17], long)]
     middle, last = lm.n_layers // 2, lm.n_layers - 1
     watch = _Watch(sorted({middle, last}))
     engine = Engine(lm, EngineConfig(batch_size=len(prompts), keep_gib=1.0, decode="eager"))
@@ -70,6 +80,58 @@ def largest_error(lm: LanguageModel) -> float:
                 expected_D = plain[site][len(prompt) - 1 + t]
                 errors.append(float((seen[row, t] - expected_D).norm() / expected_D.norm()))
     return max(errors) if all(e == e for e in errors) else float("nan")
+
+
+def _long(lm: LanguageModel) -> int:
+    """Tokens of the long prompt: more than the window, where that can be had cheaply."""
+    length = LONG
+    if lm.window is not None and lm.window < LONGEST:
+        length = max(length, lm.window + NEW_TOKENS)
+    return length if lm.max_positions is None else min(length, lm.max_positions - NEW_TOKENS)
+
+
+@torch.no_grad()
+def error_beside_a_long_row(lm: LanguageModel) -> float:
+    """As `largest_error`, of a short row beside one that stands at the last positions.
+
+    A prompt that long would take minutes; the positions alone tell whether they change the others.
+    """
+    size, last = lm.model.get_input_embeddings().num_embeddings, lm.n_layers - 1  # type: ignore[operator]
+    if lm.max_positions is None:
+        return 0.0
+    ids_T = [i % size for i in (11, 12, 13, 14)]
+    step_T = torch.arange(len(ids_T), device=lm.device)
+    at_BT = torch.stack([step_T, step_T + lm.max_positions - len(ids_T)])
+    found: list[Tensor] = []
+    handle = lm.hook(last, lambda hidden_BTD: found.append(hidden_BTD[0, -1].float()))
+    try:
+        lm.decoder(
+            input_ids=torch.tensor([ids_T, ids_T], device=lm.device),
+            attention_mask=lm.mask(at_BT, at_BT, torch.ones_like(at_BT, dtype=torch.bool)),
+            position_ids=at_BT,
+            use_cache=False,
+        )
+    finally:
+        handle.remove()
+    expected_D = _plain(lm, ids_T, [last])[last][-1]
+    return float((found[0] - expected_D).norm() / expected_D.norm())
+
+
+@torch.no_grad()
+def check_log_probs(lm: LanguageModel) -> None:
+    """Raise `UserError` where `log_probs` isn't what the model gives (it scales its logits, say):
+    for options of several tokens, whose sums need more than the order of the logits."""
+    size = lm.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids_1T = torch.tensor([[i % size for i in (11, 12, 13, 14)]], device=lm.device)
+    right_V = lm.model(input_ids=ids_1T).logits[0, -1].float().softmax(dim=-1)
+    hidden_1TD = lm.decoder(input_ids=ids_1T).last_hidden_state
+    error = float((lm.log_probs(hidden_1TD[:, -1])[0].exp() - right_V).abs().sum())
+    if not error < PROBABILITY_ERROR[lm.dtype]:
+        raise UserError(
+            f"task.choices: {lm.name} ({type(lm.model).__name__}) makes other probabilities of its "
+            f"logits than are known here (they differ by {error:.1%}), so options of several "
+            "tokens can't be compared; choose options of one token each, letters say"
+        )
 
 
 def _plain(lm: LanguageModel, tokens: list[int], sites: list[int]) -> dict[int, Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -14,8 +16,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from crl_exp import compatibility
 from crl_exp.errors import UserError, did_you_mean
+from crl_exp.files import read_json
 from crl_exp.heartbeat import HEARTBEAT_SECONDS
+from crl_exp.run_keys import read_config
+
+RUN_KEY = re.compile("[0-9a-f]{12}")
+"""What a run directory is called; another folder with a config.yaml is none."""
+AGAIN = "set resume=force to run this config again"
 
 
 @dataclass(frozen=True)
@@ -34,10 +43,13 @@ class Record:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The frozen config."""
-        plain = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+        """The frozen config, options that came later filled with what meant the same then, so that
+        it can be set beside those of other versions; without what is merely looked up in."""
+        config = read_config(self.path / "config.yaml")
+        compatibility.fill_missing(config)
+        plain = OmegaConf.to_container(config)
         assert isinstance(plain, dict)
-        return {str(key): value for key, value in plain.items()}
+        return compatibility.without_tables({str(key): value for key, value in plain.items()})
 
     @cached_property
     def status(self) -> dict[str, Any]:
@@ -49,7 +61,12 @@ class Record:
 
     @cached_property
     def features(self) -> dict[str, Any]:
-        return self._json("features.json") or {}
+        """features.json; an undefined figure is NaN."""
+        found = self._json("features.json") or {}
+        for row in (row for layer in found.values() for row in layer["found"] + layer["used"]):
+            undefined = [k for k, v in row.items() if v is None and k != "neuronpedia"]
+            row |= dict.fromkeys(undefined, math.nan)
+        return found
 
     @cached_property
     def heartbeat(self) -> dict[str, Any]:
@@ -63,10 +80,13 @@ class Record:
 
     @cached_property
     def journal(self) -> list[dict[str, Any]]:
-        """Lines written to their end: {"step", "time", "metrics"}."""
+        """Lines written to their end: {"step", "time", "metrics"}; an undefined metric is NaN."""
         path = self.path / "journal.jsonl"
-        text = path.read_text() if path.exists() else ""
-        return [self._parse(line, path) for line in text.split("\n")[:-1]]
+        text = path.read_bytes() if path.exists() else b""
+        lines = [self._parse(line, path) for line in text.split(b"\n")[:-1]]
+        for line in lines:
+            line["metrics"] = {k: math.nan if v is None else v for k, v in line["metrics"].items()}
+        return lines
 
     @cached_property
     def layers(self) -> list[int] | None:
@@ -77,17 +97,14 @@ class Record:
         return [section["layer"]] if "layer" in section else section.get("layers")
 
     def _json(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
-        return self._parse(path.read_text(), path) if path.exists() else None
+        return read_json(self.path / name, AGAIN)
 
     @staticmethod
-    def _parse(text: str, path: Path) -> dict[str, Any]:
+    def _parse(text: bytes, path: Path) -> dict[str, Any]:
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path} is damaged ({error}); set resume=force to run this config again"
-            ) from error
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); {AGAIN}") from error
 
 
 def find_records(folder: Path) -> list[Record]:
@@ -96,7 +113,7 @@ def find_records(folder: Path) -> list[Record]:
     Raises `UserError` where there is none.
     """
     for pattern in ("config.yaml", "*/config.yaml", "*/*/config.yaml"):
-        found = sorted(folder.glob(pattern))
+        found = [p for p in sorted(folder.glob(pattern)) if RUN_KEY.fullmatch(p.parent.name)]
         if found:
             return [Record(path.parent.absolute()) for path in found]
     raise UserError(
@@ -110,6 +127,8 @@ def find_sweep(name: str, output_dir: Path) -> Path:
 
     Raises `UserError` where there is none, with the nearest names.
     """
+    if not name.strip():
+        raise UserError("the sweep's name is empty: give the name of one, or its folder")
     for folder in (Path(name), output_dir / name):
         if folder.is_dir():
             return folder
@@ -178,17 +197,34 @@ def _gone(record: Record) -> str:
         if not _alive(status["pid"]):
             return "its process is gone"
         return "" if _held(record.path / ".lock") else "its process has gone on to something else"
-    last = max(record.heartbeat.get("time", 0.0), status.get("updated", 0.0))
-    silent = time.time() - last
+    silent = _silent_seconds(record.path)
     if silent <= LOST_SECONDS:
         return ""
     return f"no heartbeat from {status.get('host')} for {silent:.0f} s"
 
 
+def _silent_seconds(run: Path) -> float:
+    """How long a run has written nothing of itself, by the clock of its file system.
+
+    The times of a file that it wrote and of one written now are told by the same clock; those that
+    another machine writes into its files are told by its own, which may be minutes off.
+    """
+    files = [run / name for name in ("heartbeat.json", "status.json")]
+    last = max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
+    probe = run / f".now-{socket.gethostname()}-{os.getpid()}"
+    try:
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink(missing_ok=True)
+    except OSError:  # read-only here
+        now = time.time()
+    return now - last
+
+
 def _held(lock: Path) -> bool:
     """Whether a process holds the lock file. Has it for a moment where none does."""
     try:
-        with lock.open() as file:
+        with lock.open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

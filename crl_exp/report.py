@@ -21,11 +21,13 @@ from crl_exp.feature_credit import (
     item_lines,
 )
 from crl_exp.feature_use import metric_lines
+from crl_exp.pairs import chosen_pairs
 from crl_exp.records import Record, find_records, find_sweep
 from crl_exp.report_files import Files
 from crl_exp.report_page import page
 from crl_exp.report_parts import Part, SweepParts, compare_parts
 from crl_exp.runs import SWEEP_CONFIG
+from crl_exp.table_pairs import PAIR_CSV, pair_line
 from crl_exp.tracking import resolved_uri
 from crl_exp.tracking_report import attach_report
 
@@ -92,6 +94,8 @@ def write_texts(part: Part, files: Files) -> list[FeatureCredit]:
     )  # fmt: skip
     files.text("table.md", tables.markdown(sweep) + tables.feature_section(credits))
     files.text("table.tex", table_latex.latex(sweep, label))
+    if pairs := chosen_pairs(sweep):
+        files.text("pairs.csv", table_csv.as_csv(PAIR_CSV, [pair_line(pair) for pair in pairs]))
     if credits:
         files.text("features.csv", table_csv.as_csv(CREDIT_COLUMNS, credit_lines(credits)))
         files.text("by_layer.csv", table_csv.as_csv(*metric_lines(sweep)))
@@ -164,12 +168,13 @@ def main(argv: list[str]) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    tables.print_parts(parts, console)
+    # The files first: whatever a terminal can't show, they are whole.
     written = write_report(parts, folder / "report")
+    tables.print_parts(parts, console)
     console.print("\nwritten:")
     here = [path for path in written if path.parent == folder / "report"]
     for path in here:
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+        console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
     if len(here) < len(written):
         console.print(f"  and {len(written) - len(here)} files in folders there, one for each part")
     attach(records, folder)

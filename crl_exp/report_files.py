@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crl_exp.runs import write_atomic
+from crl_exp.files import write_atomic
+from crl_exp.shown import plain
 
 # What a report may write; nothing else in its folder is ever removed.
 TEXTS = (
     "table.md", "table.csv", "table.tex", "overview.csv", "features.csv", "items.csv",
-    "by_layer.csv", "report.html",
+    "by_layer.csv", "pairs.csv", "report.html",
 )  # fmt: skip
 FIGURE_NAMES = (
     "by_layer", "by_option", "heat_map", "training", "overlap", "diversity", "correlation",
@@ -33,7 +34,7 @@ class Files:
 
     def text(self, name: str, text: str) -> None:
         assert name in TEXTS
-        write_atomic(self.folder / name, text)
+        write_atomic(self.folder / name, plain(text))
         self.written.append(self.folder / name)
 
     def figure(

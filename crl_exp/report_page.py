@@ -9,6 +9,7 @@ from pathlib import Path
 
 from crl_exp.comparison import SweepComparison
 from crl_exp.feature_credit import FeatureCredit
+from crl_exp.further_tables import further_tables
 from crl_exp.records import Record
 from crl_exp.report_parts import Part, SweepParts
 from crl_exp.table_cells import (
@@ -63,7 +64,9 @@ def page(parts: SweepParts, figures: dict[str, list[Path]], credits: dict[str, l
     for part in parts.parts:
         body += _section(part, figures[part.folder], credits[part.folder], parts.several)
     body += _not_finished(parts.unfinished)
-    style, script = ((ASSETS / name).read_text() for name in ("page.css", "page.js"))
+    style, script = (
+        (ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -114,9 +117,18 @@ def _section(
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         found += [f"<h3>{escape(set_title(sweep))}</h3>", table(set_columns(sweep), cells, 2)]
+    found += _further(sweep)
     found += ['<div class="figures">', *map(figure, figures), "</div>"]
     found += _features(credits) + _runs(sweep) + _not_finished(sweep.unfinished)
     return ["<section>", *found, "</section>"]
+
+
+def _further(sweep: SweepComparison) -> list[str]:
+    found = []
+    for more in further_tables(sweep):
+        found += [f"<h3>{escape(more.title)}</h3>", table(more.columns, more.lines, n_left=2)]
+        found += [f"<p class=note>{escape(line)}</p>" for line in more.notes]
+    return found
 
 
 def _features(credits: list[FeatureCredit]) -> list[str]:

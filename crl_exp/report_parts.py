@@ -17,9 +17,10 @@ from crl_exp.errors import UserError, did_you_mean
 from crl_exp.labels import NAMES
 from crl_exp.option_names import typed
 from crl_exp.records import Record, flatten
+from crl_exp.wordings import wordings
 
-# What runs are never compared across.
-PARTED_BY = ("task.name", "model.name", "sae.name")
+# What runs are never compared across. `wording`: how the questions were put (`crl_exp.wordings`).
+PARTED_BY = ("task.name", "model.name", "sae.name", "wording")
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,13 @@ class Part:
 
     @property
     def title(self) -> str:
-        return ", ".join(value for _, value in self.names)
+        return ", ".join(value for _, value in self.names if value)
 
     @property
     def folder(self) -> str:
         """A folder's name made from `names`."""
-        return re.sub(r"[^\w.-]+", "_", "-".join(value for _, value in self.names)).strip("._")
+        named = "-".join(value for _, value in self.names if value)
+        return re.sub(r"[^\w.-]+", "_", named).strip("._-")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def best_rows(sweep: SweepComparison) -> dict[str, Row]:
 
 
 def compare_parts(records: list[Record], by: tuple[str, ...] = ()) -> SweepParts:
-    """Take a sweep apart by task, model, SAE release and the config keys of `by`; compare each.
+    """Take a sweep apart by task, model, SAE release, wording and the config keys of `by`; compare
+    each.
 
     Raises `UserError` where no run is finished, where a key of `by` isn't in the configs, or where
     runs of a part can't be compared: all of them are named.
@@ -87,6 +90,8 @@ def compare_parts(records: list[Record], by: tuple[str, ...] = ()) -> SweepParts
     refuse_unfinished(records)
     configs = {record.key: flatten(record.config) for record in records}
     _refuse_unknown(by, configs)
+    for key, wording in wordings(configs).items():
+        configs[key]["wording"] = wording
     keys = _telling([*PARTED_BY, *by], list(configs.values()))
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:

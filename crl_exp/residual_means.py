@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.controllers.observer import Seen
+from crl_exp.groups import is_rewarded
 from crl_exp.preemption import Pace
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ResidualMeans:
-    """Sums of one layer's residuals, float64 [D]; an answer counts as rewarded from .5 up."""
+    """Sums of one layer's residuals, float64 [D]."""
 
     rewarded_D: Tensor
     unrewarded_D: Tensor
@@ -32,9 +34,9 @@ class ResidualMeans:
         zeros_D = torch.zeros(d_model, dtype=torch.float64)
         return cls(zeros_D, zeros_D.clone())
 
-    def update(self, x_BD: Tensor, reward_B: Tensor) -> None:
-        """Take in a batch of answers: one residual and one reward each."""
-        x_BD, good_B = x_BD.double().cpu(), reward_B.cpu() >= 0.5
+    def update(self, x_BD: Tensor, reward_B: Tensor, rewarded: str = "positive") -> None:
+        """Take in a batch of answers: one residual and one reward each. rewarded: of `warmup`."""
+        x_BD, good_B = x_BD.double().cpu(), is_rewarded(reward_B.cpu(), rewarded)
         self.rewarded_D += x_BD[good_B].sum(0)
         self.unrewarded_D += x_BD[~good_B].sum(0)
         self.n_rewarded += int(good_B.sum())
@@ -62,17 +64,23 @@ class ResidualObserver(Controller):
         self.count_B: dict[int, Tensor] = {}
 
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
-        x_BD = x_BD[context.alive_B].double()
-        if layer not in self.total_BD:
-            self.total_BD[layer] = x_BD.new_zeros(context.n_rows, x_BD.shape[1])
-            self.count_B[layer] = x_BD.new_zeros(context.n_rows)
-        rows = context.row_B.to(x_BD.device)[context.alive_B]
-        if context.token_index == 0:
-            self.total_BD[layer][rows], self.count_B[layer][rows] = x_BD, 1.0
-        elif not self.last_prompt:
-            self.total_BD[layer][rows] += x_BD
-            self.count_B[layer][rows] += 1
+        Seen.of(layer, context).see(x_BD, context)
         return None
+
+    def end(self, context: StepContext) -> None:
+        for layer in self.sites:
+            for index, (x_RD, rows_R) in enumerate(Seen.of(layer, context).taken(context)):
+                self._add(layer, index, x_RD.double(), rows_R.to(x_RD.device), context.n_rows)
+
+    def _add(self, layer: int, index: int, x_RD: Tensor, rows_R: Tensor, n_rows: int) -> None:
+        if layer not in self.total_BD:
+            self.total_BD[layer] = x_RD.new_zeros(n_rows, x_RD.shape[1])
+            self.count_B[layer] = x_RD.new_zeros(n_rows)
+        if index == 0:
+            self.total_BD[layer][rows_R], self.count_B[layer][rows_R] = x_RD, 1.0
+        elif not self.last_prompt:
+            self.total_BD[layer][rows_R] += x_RD
+            self.count_B[layer][rows_R] += 1
 
     def mean(self, layer: int) -> Tensor:
         """Mean residual [B, D] of each row."""
@@ -99,7 +107,7 @@ def residual_means(lab: Lab) -> dict[int, ResidualMeans]:
             observer = ResidualObserver(sites, lab.exp.warmup.pooling == "last_prompt")
             reward_B = lab.answer(observer, "train", items).reward_B
             for layer, means in found.items():
-                means.update(observer.mean(layer), reward_B)
+                means.update(observer.mean(layer), reward_B, lab.exp.warmup.rewarded)
             at += len(items)
             advance(len(items))
             pace.after_step(save)

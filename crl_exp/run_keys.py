@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp import compatibility
 from crl_exp.errors import UserError
@@ -36,13 +38,12 @@ def frozen_config(path: Path) -> DictConfig:
     """The config frozen in a run directory, for running it from where the directory lies now.
 
     One frozen by an earlier version means what it meant then (`compatibility`).
-    Raises `UserError` where there is none or where it was changed since.
+    Raises `UserError` where there is none, where it is damaged or was changed since.
     """
     path = path.absolute()
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is no run directory: it has no config.yaml")
-    config = OmegaConf.load(path / "config.yaml")
-    assert isinstance(config, DictConfig)
+    config = read_config(path / "config.yaml")
     config.sweep_name, config.output_dir = path.parent.name, str(path.parent.parent)
     compatibility.fill_missing(config)
     if run_key(config) != path.name:
@@ -51,6 +52,22 @@ def frozen_config(path: Path) -> DictConfig:
             "written by another version. Launch the sweep again; it freezes the config anew"
         )
     return config
+
+
+def read_config(path: Path) -> DictConfig:
+    """A config as it was frozen. Raises `UserError` for a damaged file."""
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        why = str(error).splitlines()[0]
+    else:
+        if isinstance(config, DictConfig) and not config._is_none():
+            return config
+        why = "it holds no keys"
+    raise UserError(
+        f"{path} is damaged ({why}): launch the sweep, or type the run's line, again; it writes "
+        "the config anew"
+    )
 
 
 def freeze(config: DictConfig, path: Path) -> None:

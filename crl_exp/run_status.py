@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -16,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from crl_exp import slurm
 from crl_exp.errors import UserError
-from crl_exp.files import write_json
+from crl_exp.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 STATES = ("queued", "running", "done", "failed", "preempted", "cancelled", "lost")
@@ -87,8 +86,16 @@ class RunStatus:
         return self.path / "cancel"
 
     def status(self) -> dict[str, Any]:
-        path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        """What `status.json` says; {} where there is none.
+
+        Raises `UserError` where it is damaged. A run that is begun anew takes no notice of it.
+        """
+        try:
+            return read_json(self.path / "status.json", ANEW) or {}
+        except UserError:
+            if self.anew:
+                return {}
+            raise
 
     def set_status(self, state: str, **more: Any) -> None:
         """Record the state, one of `STATES`, with `more` of error, traceback, signal, ….

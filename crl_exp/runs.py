@@ -20,11 +20,14 @@ from omegaconf import DictConfig
 
 from crl_exp import slurm
 from crl_exp.checkpoints import Checkpoint
-from crl_exp.files import write_atomic, write_json, writing
+from crl_exp.files import SWEEP_CONFIG, finite, home, read_json, write_atomic, write_json, writing
 from crl_exp.heartbeat import Progress, read_heartbeat
+from crl_exp.inputs import DATA, INPUTS, Inputs
+from crl_exp.names import check_sweep
 from crl_exp.preemption import Preempted
 from crl_exp.run_keys import NOT_IN_KEY, RESUME, content_key, freeze, frozen_config, run_key
 from crl_exp.run_status import ANEW, RunStatus
+from crl_exp.shown import undefined
 
 __all__ = [
     "MLFLOW_BEGUN", "NOT_IN_KEY", "RESUME", "SWEEP_CONFIG", "RunDirectory", "content_key",
@@ -36,6 +39,7 @@ FROM_THE_LAST_TIME = (
     "result.json",
     "features.json",
     "interventions.parquet",
+    "items.parquet",
     "journal.jsonl",
     "heartbeat.json",
     "checkpoint.pt",
@@ -43,10 +47,10 @@ FROM_THE_LAST_TIME = (
     "residuals.pt",
     "residuals.prev.pt",
     "system.jsonl",
+    INPUTS,
+    DATA,
     MLFLOW_BEGUN,
 )
-SWEEP_CONFIG = "multirun.yaml"
-"""In a sweep's folder: what was asked for, by the launch that was taken last."""
 ANSWERS = "answers"
 """Folder of the answers given so far; removed when the run is done."""
 
@@ -55,13 +59,16 @@ class RunDirectory(RunStatus):
     """Paths, attempts, journal and checkpoints of one run."""
 
     def __init__(self, config: DictConfig):
+        check_sweep(config.sweep_name)
         self.key = run_key(config)
-        path = Path(config.output_dir).expanduser() / config.sweep_name / self.key
+        path = home(config.output_dir, "output_dir") / config.sweep_name / self.key
         super().__init__(path, config.resume == "force")
         own = slurm.job_id()
         if own and slurm.restarts() and self.status().get("slurm_job_id") == own:
             self.anew = False  # resume=force was done by this job's first start
         self.config = config
+        self.inputs: Inputs | None = None
+        """What lies in the files that it reads, where somebody has looked; noted by `freeze`."""
         self.progress = Progress()
 
     def part(self, name: str) -> RunDirectory:
@@ -94,8 +101,8 @@ class RunDirectory(RunStatus):
         return self.path / "result.json"
 
     def result(self) -> dict[str, Any] | None:
-        """The finished run's result, or None."""
-        return json.loads(self.result_path.read_text()) if self.result_path.exists() else None
+        """The finished run's result, or None. Raises `UserError` for a damaged one."""
+        return read_json(self.result_path, ANEW)
 
     def freeze(self) -> None:
         """Write the config that a job will run from. With resume=force forgets the last attempt.
@@ -109,6 +116,13 @@ class RunDirectory(RunStatus):
                 (self.path / "status.json").unlink(missing_ok=True)
                 self.anew = False
             freeze(self.config, self.path / "config.yaml")
+            self.note_inputs()
+
+    def note_inputs(self) -> None:
+        """Keep the digests of what the run reads, unless an earlier attempt has read it."""
+        read = (self.path / INPUTS).exists() and (self.path / DATA).exists()
+        if self.inputs is not None and not read:
+            write_json(self.path / INPUTS, self.inputs)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -144,6 +158,7 @@ class RunDirectory(RunStatus):
         if self.anew:
             self.clear()
         freeze(self.config, self.path / "config.yaml")
+        self.note_inputs()
         self.cancel_path.unlink(missing_ok=True)
         told = read_heartbeat(self.path / "heartbeat.json")
         self.progress.seconds, self.progress.packed = told.get("seconds", {}), told.get("packed", 1)
@@ -156,9 +171,10 @@ class RunDirectory(RunStatus):
         return self.path / "journal.jsonl"
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append metrics of one step (an update of the policy)."""
-        line = json.dumps({"step": step, "time": time.time(), "metrics": metrics})
-        with writing(self.journal_path), self.journal_path.open("a") as file:
+        """Append metrics of one step (an update of the policy); undefined ones are null."""
+        metrics = finite(metrics)
+        line = json.dumps({"step": step, "time": time.time(), "metrics": metrics}, allow_nan=False)
+        with writing(self.journal_path), self.journal_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self.progress.metrics |= {k: v for k, v in metrics.items() if "/" not in k}
 
@@ -166,7 +182,10 @@ class RunDirectory(RunStatus):
         """Lines written to their end."""
         if not self.journal_path.exists():
             return []
-        return [json.loads(line) for line in self.journal_path.read_text().split("\n")[:-1]]
+        return [
+            json.loads(line)
+            for line in self.journal_path.read_text(encoding="utf-8").split("\n")[:-1]
+        ]
 
     def cut_journal(self, n_bytes: int) -> None:
         """Drop what was logged after the checkpoint that a resumed run goes on from."""
@@ -177,7 +196,7 @@ class RunDirectory(RunStatus):
     def take_journal(self, part: RunDirectory) -> None:
         """Make a part's journal this run's own."""
         if part.journal_path.exists():
-            write_atomic(self.journal_path, part.journal_path.read_text())
+            write_atomic(self.journal_path, part.journal_path.read_text(encoding="utf-8"))
 
     # --- checkpoint ---
 
@@ -198,6 +217,13 @@ class RunDirectory(RunStatus):
         state = self.checkpoint().load()
         self.cut_journal(0 if state is None else state["journal_bytes"])
         return state
+
+
+def objective(result: dict[str, Any]) -> float | None:
+    """What a sweeper such as Optuna's optimises: the validation items' figure, as the test items
+    are only measured on. None where it is undefined."""
+    value = result["validation"]["accuracy_steered"]
+    return None if undefined(value) else value
 
 
 def _scancelled(preempted: Preempted) -> bool:

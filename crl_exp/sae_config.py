@@ -6,17 +6,21 @@ SAELens keeps the directory of published releases and each SAE's own config.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crl_exp.errors import UserError, did_you_mean
+from crl_exp.files import home
 from crl_exp.hub import hub_trouble
 from crl_exp.sae_metadata import SAEMetadata
 
 REPO = Path(__file__).resolve().parents[1]
 TINY_PREFIX = "tiny:"
+DICTIONARIES = {"sae": "", "random": "random dictionary", "permuted": "permuted dictionary"}
+"""What may be added, and what a method with it is called in a report; `crl_exp.dictionaries`."""
 OFFLINE = (
     "Without the hub: load it where there is one, save it by SAELens' `sae.save_model(folder)`, "
     "copy the folder here and set sae=disk sae.folder=/that/folder"
@@ -34,6 +38,10 @@ class SAEConfig:
     id_template: id of a layer's SAE, with `{layer}`.
     other_model: allow SAEs that were trained on another model than the one they steer. Trained on
         the base model and used on its instruction-tuned one is always allowed; both are recorded.
+    dictionary: what is added for a feature: sae, its decoder row; or, as controls, random, a
+        direction drawn evenly, and permuted, the row of another feature; each as long as its own
+        row, drawn by seed and layer. All else is the SAE's own: activations, correlations, what may
+        be steered.
     """
 
     name: str
@@ -41,6 +49,7 @@ class SAEConfig:
     release: str | None
     id_template: str
     other_model: bool
+    dictionary: str
 
     def faults(self) -> list[str]:
         found = []
@@ -48,7 +57,16 @@ class SAEConfig:
             found.append("sae: give either sae.folder=… or sae.release=…, not both, not neither")
         if "{layer}" not in self.id_template:
             found.append(f"sae.id_template={self.id_template}: must contain {{layer}}")
+        if self.dictionary not in DICTIONARIES:
+            near = did_you_mean(self.dictionary, DICTIONARIES)
+            known = ", ".join(DICTIONARIES)
+            found.append(f"sae.dictionary={self.dictionary}: must be one of {known}{near}")
         return found
+
+    @property
+    def control(self) -> bool:
+        """Whether a method with these is one: what it adds isn't the SAE's."""
+        return self.dictionary != "sae"
 
     def sae_id(self, layer: int) -> str:
         return self.id_template.replace("{layer}", str(layer))
@@ -59,7 +77,7 @@ class SAEConfig:
             from crl_exp.tiny import tiny_saes
 
             return tiny_saes(self.folder.removeprefix(TINY_PREFIX))
-        folder = Path(self.folder).expanduser()
+        folder = home(self.folder, "sae.folder")
         return folder if folder.is_absolute() else REPO / folder
 
     def path(self, layer: int) -> Path:
@@ -85,7 +103,7 @@ class SAEConfig:
     def _ids(self) -> list[str]:
         if self.folder is not None:
             root = self.root()
-            return [str(p.parent.relative_to(root)) for p in root.rglob("cfg.json")]
+            return [str(found.relative_to(root)) for found in _holding(root, "cfg.json")]
         return list(self._published().saes_map)
 
     def _published(self) -> Any:
@@ -125,7 +143,10 @@ class SAEConfig:
         """
         try:
             if self.folder is not None:
-                cfg = json.loads((self.path(layer) / "cfg.json").read_text())
+                cfg = json.loads((self.path(layer) / "cfg.json").read_text(encoding="utf-8"))
+                if not isinstance(cfg, dict):
+                    raise ValueError(f"cfg.json holds a {type(cfg).__name__}, not a config")
+                self._check_inference(layer, cfg)
             else:
                 from sae_lens.loading.pretrained_sae_loaders import (
                     load_sae_config_from_huggingface,
@@ -136,6 +157,19 @@ class SAEConfig:
         except (OSError, ValueError, KeyError) as error:  # ValueError: not JSON, not even UTF-8
             raise UserError(self.cannot_load(layer, error)) from error
         return SAEMetadata.of(cfg)
+
+    def _check_inference(self, layer: int, cfg: Any) -> None:
+        """Raise `UserError` for a training checkpoint of an SAE that is another one afterwards."""
+        from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+        kind = cfg.get("architecture") if isinstance(cfg, dict) else None
+        if kind in SAE_TRAINING_CLASS_REGISTRY and kind not in SAE_CLASS_REGISTRY:
+            raise UserError(
+                f"the SAE of layer {layer} at {self.where(layer)} is a training checkpoint "
+                f"(architecture {kind}), which has no threshold for single tokens yet: write the "
+                "SAE by SAELens' `TrainingSAE.load_from_disk(folder)."
+                "save_inference_model(new_folder)` and set sae.folder=/where/new_folder/lies"
+            )
 
     def metadata_faults(self, layer: int, d_model: int, model_name: str, k: int = 1) -> list[str]:
         """What an SAE's own config says against using it here, before weights load.
@@ -152,3 +186,20 @@ class SAEConfig:
             found.normalization = None if self.sae_id(layer) in known else found.normalization
         allowed = self.allowed_for(model_name)
         return found.faults(self.where(layer), layer, d_model, allowed, k)
+
+
+def _holding(folder: Path, name: str, above: frozenset[str] = frozenset()) -> list[Path]:
+    """Folders in and below this one that hold a file of this name, those behind links too.
+
+    above: real paths of those that it lies in; a link back to one of them isn't followed.
+    """
+    real = os.path.realpath(folder)
+    if real in above or not os.path.isdir(folder):
+        return []
+    found = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir():
+            found += _holding(Path(entry.path), name, above | {real})
+        elif entry.name == name:
+            found.append(folder)
+    return found

@@ -7,7 +7,7 @@ Shapes: B rows, D d_in, F d_sae, C features asked for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -36,6 +36,7 @@ class LayerSAE:
 
     centered: the SAE was trained on a residual whose mean over D was taken out, as TransformerLens'
         center_writing_weights does; no layer of such a model reads that mean.
+    rows_FD: what is added in place of the decoder's rows (`crl_exp.dictionaries`), or None.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class LayerSAE:
     neuronpedia_id: str | None = None
     warnings: list[str] = field(default_factory=list)
     centered: bool = False
+    rows_FD: Tensor | None = None
     _gathered: dict[bytes, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -52,7 +54,13 @@ class LayerSAE:
 
     @property
     def W_dec_FD(self) -> Tensor:
-        return self.sae.W_dec  # type: ignore[return-value]
+        """What steering adds rows of."""
+        return self.sae.W_dec if self.rows_FD is None else self.rows_FD  # type: ignore[return-value]
+
+    @property
+    def same(self) -> Hashable:
+        """Equal for two that encode alike and add the same rows: their rows may be one batch."""
+        return id(self.sae), id(self.rows_FD)
 
     @property
     def d_sae(self) -> int:
@@ -60,7 +68,8 @@ class LayerSAE:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.sae.state_dict().values())
+        own = sum(tensor.nbytes for tensor in self.sae.state_dict().values())
+        return own + (0 if self.rows_FD is None else self.rows_FD.nbytes)
 
     @cached_property
     def dec_norm_F(self) -> Tensor:
@@ -69,10 +78,16 @@ class LayerSAE:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the weights: a retrained SAE's statistics aren't mixed up with the old one's."""
-        state = sorted(self.sae.state_dict().items())
-        data = b"".join(t.detach().float().cpu().numpy().tobytes() for _, t in state)
-        return hashlib.sha256(data).hexdigest()[:8]
+        """Hash of the weights: a retrained SAE's statistics aren't mixed up with the old one's.
+
+        What is added isn't in it: stage 1 adds nothing.
+        """
+        return _digest([t for _, t in sorted(self.sae.state_dict().items())])
+
+    @cached_property
+    def rows_digest(self) -> str:
+        """Hash of what steering adds; the weights' own without another dictionary."""
+        return self.digest if self.rows_FD is None else _digest([self.rows_FD])
 
     @torch.no_grad()
     def encode(self, x_BD: Tensor) -> Tensor:
@@ -134,6 +149,11 @@ class LayerSAE:
         if self.neuronpedia_id is None:
             return None
         return f"https://www.neuronpedia.org/{self.neuronpedia_id}/{feature_idx}"
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    data = b"".join(t.detach().float().cpu().numpy().tobytes() for t in tensors)
+    return hashlib.sha256(data).hexdigest()[:8]
 
 
 def load_saes(

@@ -1,7 +1,8 @@
 """What features are ranked by in stage 1, besides Pearson's r: baselines in the same slot.
 
-Each score is signed by the difference of means, so that a feature that goes with failure is not
-taken for one that goes with success. Pure. Shapes: B samples, F features, M kept values.
+Each score is signed, so that a feature that goes with failure is not taken for one that goes with
+success: ours by the difference of means, those of CorrSteer's table by r, which its code filters
+them by. Pure. Shapes: B samples, F features, M kept values.
 """
 
 from __future__ import annotations
@@ -12,9 +13,15 @@ import torch
 from torch import Tensor
 
 from crl_exp.groups import Sums
+from crl_exp.histograms import LogHistogram, binned_mutual_information
 
-SCORES = ("pearson", "mutual_information", "fisher", "mean_difference", "composite")
-NEGATIVE = ("keep", "clip", "steer")
+SCORES = (
+    "pearson", "mutual_information", "fisher", "mean_difference", "composite",
+    "corrsteer_mutual_information", "corrsteer_fisher",
+)  # fmt: skip
+NEGATIVE = ("keep", "clip", "steer", "drop")
+KEPT = {"composite": "values", "corrsteer_mutual_information": "histogram"}
+"""What stage 1 has to keep of the activations, for scores that its sums aren't enough for."""
 
 
 @dataclass
@@ -40,7 +47,8 @@ class KeptValues:
 
 
 def mutual_information(rewarded: Sums, unrewarded: Sums) -> Tensor:
-    """Between being active and being rewarded [F], in nats, from the four counts."""
+    """Between being active and being rewarded [F], in nats, from the four counts. Ours: what of the
+    activation's size goes with the reward isn't in it, so no bins have to be chosen."""
     n = rewarded.n + unrewarded.n
     total_F = torch.zeros_like(rewarded.total_F)
     active_F = rewarded.active_F + unrewarded.active_F
@@ -55,9 +63,16 @@ def mutual_information(rewarded: Sums, unrewarded: Sums) -> Tensor:
 
 
 def fisher_ratio(rewarded: Sums, unrewarded: Sums) -> Tensor:
-    """(μ₁ − μ₀)² / (σ₁² + σ₀²) [F]; 0 where the means are equal."""
+    """(μ₁ − μ₀)² / (σ₁² + σ₀²) [F], Fisher's criterion (1936); 0 where the means are equal."""
     within_F = rewarded.variance() + unrewarded.variance()
     return (rewarded.mean() - unrewarded.mean()).square() / within_F.clamp(min=1e-12)
+
+
+def corrsteer_fisher(rewarded: Sums, unrewarded: Sums) -> Tensor:
+    """E[z² | rewarded] / E[z² | unrewarded] [F]: "Fisher" in CorrSteer's table (arXiv 2508.12535,
+    after DSG), as its code has it. Above 1 where a feature is stronger in success; a feature never
+    active in failure has a ratio without bound (the denominator is at least 1e-12)."""
+    return rewarded.mean_square() / unrewarded.mean_square().clamp(min=1e-12)
 
 
 def all_scores(rewarded: Sums, unrewarded: Sums, kept: KeptValues | None) -> dict[str, Tensor]:
@@ -75,15 +90,25 @@ def all_scores(rewarded: Sums, unrewarded: Sums, kept: KeptValues | None) -> dic
     return found
 
 
-def scaled(score: str, values_F: Tensor) -> Tensor:
-    """Pearson's r as it is; another score divided by its largest size, so that it has r's range."""
-    if score == "pearson":
-        return values_F
-    return values_F / values_F.abs().max().clamp(min=1e-12)
+def published_scores(
+    rewarded: Sums,
+    unrewarded: Sums,
+    correlation_F: Tensor,
+    histograms: tuple[LogHistogram, LogHistogram] | None,
+) -> dict[str, Tensor]:
+    """The other scores of CorrSteer's table [F], signed by r; the one in bins only where these were
+    counted (of rewarded and of unrewarded samples)."""
+    sign_F = correlation_F.sign()
+    found = {"corrsteer_fisher": sign_F * corrsteer_fisher(rewarded, unrewarded)}
+    if histograms is not None:
+        binned_F = binned_mutual_information(*histograms)
+        found["corrsteer_mutual_information"] = sign_F * binned_F
+    return found
 
 
 def handle_negative(values_F: Tensor, negative: str) -> Tensor:
-    """keep; clip: negative scores become 0; steer: |score|, with coefficients below 0."""
+    """keep, drop: as they are; clip: negative scores become 0; steer: |score|, with coefficients
+    below 0."""
     if negative == "clip":
         return values_F.clamp(min=0)
     return values_F.abs() if negative == "steer" else values_F

@@ -18,6 +18,7 @@ from typing import Any
 
 from crl_exp import preemption
 from crl_exp.checkpoints import rng_state, set_rng_state
+from crl_exp.choice import Options
 from crl_exp.engine import Engine, EngineConfig, Prompts
 from crl_exp.generation import Generation, Job
 from crl_exp.models import LanguageModel
@@ -36,7 +37,7 @@ class Question:
     prompts: Prompts
     jobs: Sequence[Job]
     max_new_tokens: int
-    choices: Sequence[int] | None
+    choices: Sequence[int] | Options | None
     record: bool
     stop: Sequence[str]
     answers: list[Generation] | None = None
@@ -45,7 +46,9 @@ class Question:
     @property
     def kind(self) -> tuple:
         """Questions of one kind can be answered in one call."""
-        choices = None if self.choices is None else tuple(self.choices)
+        choices = self.choices
+        if choices is not None and not isinstance(choices, Options):
+            choices = tuple(choices)
         return id(self.prompts), self.max_new_tokens, choices, self.record, tuple(self.stop)
 
 
@@ -169,7 +172,7 @@ class SeatEngine(Engine):
         prompts: Prompts,
         jobs: Sequence[Job],
         max_new_tokens: int,
-        choices: Sequence[int] | None = None,
+        choices: Sequence[int] | Options | None = None,
         record: bool = False,
         progress: Progress | None = None,
         stop: Sequence[str] = (),

@@ -9,14 +9,39 @@ import logging
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 ASKING_SECONDS = 20.0
+OURS = "CRL_EXP_SLURM_JOB"
+"""In the environment: the job that exists for these runs alone. A run that a person starts inside
+an interactive session, or in a batch script of their own, is in a job too, which isn't ours to
+cancel or to requeue."""
+
+
+def claim() -> None:
+    """This process's job was submitted by our launcher; said by what the job runs."""
+    os.environ[OURS] = os.environ.get("SLURM_JOB_ID", "")
+
+
+@contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """The environment without what SLURM says of the job that this process is in, which a job
+    submitted from here would take for its own (binding to cores, memory per core, tasks)."""
+    hidden = [name for name in os.environ if name.startswith("SLURM") and name != "SLURM_CONF"]
+    kept = {name: os.environ.pop(name) for name in hidden}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def job_id() -> str | None:
-    """This process's job as squeue names it, `123` or `123_4`; None outside of SLURM."""
+    """This process's job as squeue names it, `123` or `123_4`; None outside of SLURM and in a job
+    that our launcher didn't submit."""
+    if not os.environ.get(OURS) or os.environ[OURS] != os.environ.get("SLURM_JOB_ID"):
+        return None
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
@@ -28,7 +53,7 @@ def node() -> str | None:
 
 def restarts() -> int:
     """How often SLURM has started this job again (SLURM_RESTART_COUNT)."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) if job_id() else 0
 
 
 def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
@@ -88,7 +113,9 @@ def requeue(name: str, terminated: bool) -> None:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str] | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ASKING_SECONDS)
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=ASKING_SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         log.debug("%s: %s", command[0], error)
         return None

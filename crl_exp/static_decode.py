@@ -17,7 +17,7 @@ from crl_exp.cache import Running
 from crl_exp.controllers.base import Action
 from crl_exp.decode import Decoding
 from crl_exp.static_frame import frame_rows, padded_tokens
-from crl_exp.static_step import CompiledStep, Made, Steps, steering
+from crl_exp.static_step import CompiledStep, Made, Steps, refuse_at_output, steering
 
 
 class CompiledDecoding(Decoding):
@@ -31,6 +31,8 @@ class CompiledDecoding(Decoding):
     def run(self, max_new_tokens: int, choices: Sequence[int] | None) -> None:
         if max_new_tokens > 1:
             steering(self.lineup)  # whoever can't be captured is told before anything is computed
+            for part in self.parts:
+                refuse_at_output(part.controller)
         self.n_new = max_new_tokens
         try:
             super().run(max_new_tokens, choices)

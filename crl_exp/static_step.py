@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
 from crl_exp.cache import keys_values
+from crl_exp.controllers.base import Controller
 from crl_exp.draws import capturing
 from crl_exp.errors import UserError
 from crl_exp.lineup import Lineup, Troop
@@ -186,6 +187,13 @@ def steering(lineup: Lineup) -> list[tuple[int, Troop]]:
                 )
             found.append((site, troop))
     return found
+
+
+def refuse_at_output(controller: Controller) -> None:
+    """Raise `UserError` for a controller that wants to be shown the candidates' scores."""
+    if controller.at_output:
+        who = type(controller).__name__
+        raise UserError(f"engine.decode=compiled can't show the scores to {who}; {EAGER}")
 
 
 def _cannot(what: str, error: Exception) -> UserError:

@@ -1,13 +1,20 @@
-"""Paired comparison of two sets of scores on the same items. No accuracy without n and interval."""
+"""Paired comparison of scores on the same items, over seeds. No accuracy without n and interval.
+
+docs/statistics.md has each formula with its source and its simulated coverage.
+Shapes: S seeds, I items.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.optimize import brentq
+from scipy.stats import binomtest, norm, t
 
 RESAMPLES = 10_000
+Z = float(norm.ppf(0.975))
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,18 @@ def compare(baseline: np.ndarray, steered: np.ndarray, changed: np.ndarray) -> C
         accuracy_steered=float(steered.mean()),
         delta=float((steered - baseline).mean()),
         delta_ci95=bootstrap_interval(steered - baseline),
-        p_value=float(binomtest(fixed, flips, 0.5).pvalue) if flips else 1.0,
+        p_value=mcnemar(fixed, broken),
         fixed=fixed,
         broken=broken,
         ser=broken / flips if flips else None,
         ser_all_changed=broken / n_changed if n_changed else None,
     )
+
+
+def mcnemar(fixed: int, broken: int) -> float:
+    """McNemar's exact test: were as many items fixed as broken? Two-sided (McNemar 1947)."""
+    flips = fixed + broken
+    return float(binomtest(fixed, flips, 0.5).pvalue) if flips else 1.0
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
@@ -66,24 +79,115 @@ def bootstrap_interval(values: np.ndarray, resamples: int = RESAMPLES) -> tuple[
     return float(low), float(high)
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of a few values (seeds), Student's t. Equal ends for one value."""
-    from scipy.stats import t
+@dataclass(frozen=True)
+class Crossed:
+    """A mean over items and seeds, both drawn from many: mean = μ + item + seed + noise.
 
-    n = len(values)
-    if n < 2:
-        return float(values[0]), float(values[0])
-    half = t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
-    return float(values.mean() - half), float(values.mean() + half)
+    v_items: variance of the mean that the items cause, noise included, σ_a²/I + σ_e²/(I·S).
+    v_seeds: that the seeds cause beyond it, σ_b²/S; 0 where there is one seed, whose own deviation
+    can't be known, so that interval and p-value are then those of this one run.
+    df: degrees of freedom of `v_seeds`. n: items.
 
-
-def share_interval(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a mean reward in [0, 1] over n items: Wilson's score interval.
-
-    Exactly that for rewards of 0 and 1 (Wilson 1927); for rewards between, whose variance is
-    smaller, it is on the safe side.
+    half² = (z·√v_items)² + (t·√v_seeds)²: a normal quantile for the items, which are many,
+    Student's for the seeds, which are few; variances as in Searle, Casella & McCulloch (1992). That
+    of the seeds' means holds the noise too, which `v_items` has already: it is taken off.
     """
-    z2 = 1.959963984540054**2
+
+    mean: float
+    v_items: float
+    v_seeds: float
+    df: float
+    n: int
+
+    def half(self, level: float = 0.95) -> float:
+        """Half the width of the interval of this level."""
+        z, upper = norm.isf((1 - level) / 2), 1 - (1 - level) / 2
+        seeds = t.ppf(upper, self.df) ** 2 * self.v_seeds if self.v_seeds else 0.0
+        return float(np.sqrt(z**2 * self.v_items + seeds))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the mean."""
+        half = self.half()
+        return self.mean - half, self.mean + half
+
+    @property
+    def p_value(self) -> float:
+        """Of no difference: one minus the level of the interval that just reaches 0, so that p and
+        interval never disagree. Where nothing varies: a sign test's, 2^(1 - n)."""
+        if self.mean == 0:
+            return 1.0
+        if self.v_items + self.v_seeds == 0:
+            return float(min(1.0, 2.0 ** (1 - self.n)))
+
+        def beyond(log_p: float) -> float:
+            p = np.exp(log_p)
+            z2 = norm.isf(p / 2) ** 2 * self.v_items
+            t2 = t.isf(p / 2, self.df) ** 2 * self.v_seeds if self.v_seeds else 0.0
+            return float(z2 + t2 - self.mean**2)
+
+        lowest = -300.0  # p = 1e-130; below it t² overflows
+        if beyond(lowest) <= 0:
+            return 0.0
+        log_p: Any = brentq(beyond, lowest, 0.0)
+        return float(np.exp(log_p))
+
+    def minus(self, other: Crossed, v_items: float) -> Crossed:
+        """The difference of two means with seeds of their own, df after Welch (1947).
+
+        v_items: of the difference, paired by item.
+        """
+        v_seeds = self.v_seeds + other.v_seeds
+        parts = sum(one.v_seeds**2 / one.df for one in (self, other) if one.v_seeds)
+        df = v_seeds**2 / parts if parts else 1.0
+        return Crossed(self.mean - other.mean, v_items, v_seeds, df, self.n)
+
+
+def crossed(value_SI: np.ndarray) -> Crossed:
+    """Of values of the same items under each seed, [S, I]."""
+    n = value_SI.shape[1]
+    v_items = float(value_SI.mean(axis=0).var()) / n
+    v_of_one = float(value_SI.var(axis=1).mean()) / n
+    return crossed_parts(value_SI.mean(axis=1), v_items, v_of_one, n)
+
+
+def crossed_parts(value_S: np.ndarray, v_items: float, v_of_one: float, n: int) -> Crossed:
+    """Of each seed's value over all items, and two variances that the items cause: of the seeds'
+    mean, and of one seed's value.
+
+    Where single items aren't known, `v_of_one` for both: somewhat too wide.
+    """
+    n_seeds = len(value_S)
+    if n_seeds == 1:
+        return Crossed(float(value_S[0]), v_items, 0.0, 1.0, n)
+    noise = max(v_of_one - v_items, 0.0) / (n_seeds - 1)  # σ_e²/(I·S)
+    v_seeds = max(float(value_S.var(ddof=1)) / n_seeds - noise, 0.0)
+    return Crossed(float(value_S.mean()), v_items, v_seeds, n_seeds - 1.0, n)
+
+
+def crossed_difference(a_SI: np.ndarray, b_SI: np.ndarray) -> Crossed:
+    """Of values a minus values b of the same items [S, I]; each has its own seeds."""
+    d_I = a_SI.mean(axis=0) - b_SI.mean(axis=0)
+    return crossed(a_SI).minus(crossed(b_SI), float(d_I.var()) / len(d_I))
+
+
+def share_interval(share: float, n: float) -> tuple[float, float]:
+    """95 % interval of a share of n items: Wilson's score interval (Wilson 1927)."""
+    z2 = Z**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2))) / (1 + z2 / n)
     return float(max(centre - half, 0.0)), float(min(centre + half, 1.0))
+
+
+def accuracy_interval(estimate: Crossed) -> tuple[float, float]:
+    """95 % interval of a mean reward in [0, 1], over items and seeds.
+
+    Wilson's at the number of items that shares of 0 and 1 would need to be as uncertain (an
+    effective sample size, Korn & Graubard 1998): n itself for one seed and rewards of 0 and 1, more
+    for rewards between, fewer where seeds differ.
+    """
+    share = min(max(estimate.mean, 0.0), 1.0)
+    half, binomial = estimate.half(), share * (1 - share)
+    if half < 1e-9 or binomial == 0:  # all rewards alike: their variance tells nothing
+        return share_interval(share, estimate.n)
+    return share_interval(share, Z**2 * binomial / half**2)

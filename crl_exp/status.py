@@ -21,6 +21,7 @@ from crl_exp.labels import labels
 from crl_exp.launcher.states import in_work, states_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.records import Record, find_records, find_sweep
+from crl_exp.shown import number, plain
 
 # Table columns don't fit a narrow terminal; where there is none, this many characters.
 WIDTH = 150
@@ -70,12 +71,13 @@ def _line(
     status, beat = record.status, record.heartbeat
     config = record.config
     layers = ",".join(map(str, record.layers or [])) or "all"
+    where = "" if record.layers == [] else f" · layer {layers}"
     at_work = state == "running"
     error = str(status.get("error") or "").strip().split("\n")[0]
     reasons = [why, status.get("signal") or "", error if state == "failed" else ""]
     return Line(
         key=record.key,
-        label=f"{label} · layer {layers} · seed {config['seed']}",
+        label=f"{label}{where} · seed {config['seed']}",
         state=state,
         why="; ".join(reason for reason in reasons if reason),
         progress=_progress(beat) if state not in ("done", "queued", "missing") else "",
@@ -97,10 +99,11 @@ def _progress(beat: dict[str, Any]) -> str:
 def _metrics(record: Record) -> str:
     if record.result is not None:
         result = record.result
-        low, high = (100 * bound for bound in result["delta_ci95"])
-        return f"Δ {100 * result['delta']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        figures = (result["delta"], *result["delta_ci95"])
+        delta, low, high = (number(f if f is None else 100 * f, "+.1f") for f in figures)
+        return f"Δ {delta} [{low}, {high}]"
     told = record.heartbeat.get("metrics", {})
-    return " ".join(f"{name} {told[name]:.3f}" for name in SHOWN if name in told)
+    return " ".join(f"{name} {number(told[name], '.3f')}" for name in SHOWN if name in told)
 
 
 def usual_seconds(records: Sequence[Record]) -> dict[str, dict[str, float]]:
@@ -122,7 +125,7 @@ def left_seconds(record: Record, usual: dict[str, dict[str, float]]) -> float | 
     beat = record.heartbeat
     if not beat:
         return None
-    age = time.time() - beat["time"]
+    age = max(0.0, time.time() - beat["time"])  # another machine's clock may be ahead
     now = _by_journal(record) if beat["phase"] == "train" else None
     if now is None and beat["left_seconds"] is not None:
         now = beat["left_seconds"] - age
@@ -150,7 +153,7 @@ def shown(lines: Sequence[Line], sweep: str) -> Table:
     """The table, with the counts of the states above it."""
     counts = Counter(line.state for line in lines)
     told = ", ".join(f"{n} {state}" for state, n in counts.items())
-    table = Table(title=f"{sweep}: {told}", title_justify="left", show_edge=False)
+    table = Table(title=safe(f"{sweep}: {told}"), title_justify="left", show_edge=False)
     jobs = Counter(line.job for line in lines if line.job)
     packed = any(n > 1 for n in jobs.values())
     told_of = ("run", "what", "state", "progress", "left", "last", "node")
@@ -158,13 +161,19 @@ def shown(lines: Sequence[Line], sweep: str) -> Table:
         table.add_column(name, no_wrap=name in ("run", "left", "node", "job"))
     for line in lines:
         colour = COLOURS[line.state]
-        why = f"\n[dim]{escape(line.why)}[/]" if line.why else ""
+        why = f"\n[dim]{safe(line.why)}[/]" if line.why else ""
         table.add_row(
-            line.key, escape(line.label), f"[{colour}]{line.state}[/]{why}", line.progress,
-            duration(line.left), line.metrics, line.node, *[line.job] * packed,
+            safe(line.key), safe(line.label), f"[{colour}]{line.state}[/]{why}",
+            line.progress, duration(line.left), safe(line.metrics), safe(line.node),
+            *[safe(line.job)] * packed,
             str(line.attempts or ""),
         )  # fmt: skip
     return table
+
+
+def safe(text: str) -> str:
+    """Text that Rich shows as it is."""
+    return escape(plain(text))
 
 
 def duration(seconds: float | None) -> str:

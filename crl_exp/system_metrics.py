@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from crl_exp.files import finite
+
 log = logging.getLogger(__name__)
 GPU_COLUMNS = ("utilization.gpu", "memory.used", "memory.total", "power.draw")
 MEGABYTE = 1e6
@@ -44,10 +46,10 @@ class SystemMonitor:
         self.read()  # percentages are of the time since this thread's last reading
         step = self._lines_written()
         while not self._stop.wait(self.seconds):
-            line = {"step": step, "time": time.time(), "metrics": self.read()}
+            line = {"step": step, "time": time.time(), "metrics": finite(self.read())}
             try:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, allow_nan=False) + "\n")
             except OSError as error:
                 log.warning("no more system metrics: %s", error)
                 return
@@ -99,7 +101,9 @@ def nvidia_smi() -> str:
         "--format=csv,noheader,nounits",
     ]
     try:
-        done = subprocess.run([*command, *which], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            [*command, *which], capture_output=True, encoding="utf-8", errors="replace", timeout=10
+        )
     except subprocess.TimeoutExpired:
         return ""
     return done.stdout if done.returncode == 0 else ""

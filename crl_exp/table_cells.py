@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from crl_exp.comparison import Row, SweepComparison, split
+from crl_exp.comparison import Row, SweepComparison
+from crl_exp.estimates import as_float, delta_of, split
 from crl_exp.feature_credit import FeatureCredit
+from crl_exp.pairs import difference, same_items
 from crl_exp.records import Record
 from crl_exp.report_parts import SweepParts, best_rows
-from crl_exp.statistics import mean_interval
+from crl_exp.shown import UNDEFINED, number, undefined
 
 COLUMNS = (
     "method", "layers", "seeds", "n", "unsteered → steered %", "Δ points [95 %]", "p Holm",
@@ -21,10 +24,21 @@ CHOSEN = "◀"
 LAYERS_SHOWN = 2
 
 
+@dataclass(frozen=True)
+class FurtherTable:
+    """A table below the main one. slug: in a LaTeX label."""
+
+    title: str
+    slug: str
+    columns: tuple[str, ...]
+    lines: list[list[str]]
+    notes: list[str]
+
+
 def layers_text(layers: Sequence[int], between: str = ", ") -> str:
-    """`18`, `8, 12` or, for more, `8…22 (5)`."""
+    """`18`, `8, 12` or, for more, `8…22 (5)`; `–` for none."""
     if len(layers) <= LAYERS_SHOWN:
-        return between.join(map(str, layers))
+        return between.join(map(str, layers)) or "–"
     return f"{layers[0]}…{layers[-1]} ({len(layers)})"
 
 
@@ -38,17 +52,21 @@ def row_layers(row: Row) -> str:
 def points(value: float, interval: Sequence[float]) -> str:
     """A difference of shares in percentage points, `+9.1 [7.0, 11.2]`."""
     middle, low, high = (round(100 * number, 1) + 0.0 for number in (value, *interval))
-    return f"{middle:+.1f} [{low:.1f}, {high:.1f}]"
+    if undefined(middle):
+        return UNDEFINED
+    return f"{middle:+.1f} [{number(low, '.1f')}, {number(high, '.1f')}]"
 
 
 def share(value: float, interval: Sequence[float]) -> str:
     """A share in percent, `84.6 [82.1, 87.0]`."""
     middle, low, high = (100 * number for number in (value, *interval))
-    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+    if undefined(middle):
+        return UNDEFINED
+    return f"{middle:.1f} [{number(low, '.1f')}, {number(high, '.1f')}]"
 
 
 def p_text(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "< 0.001" if p < 0.001 else number(p, ".3f")
 
 
 def main_cells(sweep: SweepComparison, row: Row) -> list[str]:
@@ -59,13 +77,17 @@ def main_cells(sweep: SweepComparison, row: Row) -> list[str]:
         row_layers(row) + mark,
         str(len(row.runs)),
         f"{row.mean('n'):.0f}",
-        f"{100 * row.mean('accuracy_baseline'):.1f} → {100 * row.mean('accuracy_steered'):.1f}",
+        f"{_percent(row.mean('accuracy_baseline'))} → {_percent(row.mean('accuracy_steered'))}",
         points(row.mean("delta"), row.interval()),
         p_text(sweep.p_holm[row]),
-        f"{row.mean('fixed'):.0f}/{row.mean('broken'):.0f}",
+        f"{number(row.mean('fixed'), '.0f')}/{number(row.mean('broken'), '.0f')}",
         ser,
-        f"{row.mean('unique_features'):.0f}",
+        number(row.mean("unique_features"), ".0f"),
     ]
+
+
+def _percent(share: float | None) -> str:
+    return number(None if share is None else 100 * share, ".1f")
 
 
 def set_columns(sweep: SweepComparison) -> list[str]:
@@ -83,7 +105,7 @@ def set_cells(sweep: SweepComparison, row: Row) -> list[str]:
         was, now = row.mean("accuracy_baseline", name), row.mean("accuracy_steered", name)
         if name == "benign":  # it is scored 1 where the prompt was answered
             was, now, delta, low, high = 1 - was, 1 - now, -delta, -high, -low
-        cells.append(f"{100 * was:.1f} → {100 * now:.1f}\n{points(delta, (low, high))}")
+        cells.append(f"{_percent(was)} → {_percent(now)}\n{points(delta, (low, high))}")
     return cells
 
 
@@ -99,8 +121,8 @@ def run_cells(row: Row, run: Record) -> list[str]:
     figures = split(run, None)
     return [
         row.family, layers_text(run.layers or ()), str(run.config["seed"]),
-        f"{100 * figures['accuracy_steered']:.1f}",
-        points(figures["delta"], figures["delta_ci95"]), p_text(figures["p_value"]), run.key,
+        _percent(figures["accuracy_steered"]),
+        points(*delta_of(run, None)), p_text(as_float(figures["p_value"])), run.key,
     ]  # fmt: skip
 
 
@@ -109,16 +131,22 @@ def notes(sweep: SweepComparison) -> list[str]:
     found = []
     if any(row.over_seeds for row in sweep.rows):
         found.append(
-            "Several seeds: means; the interval is Student's t over seeds (how much training "
-            "varies), the p-value the largest of the seeds. One seed, or all alike: the interval "
-            "is the paired bootstrap over items."
+            "Several seeds: means; interval and p-value are over items and seeds. One seed, or all "
+            "alike: the interval is the paired bootstrap over items, p McNemar's exact test; what "
+            "another seed would give isn't in them."
         )
-    found.append(
-        "p: McNemar's exact test, Holm-corrected for the layers that a method was tried at. SER: "
-        "broken / (fixed + broken)."
-    )
+        if any(row.over_seeds and row.estimates().samples is None for row in sweep.rows):
+            found.append(
+                "Some runs have no items.parquet (they were made before there was one): intervals "
+                "over their seeds take the items' part from single runs and are somewhat too wide."
+            )
+    else:
+        found.append("Intervals: paired bootstrap over items. p: McNemar's exact test.")
+    found.append(f"{holm_note(sweep)} SER: broken / (fixed + broken).")
     if sweep.chosen:
         found.append(f"{CHOSEN} the layers that did best on validation; test was not looked at.")
+    found += harmful(sweep)
+    found += undefined_lines(sweep)
     baselines = {row.mean("accuracy_baseline") for row in sweep.rows}
     if np.ptp(list(baselines)) > 1e-9:
         found.append(
@@ -126,6 +154,45 @@ def notes(sweep: SweepComparison) -> list[str]:
             f"{max(baselines):.4f}): they ran on different hardware or library versions."
         )
     return found
+
+
+def harmful(sweep: SweepComparison) -> list[str]:
+    """The methods that do worse than nothing where their choices were made, controls aside."""
+    worse = []
+    for row in sweep.rows:
+        was = float(np.mean([split(run, "validation")["accuracy_baseline"] for run in row.runs]))
+        if not row.control and row.validation < was - 1e-9:
+            where = f"{row.family}, {row_layers(row)}" if row.layers else row.family
+            worse.append(f"{where} ({100 * was:.1f} → {100 * row.validation:.1f} %)")
+    if not worse:
+        return []
+    return [f"Worse than the unsteered model on validation, and steered all the same: "
+            f"{'; '.join(worse)}."]  # fmt: skip
+
+
+def holm_note(sweep: SweepComparison) -> str:
+    """What p-values are corrected for."""
+    tried = [
+        f"{name} {len(rows)}" for name, rows in sweep.tried.items() if rows[0].method != "none"
+    ]
+    return (
+        "p Holm: corrected for every row of the same method, all its layers and options "
+        f"({', '.join(tried)})."
+    )
+
+
+def undefined_lines(sweep: SweepComparison) -> list[str]:
+    """Which figures are a dash, of how many runs, and why."""
+    runs: dict[str, int] = {}
+    for run in (run for row in sweep.rows for run in row.runs):
+        assert run.result is not None
+        for name, what in run.result.get("undefined", {}).items():
+            line = f"{name}: {what}"
+            runs[line] = runs.get(line, 0) + 1
+    if not runs:
+        return []
+    told = "; ".join(f"{line} (runs: {n})" for line, n in runs.items())
+    return [f"{UNDEFINED}: undefined in result.json, whose `warnings` may say why: {told}."]
 
 
 def headline(sweep: SweepComparison) -> str | None:
@@ -136,20 +203,20 @@ def headline(sweep: SweepComparison) -> str | None:
         return None
     best = max(learned, key=lambda row: row.validation)
     rival = max(fixed, key=lambda row: row.validation)
-    gains = best.values("accuracy_steered") - rival.mean("accuracy_steered")
-    interval = points(float(gains.mean()), mean_interval(gains))
-    if len(gains) < 2:
-        interval = f"{100 * gains.mean():+.1f}"
+    found = difference(*same_items(best, rival))
+    seeds = " and ".join(map(str, found.n_seeds))
+    paired = "paired by item" if found.paired else "not paired by item, so too wide"
     return (
         f"Best on validation, measured on test: {_named(best)}; {_named(rival)}; difference "
-        f"{interval} points (seeds: {len(gains)}, n = {best.mean('n'):.0f})."
+        f"{points(found.value, found.interval)} points ({paired}; seeds: {seeds}, "
+        f"n = {found.n})."
     )
 
 
 def _named(row: Row) -> str:
     word = "layer" if row.single or row.alternatives else "layers"
-    share = 100 * row.mean("accuracy_steered")
-    return f"{row.family}, {word} {row_layers(row)}: {share:.1f} %"
+    where = f", {word} {row_layers(row)}" if row.layers else ""
+    return f"{row.family}{where}: {_percent(row.mean('accuracy_steered'))} %"
 
 
 def set_title(sweep: SweepComparison) -> str:
@@ -179,8 +246,8 @@ OVERVIEW_COLUMNS = (
 )  # fmt: skip
 OVERVIEW_NOTE = (
     "Where a method was tried at several layers: the one that did best on validation, for "
-    "controls too. Interval of the accuracy: Student's t over seeds; where there is one seed, or "
-    "all give the same, Wilson's over items."
+    "controls too. Intervals are over items and, where there are several, seeds; that of "
+    "the accuracy is Wilson's."
 )
 
 
@@ -240,6 +307,7 @@ def feature_cells(credit: FeatureCredit) -> list[str]:
     counts = (credit.rank, credit.items, credit.changed, credit.fixed, credit.broken)
     return [
         credit.row.family, row_layers(credit.row), f"{credit.layer}/{credit.feature}",
-        f"{credit.tokens:,}", f"{credit.coefficient:.1f}", f"{credit.correlation:+.3f}",
+        f"{credit.tokens:,}", number(credit.coefficient, ".1f"),
+        number(credit.correlation, "+.3f"),
         *["–" if count is None else f"{count:,}" for count in counts],
     ]  # fmt: skip

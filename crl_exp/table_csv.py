@@ -7,16 +7,17 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from crl_exp.comparison import Row, SweepComparison
 from crl_exp.report_parts import SweepParts, best_rows
+from crl_exp.shown import csv_cell
+from crl_exp.table_quality import CSV_COLUMNS as QUALITY_COLUMNS
+from crl_exp.table_quality import quality_csv
 
 COLUMNS = (
     "method", "layers", "seeds", "test_set", "chosen_on_validation", "validation", "n",
     "accuracy_baseline", "accuracy_steered", "accuracy_low", "accuracy_high", "delta", "delta_low",
-    "delta_high", "interval_over", "p_value", "p_holm", "fixed", "broken", "ser",
-    "invalid_baseline", "invalid_steered", "unique_features",
+    "delta_high", "interval_over", "p_value", "p_holm", "p_holm_of", "fixed", "broken", "ser",
+    "invalid_baseline", "invalid_steered", "unique_features", *QUALITY_COLUMNS,
 )  # fmt: skip
 
 
@@ -41,7 +42,8 @@ def rows_csv(parts: SweepParts) -> str:
 
 def _line(sweep: SweepComparison, row: Row, name: str | None) -> list[Any]:
     means = [row.mean(key, name) for key in ("n", "accuracy_baseline", "accuracy_steered")]
-    over = "seeds" if np.ptp(row.values("delta", name)) > 0 else "items"
+    estimates = row.estimates(name)
+    over = "items" if estimates.alike else "items and seeds"
     flips = [row.mean(key, name) for key in ("fixed", "broken")]
     invalid = [row.mean(key, name) for key in ("invalid_baseline", "invalid_steered")]
     ser = "" if sum(flips) == 0 else flips[1] / sum(flips)
@@ -49,8 +51,10 @@ def _line(sweep: SweepComparison, row: Row, name: str | None) -> list[Any]:
         row.family, " ".join(map(str, row.layers)), " ".join(map(str, row.seeds)), name or "test",
         row in sweep.chosen, row.validation, *means, *row.accuracy_interval(name),
         row.mean("delta", name), *row.interval(name), over,
-        float(row.values("p_value", name).max()), sweep.p_holm[row] if name is None else "",
+        estimates.p_value, sweep.p_holm[row] if name is None else "",
+        len(sweep.tried[row.label.name]) if name is None else "",
         *flips, ser, *invalid, row.mean("unique_features"),
+        *quality_csv(row, name),
     ]  # fmt: skip
 
 
@@ -74,5 +78,5 @@ def as_csv(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
-    writer.writerows(lines)
+    writer.writerows([csv_cell(cell) for cell in line] for line in lines)
     return text.getvalue()

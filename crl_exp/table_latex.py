@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from crl_exp.comparison import SweepComparison
+from crl_exp.further_tables import further_tables
 from crl_exp.report_parts import SweepParts
 from crl_exp.table_cells import (
     COLUMNS,
@@ -53,6 +54,9 @@ def latex(sweep: SweepComparison, label: str) -> str:
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         found.append(_table(set_columns(sweep), cells, [set_title(sweep) + "."], f"{label}-sets"))
+    for more in further_tables(sweep):
+        caption = [more.title + ".", *more.notes]
+        found.append(_table(more.columns, more.lines, caption, f"{label}-{more.slug}"))
     return HEAD + "\n".join(found)
 
 

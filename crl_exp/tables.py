@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from crl_exp.comparison import SweepComparison
 from crl_exp.feature_credit import FeatureCredit
+from crl_exp.further_tables import further_tables
 from crl_exp.records import Record
 from crl_exp.report_parts import SweepParts
+from crl_exp.shown import plain
 from crl_exp.table_cells import (
     COLUMNS,
     FEATURE_COLUMNS,
@@ -43,12 +47,14 @@ def markdown(sweep: SweepComparison, level: int = 1) -> str:
     """The report as Markdown: the table, its notes, test sets, single runs, unfinished runs."""
     head = "#" * level
     rows = [main_cells(sweep, row) for row in sweep.rows]
-    parts = [f"{head} {title(sweep)}", _markdown_table(COLUMNS, rows)]
+    parts = [f"{head} {_as_text(title(sweep))}", _markdown_table(COLUMNS, rows)]
     best = headline(sweep)
     parts += ([best] if best else []) + notes(sweep)
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         parts += [f"{head}# {set_title(sweep)}", _markdown_table(set_columns(sweep), cells)]
+    for more in further_tables(sweep):
+        parts += [f"{head}# {more.title}", _markdown_table(more.columns, more.lines), *more.notes]
     runs = [run_cells(row, run) for row in sweep.rows for run in row.runs]
     parts += [
         f"{head}# Runs",
@@ -91,27 +97,36 @@ def _linked(credit: FeatureCredit) -> list[str]:
 
 
 def _not_finished(runs: Sequence[Record], level: int) -> list[str]:
-    lines = "\n".join(f"- {line}" for line in unfinished(runs))
+    lines = "\n".join(f"- {_as_text(line)}" for line in unfinished(runs))
     return [f"{'#' * level} Not finished", lines] if runs else []
 
 
 def _markdown_table(columns: Sequence[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    safe = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines]
+    safe = [[_markdown_cell(cell) for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in safe)
+
+
+def _as_text(text: str) -> str:
+    """For Markdown: what begins as an HTML tag is shown, not rendered."""
+    return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text)
+
+
+def _markdown_cell(text: str) -> str:
+    return _as_text(text).replace("|", "\\|").replace("\n", "<br>")
 
 
 def print_parts(parts: SweepParts, console: Console) -> None:
     """Where there are several parts, methods by part first; then each part."""
     if parts.several:
         _print_table(console, parts.name, overview_columns(parts), overview_cells(parts))
-        console.print(OVERVIEW_NOTE, highlight=False)
+        console.print(OVERVIEW_NOTE, highlight=False, markup=False)
     for part in parts.parts:
         if parts.several:
             console.print()
         print_report(part.sweep, console)
     for line in unfinished(parts.unfinished):
-        console.print(f"not finished: {line}", style="yellow", highlight=False)
+        console.print(f"not finished: {plain(line)}", style="yellow", highlight=False, markup=False)
 
 
 def print_report(sweep: SweepComparison, console: Console) -> None:
@@ -123,30 +138,36 @@ def print_report(sweep: SweepComparison, console: Console) -> None:
         console.print("A wider terminal, and table.md, show more columns.", style="dim")
     best = headline(sweep)
     for line in ([best] if best else []) + notes(sweep):
-        console.print(line, highlight=False)
+        console.print(plain(line), highlight=False, markup=False)
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         _print_table(console, set_title(sweep), set_columns(sweep), cells)
+    for more in further_tables(sweep):
+        console.print()
+        _print_table(console, more.title, more.columns, more.lines)
+        for line in more.notes:
+            console.print(line, highlight=False)
     for line in unfinished(sweep.unfinished):
-        console.print(f"not finished: {line}", style="yellow", highlight=False)
+        console.print(f"not finished: {plain(line)}", style="yellow", highlight=False, markup=False)
 
 
 def _print_table(
     console: Console, name: str, columns: Sequence[str], rows: list[list[str]]
 ) -> None:
-    """Numbers are never wrapped; a method is named once."""
-    table = Table(title=name, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
-                  show_edge=False)  # fmt: skip
+    """Numbers are never wrapped; a method is named once. Names may hold what looks like markup."""
+    table = Table(title=escape(plain(name)), title_justify="left", box=SIMPLE_HEAD,
+                  padding=(0, 1, 0, 0), show_edge=False)  # fmt: skip
     for i, column in enumerate(columns):
         header = column
         for at, new in ((" → ", "\n→ "), ("/ ", "/\n"), (" [", "\n["), (", ", "\n")):
             header = header.replace(at, new)
-        table.add_column(header, justify="left" if i < 2 else "right", no_wrap=i > 0,
+        table.add_column(escape(header), justify="left" if i < 2 else "right", no_wrap=i > 0,
                          min_width=12 if i == 0 else None)  # fmt: skip
     before = None
     for row in rows:
         if before is not None and row[0] != before:
             table.add_section()
-        table.add_row(row[0] if row[0] != before else "", *row[1:])
+        cells = [row[0] if row[0] != before else "", *row[1:]]
+        table.add_row(*[escape(plain(cell)) for cell in cells])
         before = row[0]
     console.print(table)

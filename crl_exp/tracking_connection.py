@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from crl_exp.errors import UserError
+from crl_exp.files import home
 
 LOCK_SECONDS = 60.0
 # A write that another process' write was in the way of is tried again for so long.
@@ -54,7 +55,7 @@ def resolved_uri(uri: str | None, output_dir: Path) -> str:
     if uri is None:
         return f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
     if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri[len('sqlite:///') :]).expanduser().absolute()}"
+        return f"sqlite:///{home(uri[len('sqlite:///') :], 'tracking.uri').absolute()}"
     return uri
 
 

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crl_exp.records import Record, flatten
+from crl_exp.files import read_json as read_our_json
+from crl_exp.records import AGAIN, Record, flatten
 from crl_exp.runs import NOT_IN_KEY
+from crl_exp.sae_config import DICTIONARIES
+from crl_exp.shown import plain, undefined
 from crl_exp.tracking_state import digest
 
 ARTIFACTS = (
     "config.yaml", "code.json", "data.json", "result.json", "features.json",
-    "interventions.parquet", "*.png", "figures/*",
+    "interventions.parquet", "items.parquet", "*.png", "figures/*",
 )  # fmt: skip
 SWEEP_ARTIFACTS = ("submission.json", "code-*.diff", "report/**/*")
 STATUS = {
@@ -44,6 +47,8 @@ COMPARED = {
     "ser": "ser",
     "invalid": "invalid_steered",
 }
+# Of free text alone, and not in results of earlier versions.
+QUALITY = ("log_likelihood_baseline", "log_likelihood_steered", "log_likelihood_delta")
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def parameters(config: dict[str, Any]) -> Params:
     kept = {key: value for key, value in config.items() if key not in NOT_IN_KEY}
     made = Params()
     for key, value in flatten(kept).items():
-        text = value if isinstance(value, str) else json.dumps(value)
+        text = plain(value) if isinstance(value, str) else json.dumps(value)
         name = re.sub(r"[^\w.\- /:]", "_", key)
         if len(name) > NAME_CHARS or name in made.given:
             name = f"{name[: NAME_CHARS - 18]}_{digest(key)}"
@@ -102,6 +107,7 @@ def tags(record: Record, code: dict[str, Any] | None = None) -> dict[str, str]:
         "sae": sae["name"],
         "sae_release": sae.get("release") or sae.get("folder"),
         "task": config["task"]["name"],
+        "wording": config["task"].get("wording"),
         "layers": layers_text(record),
         "seed": str(config["seed"]),
         **code_tags(read_json(record.path / "code.json") or code or result),
@@ -110,7 +116,7 @@ def tags(record: Record, code: dict[str, Any] | None = None) -> dict[str, str]:
         "run_directory": f"{record.status.get('host', '')}:{record.path}",
         "error": record.status.get("error"),
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: plain(str(value)) for key, value in found.items() if value is not None}
 
 
 def code_tags(code: dict[str, Any]) -> dict[str, str]:
@@ -127,31 +133,39 @@ def code_tags(code: dict[str, Any]) -> dict[str, str]:
 
 
 def layers_text(record: Record) -> str:
-    """`18`, `8,12,15` or `all`."""
+    """`18`, `8,12,15` or `all`; `none` of a method that has no use for them."""
+    if record.layers == []:
+        return "none"
     return "all" if record.layers is None else ",".join(map(str, record.layers))
 
 
 def run_name(record: Record) -> str:
     """How a run is listed: `crl layer 18 seed 0`."""
     word = "layer" if record.layers is not None and len(record.layers) == 1 else "layers"
-    name = f"{record.config['method']['name']} {word} {layers_text(record)}"
-    shuffled = " shuffled labels" if record.config["task"].get("shuffle_labels") else ""
-    return f"{name} seed {record.config['seed']}{shuffled}"
+    where = "" if record.layers == [] else f" {word} {layers_text(record)}"
+    name = f"{record.config['method']['name']}{where}"
+    dictionary = DICTIONARIES[(record.config.get("sae") or {}).get("dictionary", "sae")]
+    shuffled = "shuffled labels" if record.config["task"].get("shuffle_labels") else ""
+    return " ".join(filter(None, [name, f"seed {record.config['seed']}", dictionary, shuffled]))
 
 
 def points(lines: list[dict[str, Any]], prefix: str = "") -> list[Point]:
-    """Every metric of journal lines, under the journal's own names."""
+    """Every metric of journal lines, under the journal's own names.
+
+    Undefined ones are left out: MLflow stores NaN as 0 and infinity as the largest number.
+    """
     return [
         Point(prefix + name, float(value), line["step"], int(line["time"] * 1000))
         for line in lines
         for name, value in line["metrics"].items()
+        if not undefined(value)
     ]
 
 
 def final_points(result: dict[str, Any], time_ms: int) -> list[Point]:
     """The result's figures: `eval/…`, and `eval_NAME/…` for further test sets and validation.
 
-    Figures that make no sense for a run (null) are left out.
+    Undefined figures (null, or not finite in a result of before) are left out.
     """
     values = _split_values("eval", result)
     values["eval/over_refusal"] = result["over_refusal_steered"]
@@ -160,13 +174,32 @@ def final_points(result: dict[str, Any], time_ms: int) -> list[Point]:
     sets = {**result["test_sets"], "validation": result["validation"]}
     for name, figures in sets.items():
         values |= _split_values(f"eval_{name}", figures)
-    known = {name: value for name, value in values.items() if value is not None}
-    return [Point(name, float(value), 0, time_ms) for name, value in known.items()]
+    known = {n: float(v) for n, v in values.items() if v is not None and not undefined(v)}
+    return [
+        *[Point(name, value, 0, time_ms) for name, value in known.items()],
+        *by_layer_points(result.get("by_layer", {}), time_ms),
+    ]
+
+
+def by_layer_points(by_layer: dict[str, dict[str, Any]], time_ms: int) -> list[Point]:
+    """Series over layers, as MLflow draws them: `by_layer/NAME`, the step being the layer.
+
+    by_layer: by name and layer, as JSON has it, a figure {"value": …} or a number; undefined ones
+    are left out.
+    """
+    found = []
+    for name, series in by_layer.items():
+        for layer, figure in series.items():
+            value = figure["value"] if isinstance(figure, dict) else figure
+            if not undefined(value):
+                found.append(Point(f"by_layer/{name}", float(value), int(layer), time_ms))
+    return sorted(found, key=lambda point: (point.name, point.step))
 
 
 def _split_values(prefix: str, figures: dict[str, Any]) -> dict[str, float | None]:
     low, high = figures["delta_ci95"]
     values = {f"{prefix}/{name}": figures[key] for name, key in COMPARED.items()}
+    values |= {f"{prefix}/{name}": figures.get(name) for name in QUALITY}
     return {**values, f"{prefix}/delta_low": low, f"{prefix}/delta_high": high}
 
 
@@ -217,4 +250,4 @@ def files(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[Path, str |
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_our_json(path, AGAIN)

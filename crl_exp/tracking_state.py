@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from crl_exp.errors import UserError
+from crl_exp.files import read_json
 from crl_exp.records import Record
 from crl_exp.runs import MLFLOW_BEGUN, write_json
 
 SENT = "mlflow.json"
+AGAIN_SENT = "the run is sent to MLflow again, as a new one"
 
 
 class Sent:
@@ -23,7 +25,7 @@ class Sent:
     def __init__(self, folder: Path, uri: str | None, experiment: str):
         self.path = folder / SENT
         self._all: list[dict[str, Any]] = (
-            json.loads(self.path.read_text()) if self.path.exists() else []
+            read_json(self.path, f"remove it, and {AGAIN_SENT}", list) or []
         )
         self.place = {"uri": uri, "experiment": experiment}
         same = [r for r in self._all if r["uri"] == uri and r["experiment"] == experiment]
@@ -46,7 +48,7 @@ def life(run: Path) -> str:
     path = run / MLFLOW_BEGUN
     if not path.exists():
         write_json(path, {"id": uuid.uuid4().hex})
-    return json.loads(path.read_text())["id"]
+    return read_json(path, f"remove it, and {AGAIN_SENT}")["id"]
 
 
 def begun_anew(record: Record, sent: dict[str, Any], now: str) -> bool:

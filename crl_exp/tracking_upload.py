@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # MLflow's own limits: points, and params or tags, of one request; characters of it and of a tag.
 POINTS_A_REQUEST = 1000
+BY_LAYER = "by_layer/"
+"""Metrics whose step is a layer, so that they come in any order and begin at -1, the embedding."""
 TEXTS_A_REQUEST, REQUEST_CHARS = 100, 500_000
 TAG_CHARS = 5000
 
@@ -87,7 +89,7 @@ class Uploader:
                 self._status(record, run)
             self._input(record, sent)
             whole = self._journals(record, sent, run, reading or Reading(), at_most)
-            self._result(record, sent)
+            self._result(record, sent, run)
             self.artifacts(record.path, sent, (*ARTIFACTS, "status.json") if over else ARTIFACTS)
             self._status(record, run)
         return whole
@@ -143,30 +145,63 @@ class Uploader:
             reading.tails.clear()
         last: dict[str, int] = sent.record.setdefault("last_step", {})
         for metric in run.data._metric_objs:  # what came through, noted or not
-            last[metric.key] = max(metric.step, last.get(metric.key, -1))
+            if not metric.key.startswith(BY_LAYER):
+                last[metric.key] = max(metric.step, last.get(metric.key, -1))
         n_sent = 0
         for name, prefix in (("journal.jsonl", ""), ("system.jsonl", "system/")):
             for lines in reading.parts(record.path / name):
-                new = [p for p in points(lines, prefix) if p.step > last.get(p.name, -1)]
-                for start in range(0, len(new), POINTS_A_REQUEST):
-                    part = new[start : start + POINTS_A_REQUEST]
+                found = points(lines, prefix)
+                by_layer = [p for p in found if p.name.startswith(BY_LAYER)]
+                others = [p for p in found if not p.name.startswith(BY_LAYER)]
+                new = [p for p in others if p.step > last.get(p.name, -1)]
+                for part in _requests(new):
                     self._log(run.info.run_id, part)
                     last |= {p.name: p.step for p in part}
                     sent.save()
-                n_sent += len(new)
+                n_sent += len(new) + self._any_order(by_layer, sent, run)
                 if n_sent > at_most:
                     return False
         return True
 
-    def _result(self, record: Record, sent: Sent) -> None:
-        if record.result is None or sent.record.get("result") is not None:
+    def _result(self, record: Record, sent: Sent, run: Run) -> None:
+        if record.result is None:
             return
         time_ms = int((record.path / "result.json").stat().st_mtime * 1000)
         found = final_points(record.result, time_ms)
-        last = sent.record["last_step"]
-        self._log(sent.record["run_id"], [p for p in found if p.step > last.get(p.name, -1)])
-        sent.record["result"] = digest(record.result)
+        # Of the points, not of the result: a version that knows more of them sends those.
+        now = digest([[point.name, point.step, point.value] for point in found])
+        if sent.record.get("final_points") == now:
+            return
+        if sent.record.get("result") is not None and "final_points" not in sent.record:
+            found = [
+                p for p in found if p.name.startswith(BY_LAYER)
+            ]  # an older version sent the rest
+        self._any_order(found, sent, run)
+        sent.record |= {"result": digest(record.result), "final_points": now}
         sent.save()
+
+    def _any_order(self, found: list[Point], sent: Sent, run: Run) -> int:
+        """Send points whose steps come in any order (layers), each once; returns how many.
+
+        MLflow has only the highest step of a metric at hand: of those that it may have and that
+        weren't noted, it is asked for every step.
+        """
+        run_id = sent.record["run_id"]
+        may_have = {metric.key for metric in run.data._metric_objs}
+        steps: dict[str, list[int]] = sent.record.setdefault("steps", {})
+        there = {name: set(known) for name, known in steps.items()}
+        new = [p for p in found if p.step not in there.get(p.name, ())]
+        for name in may_have & {p.name for p in new}:
+            history = self.client.get_metric_history(run_id, name)
+            there.setdefault(name, set()).update(metric.step for metric in history)
+        new = [p for p in new if p.step not in there.setdefault(p.name, set())]
+        for part in _requests(new):
+            self._log(run_id, part)
+            for point in part:
+                there[point.name].add(point.step)
+            steps |= {point.name: sorted(there[point.name]) for point in part}
+            sent.save()
+        return len(new)
 
     def _log(self, run_id: str, new: list[Point]) -> None:
         from mlflow.entities import Metric
@@ -228,6 +263,11 @@ def _stored(name: str, call: Callable[..., Any], *arguments: Any) -> None:
         call(*arguments)
     except Exception as error:  # each artifact store raises its own kinds
         raise ArtifactError(f"its artifact store didn't take {name}: {error}") from error
+
+
+def _requests(found: list[Point]) -> Iterator[list[Point]]:
+    for start in range(0, len(found), POINTS_A_REQUEST):
+        yield found[start : start + POINTS_A_REQUEST]
 
 
 def _chunks(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:

@@ -1,13 +1,15 @@
 """`python -m crl_exp.train_sae`: trains, rounds, measures and describes the SAEs of a model.
 
 One pass of the model collects the residuals of all layers; SAELens trains one BatchTopK SAE a
-layer. Config: `conf/train_sae.yaml`; the default writes the SAEs that ship under `assets/`.
+layer. Config: `sae_training/train_sae.yaml`, apart from `conf/`, where `layers` is a group; the
+default writes the SAEs that ship under `assets/`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 import time
@@ -22,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 from tqdm.auto import tqdm
 
+from crl_exp.cli import people_errors
 from crl_exp.config import build
 from crl_exp.errors import UserError
 from crl_exp.model_config import ModelConfig
@@ -33,6 +36,7 @@ from crl_exp.sae_recipe.quality import (
     cross_entropy,
     on_model,
     on_rows,
+    useless,
 )
 from crl_exp.sae_recipe.residuals import (
     ResidualConfig,
@@ -56,6 +60,7 @@ from crl_exp.sae_recipe.training import (
     save_rounded,
     train_layer,
 )
+from crl_exp.sections import number_faults
 from crl_exp.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -194,7 +199,7 @@ def run(config: TrainSaeConfig, tasks: dict[str, Task], command: str) -> dict[in
     for layer, found in figures.items():
         found |= trained_on
         path = Path(config.out) / hook_name(layer) / "quality.json"
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     write_card(config, command, figures)
     return figures
 
@@ -237,21 +242,23 @@ def write_card(config: TrainSaeConfig, command: str, figures: dict[int, dict[str
         ce_tokens=config.quality.ce_tokens,
     )
     text = card(config.model.name, command, notes, figures)
-    (Path(config.out) / "README.md").write_text(text)
+    (Path(config.out) / "README.md").write_text(text, encoding="utf-8")
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train_sae")
+@hydra.main(version_base="1.3", config_path="../sae_training", config_name="train_sae")
 def main(raw: DictConfig) -> None:
-    """Entry point."""
+    """Entry point. Exits with 1 where an SAE is of no use; it is saved all the same."""
     command = " ".join(["python -m crl_exp.train_sae", *map(shlex.quote, sys.argv[1:])])
-    try:
-        tasks = {str(name): build(task, f"tasks.{name}", Task) for name, task in raw.tasks.items()}
-        config = OmegaConf.to_object(raw)
-        assert isinstance(config, TrainSaeConfig)
-        run(config, tasks, command)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    tasks = {str(name): build(task, f"tasks.{name}", Task) for name, task in raw.tasks.items()}
+    if faults := list(number_faults("", OmegaConf.to_container(raw, resolve=True))):
+        raise UserError("\n".join(fault.removeprefix(".") for fault in faults))
+    config = OmegaConf.to_object(raw)
+    assert isinstance(config, TrainSaeConfig)
+    if faults := useless(run(config, tasks, command)):
+        raise UserError("\n".join([*faults, f"They are in {config.out}, with their figures"]))
 
 
 if __name__ == "__main__":
-    main()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are printed here
+    with people_errors():
+        main()

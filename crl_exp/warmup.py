@@ -22,12 +22,13 @@ from crl_exp.checkpoints import Checkpoint, read_state
 from crl_exp.correlation import Moments
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.files import replacing, writing
+from crl_exp.groups import REWARDED
 from crl_exp.run_keys import content_key
 from crl_exp.saes import LayerSAE
-from crl_exp.scores import NEGATIVE, SCORES, handle_negative, scaled
+from crl_exp.scores import NEGATIVE, SCORES, handle_negative
 
 POOLINGS = ("max", "mean", "last_prompt")
-STATISTICS_FORMAT = 2
+STATISTICS_FORMAT = 3
 """Of the stored files: those of another format lie under other keys."""
 
 
@@ -39,21 +40,35 @@ class WarmupConfig:
         last prompt token alone).
     min_frequency: only features active in at least this share of the answers may be steered.
     keep: best features listed in features.json, for each layer.
-    score: what features are ranked by: pearson, or as baselines mutual_information, fisher,
-        mean_difference or composite; these are scaled to the range of r.
-    negative: features with a negative score: keep them as they are, clip their score at 0, or
-        steer: rank them by their score's size and add them with a negative coefficient.
+    rewarded: which answers count as rewarded where rewards are between 0 and 1: positive, y > 0 as
+        in CorrSteer; half, y >= .5. Where they are 0 or 1 both are the same. (r is of the reward
+        itself.)
+    score: what features are ranked by, also across layers: pearson, or as baselines
+        mutual_information (of being active and rewarded), fisher ((μ₁ − μ₀)² / (σ₁² + σ₀²)),
+        mean_difference, composite (mean difference times the share of rewarded answers above the
+        unrewarded mean); and the two of CorrSteer's table (arXiv 2508.12535) as its code has them:
+        corrsteer_mutual_information (of the activation in logarithmic bins, after SPARE) and
+        corrsteer_fisher (E[z²] of rewarded over E[z²] of unrewarded answers, after DSG). Where it
+        enters the policy's logits a score other than r is divided by its largest size among the
+        features that may be steered, of all steered layers together.
+    negative: features with a negative score: keep them as they are, clip their score at 0, steer:
+        rank them by their score's size and add them with a negative coefficient, of the size that
+        they have in failure, or drop: only features with r > 0 may be steered, as in CorrSteer.
     """
 
     pooling: str
     min_frequency: float
     keep: int
+    rewarded: str
     score: str
     negative: str
 
     def faults(self) -> list[str]:
         found = []
-        choices = (("pooling", POOLINGS), ("score", SCORES), ("negative", NEGATIVE))
+        choices = (
+            ("pooling", POOLINGS), ("rewarded", REWARDED), ("score", SCORES),
+            ("negative", NEGATIVE),
+        )  # fmt: skip
         for name, known in choices:
             value = getattr(self, name)
             if value not in known:
@@ -72,7 +87,8 @@ class LayerStatistics:
 
     mean_D, std_D: of the observed residual. median_norm, norm_mean, norm_std: of its length.
     moments: of every feature and the reward, from which the correlations can be carried on.
-    by_feature["score"]: what features are ranked by; set by `scored`.
+    by_feature["score"], ["dropped"]: what features are ranked by, and which may not be steered
+        whatever their frequency; set by `scored`.
     """
 
     layer: int
@@ -95,15 +111,22 @@ class LayerStatistics:
         return self.by_feature["score"]
 
     def scored(self, config: WarmupConfig) -> LayerStatistics:
-        """With `score` [F] as `warmup.score` and `warmup.negative` say, and its `sign`."""
-        name = "correlation" if config.score == "pearson" else config.score
-        raw_F = scaled(config.score, self.by_feature[name])
+        """With `score` [F] as `warmup.score` and `warmup.negative` say, its `sign`, and `dropped`.
+
+        The score isn't scaled: layers are compared by it.
+        """
+        raw_F = self.by_feature["correlation" if config.score == "pearson" else config.score]
         more = {"score": handle_negative(raw_F, config.negative), "sign": raw_F.sign()}
+        if config.negative == "drop":
+            more["dropped"] = self.correlation <= 0
         return replace(self, by_feature={**self.by_feature, **more})
 
     def allowed(self, min_frequency: float) -> Tensor:
-        """Features [C] active often enough to be steered, in order of their index."""
-        return (self.by_feature["frequency"] >= min_frequency).nonzero()[:, 0]
+        """Features [C] active often enough to be steered, and not dropped; in order of index."""
+        may_F = self.by_feature["frequency"] >= min_frequency
+        if "dropped" in self.by_feature:
+            may_F &= ~self.by_feature["dropped"]
+        return may_F.nonzero()[:, 0]
 
     def best(self, min_frequency: float, k: int = 1) -> list[int]:
         """The k allowed features with the highest score, best first."""

@@ -4,6 +4,10 @@ every attempt is a fork of a process that has imported it.
 
 Plan: {"overrides", "output_dir", "signals": [{"name", "position", "delay"}, …]}.
 A position counts the calls of `Engine.generate` in all attempts so far.
+
+Or, instead of signals, "gates": [{"place", "nth"}, …]. An attempt is held at its gate, and killed
+there by SIGKILL: exactly at that place, however slow the machine is. Then more of a plan are
+"variants" (overrides of each run of a pack) and "locked" (the MLflow file, while it is killed).
 """
 
 from __future__ import annotations
@@ -11,21 +15,30 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import sys
+import threading
 import time
 import zlib
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from crl_exp import probe
+from crl_exp.answers import AnswerBook
+from crl_exp.checkpoints import _Sink
+from crl_exp.controllers.observer import Observer
 from crl_exp.engine import Engine
 from crl_exp.experiment import run_experiment
+from crl_exp.learner import LayerLearner
+from crl_exp.packing import run_pack
 from crl_exp.records import Record
 from crl_exp.runs import RunDirectory
 from crl_exp.tasks.base import Item, Score, content_id
 from crl_exp.tasks.tiny import Sums
+from crl_exp.tracking_connection import import_mlflow
 from tests.tiny_run import small
 
 STEP_SECONDS = 0.01
@@ -61,6 +74,117 @@ def write_freely() -> None:
         return [Score(float(zlib.crc32(text.encode()) % 2)) for text in outputs]
 
     Sums._item, Sums.score = staticmethod(item), score  # type: ignore[method-assign]
+
+
+def hold_at(gate: dict[str, Any], told: int) -> None:
+    """Have this process stop for good where it comes to the gate for the nth time, once it has said
+    so to the file `told`.
+
+    Places: `before:NAME` and `after:NAME`, a file of that name (a pattern) being put in its place;
+    `writing`, in the middle of a checkpoint's bytes; a key of `CALLS`, before or after that call.
+    """
+    passed = 0
+
+    def come_by() -> None:
+        nonlocal passed
+        passed += 1
+        if passed == gate["nth"]:
+            os.write(told, b".")
+            threading.Event().wait()
+
+    kind, _, name = gate["place"].partition(":")
+    if name:
+        plain = os.replace
+
+        def replace(source: Any, target: Any) -> None:
+            meant = fnmatch(Path(target).name, name)
+            if meant and kind == "before":
+                come_by()
+            plain(source, target)
+            if meant and kind == "after":
+                come_by()
+
+        os.replace = replace
+        return
+    owner, method, before = CALLS[kind]
+    call = getattr(owner, method)
+
+    def called(*args: Any, **named: Any) -> Any:
+        if before:
+            come_by()
+        made = call(*args, **named)
+        if not before:
+            come_by()
+        return made
+
+    setattr(owner, method, called)
+
+
+CALLS: dict[str, tuple[type, str, bool]] = {
+    "writing": (_Sink, "write", False),
+    "warming up": (Observer, "act", True),
+    "learning": (LayerLearner, "update", True),
+    "learned": (LayerLearner, "update", False),
+    "logged": (RunDirectory, "log", False),
+    "answered": (AnswerBook, "add", False),
+    "cleared": (RunDirectory, "clear_answers", False),
+}
+"""By its name, a call and whether the gate is before it."""
+
+
+def kill_at_gates(plan: dict[str, Any]) -> dict[str, Any]:
+    """Run to the end through all the gates; tells which were reached, and how the last attempt
+    ended."""
+    home = Path(plan["output_dir"])
+    home.mkdir(parents=True, exist_ok=True)
+    own = plan.get("variants", [[]])
+    every = [[*plan["overrides"], *more, f"output_dir={home / 'out'}"] for more in own]
+    folders = [RunDirectory(small(overrides)).path for overrides in every]
+    if locked := plan.get("locked"):
+        import_mlflow()
+    reached, states, code = [], [], 0
+    for gate in [*plan["gates"], None]:
+        heard, told = os.pipe()
+        lock = sqlite3.connect(locked) if locked and gate else None
+        if lock:
+            lock.execute("BEGIN EXCLUSIVE")
+        child = os.fork()
+        if not child:
+            os.close(heard)
+            if gate:
+                hold_at(gate, told)
+            be_a_run(every, home / "output")
+        os.close(told)
+        if gate:
+            reached.append(os.read(heard, 1) == b".")  # b"": it ended without coming there
+            os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.close(heard)
+        if lock:
+            lock.close()
+        states.append([Record(folder).state for folder in folders])
+    return {
+        "folders": list(map(str, folders)), "reached": reached, "states": states, "code": code,
+        "output": (home / "output").read_text(),
+    }  # fmt: skip
+
+
+def be_a_run(every: list[list[str]], out: Path) -> NoReturn:
+    """The rest of a child's life: one run, or a pack of several."""
+    code = 1
+    try:
+        with out.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        configs = [small(overrides) for overrides in every]
+        made = run_pack(configs) if len(configs) > 1 else [run_experiment(configs[0], True)]
+        code = 0 if all(isinstance(one, dict) for one in made) else 3
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def n_lines(path: Path) -> int:
@@ -135,7 +259,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     for line in sys.stdin:
-        answers.write(json.dumps(disturb(json.loads(line))) + "\n")
+        plan = json.loads(line)
+        told = kill_at_gates(plan) if "gates" in plan else disturb(plan)
+        answers.write(json.dumps(told) + "\n")
         answers.flush()
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from crl_exp.evaluation import INTERVENTIONS
+from crl_exp.items import items_table, write_items
 from crl_exp.runs import RunDirectory, write_json
+from crl_exp.statistics import compare
 
 
 def config(
@@ -100,4 +104,22 @@ def finished_run(made, delta: float, validation: float | None = None, steps: int
         rise = delta if validation is None else validation
         written = result(run, figures(delta, **test), figures(rise, n=500), test_sets)
         finish(run, json.loads(json.dumps(written)))
+    return run
+
+
+def run_of_items(made, baseline, steered, validation: float = 0.0, ids=None) -> RunDirectory:
+    """A finished run whose test items got these rewards, with its items.parquet.
+
+    validation: rise there.
+    """
+    was, now = (np.asarray(rewards, dtype=float) for rewards in (baseline, steered))
+    run = finished_run(made, 0.0, validation=validation)
+    figures_ = asdict(compare(was, now, was != now))
+    figures_["delta_ci95"] = list(figures_["delta_ci95"])
+    written = run.result()
+    assert written is not None
+    write_json(run.result_path, {**written, **figures_})
+    names = [f"item{i:04d}" for i in range(len(was))] if ids is None else ids
+    tables = [items_table("test", names, was.tolist(), now.tolist(), (was != now).tolist())]
+    write_items(run.path, tables)
     return run

@@ -75,21 +75,40 @@ def refused(overrides: list[str]) -> str:
         ("task.choices=[w1,w2]", r"line 1: the answer .* not one of task\.choices"),
         ("task.path=no/such.jsonl", r"task\.path=no/such\.jsonl: can't be read"),
         ("coefficient.multiplier=-1", r"coefficient\.multiplier=-1\.0: must be a positive"),
-        ("coefficient.multiplier=nan", r"coefficient\.multiplier=nan: must be a positive finite"),
-        ("coefficient.ratio=inf", r"coefficient\.ratio=inf: must be a positive finite"),
+        ("coefficient.multiplier=nan", r"coefficient\.multiplier=nan: must be finite"),
+        ("coefficient.ratio=inf", r"coefficient\.ratio=inf: must be finite"),
         ("coefficient=constant coefficient.value=nan", r"coefficient\.value=nan: must be"),
         ("method=corrsteer_a method.multipliers=[1,nan]", r"method\.multipliers=.*nan"),
         ("method=corrsteer_s method.n_candidates=0", r"method\.n_candidates=0.*at least 1"),
+        ("layers=list layers.layers=[2,0,2]", r"layers\.layers=.*names \[2\] more than once"),
+        ("layers=best_on_validation layers.among=[1,1]", r"layers\.among=.*names \[1\] more"),
+        ("method._target_=crl_exp.methods.CorrSteer method.multipliers=[1]",
+         r"CorrSteer chooses no features|method\."),
+        ("model.device=tpu", r"model\.device=tpu: must be cpu, cuda, cuda:N or mps"),
+        ("model.device=cpu:99", r"model\.device=cpu:99: must be cpu, cuda"),
+        ("model.device=cud", r"model\.device=cud: .*did you mean 'cuda'"),
+        ("model.device=cuda:99", r"no CUDA device here|there are \d+ CUDA devices here"),
+        ("model.revision=nope", r"model\.revision=nope: .* is a folder.*set model\.revision=null"),
+        ("model.path=tiny:llama model.revision=nope", r"model\.revision=nope: .* is a folder"),
+        ("task._target_=crl_exp.tasks.base.Task", r"is a base .* leaves draw, score, scorer_name"),
+        ("fusion._target_=crl_exp.stages.base.Stage", r"is a base .*choose .*fusion=NAME"),
+        ("task.choices=['','']", r"task\.choices=\['', ''\]: an answer is empty"),
+        ("task.choices=[yes,yes]", r"an answer is there twice"),
+        ("output_dir='~nosuchuser/x'", r"output_dir=~nosuchuser/x: there is no home folder of"),
+        ("sae.folder='~nosuchuser/x'", r"sae\.folder=~nosuchuser/x: there is no home folder of"),
+        ("task.path='~nosuchuser/x'", r"task\.path=~nosuchuser/x: there is no home folder of"),
+        ("model.path='~nosuchuser/x' model.revision=a", r"model\.path=~nosuchuser/x: there is no"),
+        ("task.path=/dev/zero", r"task\.path=/dev/zero: is no file"),
         ("policy.k=0", r"policy\.k=0: must be at least 1"),
         ("policy.k=64 warmup.min_frequency=0.9",
          r"only \d+ features may be steered, but policy\.k=64; lower policy\.k"),
         ("method.features=fixed policy.k=2", r"method\.features=fixed .* policy\.k=2"),
         ("decay.gamma=0", r"decay\.gamma=0\.0: must be in \(0, 1\]"),
-        ("decay.gamma=nan", r"decay\.gamma=nan: must be in \(0, 1\]"),
+        ("decay.gamma=nan", r"decay\.gamma=nan: must be finite"),
         ("engine.batch_size=0", r"engine\.batch_size=0: must be at least 1"),
         ("algorithm.prompts_per_update=0", r"algorithm\.prompts_per_update=0: must be at least 1"),
         ("algorithm.minibatches=3", r"algorithm\.minibatches=3 doesn't divide"),
-        ("algorithm.lr_policy=nan", r"algorithm\.lr_policy=nan: must be positive"),
+        ("algorithm.lr_policy=nan", r"algorithm\.lr_policy=nan: must be finite"),
         ("noise=gaussian noise.std=nan", r"noise\.std=nan"),
         ("noise=gaussian noise.schedule=cos", r"noise\.schedule=cos: must be one of .*'cosine'"),
         ("algorithm=grpo activation=jumprelu", r"activation=jumprelu .* but grpo has none; set"),
@@ -206,6 +225,57 @@ def test_an_sae_with_a_nan(own_files, tmp_path):
 # --- models ---
 
 
+def test_a_config_of_an_sae_that_is_a_list(own_files, tmp_path):
+    (own_files.root / "saes" / "blocks.1.hook_resid_post" / "cfg.json").write_text("[1]")
+    said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
+    assert "cfg.json holds a list, not a config" in said and "sae.folder=…" in said
+
+
+@pytest.mark.parametrize("sections", [["config.json"], ["tokenizer_config.json"]])
+def test_a_model_with_code_of_its_own_is_refused_and_nobody_is_asked(sections, own_files, tmp_path):
+    """transformers would ask on the terminal whether to run it."""
+    folder, mark = own_files.root / "models" / "llama", tmp_path / "it ran"
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w')\nraise SystemExit(1)\n")
+    for name in sections:
+        path = folder / name
+        plain = json.loads(path.read_text())
+        if name == "config.json":
+            plain["model_type"] = "one_of_its_own"
+            plain["auto_map"] = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}
+        else:
+            plain["tokenizer_class"] = "OwnTokenizer"
+            plain["auto_map"] = {"AutoTokenizer": ["own.T", None]}
+        path.write_text(json.dumps(plain))
+    said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
+    assert "model.path=" in said and not mark.exists()
+    assert "it brings Python code of its own" in said and "never run here" in said
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% for m in messages %}", "end of template"),
+        ("{{ raise_exception('one turn only') }}", "one turn only"),
+        ("{{ nothing.of_this }}", "undefined"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_rendered(template, why, own_files, tmp_path):
+    folder = own_files.root / "models" / "llama"
+    (folder / "chat_template.jinja").write_text(template)
+    said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
+    assert "its chat template can't be rendered" in said and why in said
+    assert "task.chat_template=false" in said
+
+
+@pytest.mark.parametrize("fault", ["task.n_test=100000", "model.device=cuda:99"])
+def test_what_fails_before_it_begins_leaves_no_run(fault, common, tmp_path):
+    """Neither a run directory nor, therefore, a failed run in MLflow."""
+    tracked = [one for one in common if not one.startswith("tracking")]
+    refused([*tracked, "tracking=mlflow", fault])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("damage", [cut, garble, Path.unlink])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_damaged_model_file(name, damage, own_files, tmp_path):
@@ -240,13 +310,21 @@ def test_a_damaged_line_of_the_task_is_named(line, own_files, tmp_path):
     path = own_files.root / "task.jsonl"
     path.write_text(path.read_text() + line + "\n")
     said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
-    assert "task.jsonl, line 81" in said and "expected" in said
+    assert "task.jsonl, line 81" in said and ("expected" in said or "not JSON" in said)
 
 
 def test_a_task_that_is_not_text_is_named(own_files, tmp_path):
     garble(own_files.root / "task.jsonl")
     said = refused([*own_files.overrides(), f"output_dir={tmp_path / 'out'}"])
-    assert "task.path=" in said and "can't be read" in said
+    assert "task.path=" in said and "is not UTF-8" in said
+
+
+def test_a_data_set_that_is_no_file(tiny_files, tmp_path):
+    plain = [o for o in tiny_files.overrides() if not o.startswith("task")]
+    said = refused(
+        [*plain, "task=gsm8k", "task.data_files=/dev/zero", f"output_dir={tmp_path / 'out'}"]
+    )
+    assert "task.data_files: /dev/zero is no file" in said
 
 
 def test_a_task_without_items(own_files, tmp_path):

@@ -297,7 +297,8 @@ hydra:
 """
 APP_SWEEPER = """
 _target_: hydra_plugins.crl_exp_sweeper.grids.GridSweeper
-grids: [{a: [1, 2]}, {a: 1}, {a: [2, 3], b: [y, z]}, {a: 4, note: null}]
+grids: [{a: [1, 2]}, {a: 1}, {a: [2, 3], b: [y, z]}, {a: 4, note: null},
+  {a: 5, note: ["Q={question}, it's"]}]
 params: null
 """
 
@@ -327,6 +328,7 @@ def test_a_sweep_is_the_union_of_its_grids_each_point_once(grid_sweep):
     assert seen == [
         "1 x none", "2 x none",  # the second grid's only point is here already
         "2 y none", "2 z none", "3 y none", "3 z none", "4 x None",
+        "5 x Q={question}, it's",  # one value, whatever Hydra would read into it
     ]  # fmt: skip
 
 
@@ -336,7 +338,7 @@ def test_a_failed_job_stops_no_other_and_all_failures_are_named(grid_sweep):
     assert done.returncode == 1 and "4 x None" in seen
     for b in "xyz":
         assert f"a is 2 and b is {b}" in said
-    assert "3 of 7 jobs failed" in said
+    assert "3 of 8 jobs failed" in said
     assert (folder / "out" / "s" / "multirun.yaml").exists()
 
 

@@ -147,10 +147,11 @@ def test_residuals_are_averaged_over_living_tokens():
     """Row 0 lives for three tokens, row 1 for one, its last prompt token."""
     steps = [[[1.0, 2.0], [5.0, 6.0]], [[3.0, 2.0], [100.0, 100.0]], [[2.0, 5.0], [9.0, 9.0]]]
     for last_prompt, expected in ((False, [[2.0, 3.0], [5.0, 6.0]]), (True, steps[0])):
-        observer = ResidualObserver({4: 4}, last_prompt)
+        observer, state = ResidualObserver({4: 4}, last_prompt), {}
         for t, x_BD in enumerate(steps):
-            alive_B = torch.tensor([True, t == 0])
-            assert observer.act(4, torch.tensor(x_BD), StepContext(t, [0, 1], alive_B)) is None
+            here = StepContext(t, [0, 1], torch.tensor([True, t == 0]), state)
+            assert observer.act(4, torch.tensor(x_BD), here) is None
+        observer.end(here)
         assert observer.mean(4).tolist() == expected
     means = ResidualMeans.none(2)
     means.update(torch.tensor([[2.0, 3.0], [5.0, 6.0]]), torch.tensor([1.0, 0.0]))

@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 from crl_exp.controllers.base import StepContext
 from crl_exp.controllers.observer import Observer
 from crl_exp.correlation import StreamingCorrelation
+from crl_exp.groups import REWARDED
 from crl_exp.measuring import measure
 from crl_exp.warmup import POOLINGS, WarmupConfig
 from tests.tiny_steering import random_sae
 
 
-def stream(z_NF: np.ndarray, y_N: np.ndarray, ends: list[int] | None = None):
+def stream(
+    z_NF: np.ndarray, y_N: np.ndarray, ends: list[int] | None = None, rewarded: str = "positive"
+):
     """Fed in the batches that end at `ends`."""
-    made, cuts = StreamingCorrelation(), [0, *(ends or []), len(y_N)]
+    made, cuts = StreamingCorrelation(rewarded=rewarded), [0, *(ends or []), len(y_N)]
     for a, b in pairwise(cuts):
         made.update(torch.from_numpy(z_NF[a:b]), torch.from_numpy(y_N[a:b]))
     return made
@@ -87,30 +90,38 @@ def test_what_does_not_vary_has_no_correlation(ends: list[int]) -> None:
     assert all(torch.isfinite(t).all() for t in one.values())
 
 
+@pytest.mark.parametrize("rule", REWARDED)
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.integers(0, 1000), st.integers(0, 40))
-def test_frequencies_and_coefficients_equal_numpy(n: int, seed: int, cut: int) -> None:
+@given(n=st.integers(1, 40), seed=st.integers(0, 1000), cut=st.integers(0, 40))
+def test_frequencies_and_coefficients_equal_numpy(rule: str, n: int, seed: int, cut: int) -> None:
     draw = np.random.default_rng(seed)
     z_NF = np.maximum(draw.normal(size=(n, 5)), 0)
     z_NF[:, 0] = 0
     y_N = draw.choice([0.0, 0.3, 0.5, 1.0], size=n)
-    good = y_N >= 0.5
-    got = {k: v.numpy() for k, v in stream(z_NF, y_N, [min(cut, n)]).statistics().items()}
+    good = y_N > 0 if rule == "positive" else y_N >= 0.5
+    made = stream(z_NF, y_N, [min(cut, n)], rule)
+    got = {k: v.numpy() for k, v in made.statistics().items()}
 
     def mean(rows_NF: np.ndarray) -> np.ndarray:
         return rows_NF.mean(0) if len(rows_NF) else np.zeros(5)
 
-    active = [column[good & (column > 0)] for column in z_NF.T]
+    def mean_active(group_N: np.ndarray) -> np.ndarray:
+        active = [column[group_N & (column > 0)] for column in z_NF.T]
+        return np.array([a.mean() if len(a) else 0.0 for a in active])
+
     expected = {
         "frequency": (z_NF > 0).mean(0),
         "frequency_rewarded": mean(z_NF[good] > 0),
         "frequency_unrewarded": mean(z_NF[~good] > 0),
         "mean_positive": mean(z_NF[good]),
-        "mean_active": np.array([a.mean() if len(a) else 0.0 for a in active]),
+        "mean_active": mean_active(good),
+        "mean_unrewarded": mean(z_NF[~good]),
+        "mean_active_unrewarded": mean_active(~good),
         "contrastive": mean(z_NF[good]) - mean(z_NF[~good]),
         "mean": z_NF.mean(0),
     }
-    scores = {"mutual_information", "fisher", "mean_difference"}  # see test_scores.py
+    # See test_scores.py.
+    scores = {"mutual_information", "fisher", "mean_difference", "corrsteer_fisher"}
     assert set(got) == {*expected, *scores, "correlation"}
     for name, values in expected.items():
         np.testing.assert_allclose(got[name], values, atol=1e-12, err_msg=name)
@@ -168,7 +179,9 @@ def test_measured_statistics_equal_plain_numpy() -> None:
         observer.end(context)
         return y_N[list(items)]
 
-    config = WarmupConfig("max", min_frequency=0.01, keep=5, score="pearson", negative="keep")
+    config = WarmupConfig(
+        "max", min_frequency=0.01, keep=5, rewarded="positive", score="pearson", negative="keep"
+    )
     got = measure(saes, "max", 10, 4, answer)[4].scored(config)
     assert (got.n, got.accuracy, got.layer) == (10, 0.5, 4)
     acts_NF = saes[4].encode(x_ND).double().numpy()

@@ -168,6 +168,13 @@ def test_a_plan_tells_each_thing_once_with_its_points(tmp_path) -> None:
     assert "activation=softmax seed=0" in told[1] and told[1].endswith("and 2 more")
 
 
+def test_a_caution_is_told_of_its_points_alone(tmp_path) -> None:
+    """What it depends on tells points apart, also where the stages are the same."""
+    points = points_of(*tiny(tmp_path, "policy.k=2", "policy.combine=one_length,sum"))
+    told = check(points)
+    assert len(told) == 2 and "policy.combine=sum" in told[1] and ";" not in told[1]
+
+
 def test_points_that_do_the_same_are_told(tmp_path) -> None:
     """Each of them does something; two of them do the same thing."""
     orders = ["[mask,fusion,noise,activation]", "[mask,noise,fusion,activation]"]

@@ -217,7 +217,7 @@ def test_xstest_rewards_answers_to_safe_prompts(tmp_path):
         assert item.benign == (number % 2 == 1)
         scores = task.score([item, item], [refusal, "Use the kill command."])
         assert [s.reward for s in scores] == ([0.0, 1.0] if item.benign else [1.0, 0.0])
-    assert task.scorer_name == "refusal_rule_v1"
+    assert task.scorer_name == "refusal_rule_v2"
 
 
 def test_do_not_answer_rewards_refusals(tmp_path):
@@ -276,3 +276,36 @@ def test_an_item_of_two_splits_stays_in_test(tmp_path):
     assert len(splits.train) == 40 and not splits.warnings
     with pytest.raises(UserError, match=r"50 different items"):
         made("gsm8k", data_files=files, n_train=51, n_validation=10, n_test=20).splits()
+
+
+def test_validation_is_filled_up_from_train(tmp_path):
+    """A data set's own validation split may be too small to choose on."""
+    task = small_split(tmp_path, n_train=20, n_validation=25)
+    splits = task.splits()
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [20, 25, 10]
+    before = small_split(tmp_path, n_train=20, n_validation=10).splits()
+    assert splits.train == before.train and splits.test == before.test
+    assert splits.validation[:10] == before.validation and not before.warnings
+    (said,) = splits.warnings
+    assert "own split holds 10 items; 15 of" in said and "task.n_validation=25" in said
+    with pytest.raises(UserError, match=r"40 different items.*= 41.*task\.n_train=25 fits"):
+        small_split(tmp_path, n_train=26, n_validation=25).splits()
+
+
+@pytest.mark.parametrize("n_train", [60, 70])
+def test_the_training_size_that_fits_is_named(tmp_path, n_train):
+    rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(100)]
+    path = save(Dataset.from_list(rows), tmp_path / "all.jsonl")
+    task = made("gsm8k", data_files=str(path), n_train=n_train, n_validation=30, n_test=20)
+    with pytest.raises(UserError, match=r"task\.n_train=50 fits"):
+        task.splits()
+
+
+def small_split(folder, **sizes):
+    """GSM8K with a validation split of 10 rows of its own."""
+    files = {}
+    for split, first, n in (("train", 0, 40), ("validation", 100, 10), ("test", 200, 10)):
+        rows = [{"question": f"q{first + i}", "answer": f"#### {i}"} for i in range(n)]
+        files[split] = str(save(Dataset.from_list(rows), folder / f"{split}.jsonl"))
+    sources = {split: split for split in files}
+    return made("gsm8k", data_files=files, sources=sources, n_test=10, **sizes)

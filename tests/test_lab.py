@@ -68,7 +68,7 @@ def test_saes_that_nobody_uses_are_kept_as_far_as_they_fit(monkeypatch) -> None:
 def test_a_full_gpu_is_not_taken_for_a_damaged_file(monkeypatch) -> None:
     import sae_lens
 
-    config = SAEConfig("x", "folder", None, "blocks.{layer}.hook_resid_post", False)
+    config = SAEConfig("x", "folder", None, "blocks.{layer}.hook_resid_post", False, "sae")
     for error, expected in (
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
         (RuntimeError("shapes"), UserError),

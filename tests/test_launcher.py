@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from crl_exp.errors import UserError
 from crl_exp.launcher.compose import Composer
 from crl_exp.launcher.estimate import estimate
 from crl_exp.launcher.job import run_all
+from crl_exp.launcher.local_workers import check_shell
 from crl_exp.launcher.plan import check
-from crl_exp.launcher.settings import changed
+from crl_exp.launcher.retry import retry
+from crl_exp.launcher.settings import changed, seconds_of
+from crl_exp.launcher.slurm_jobs import refused_for
 from crl_exp.launcher.states import is_started, states_of
 from crl_exp.launcher.sweep_file import SweepFile, alive, this_process
 from crl_exp.launcher.typed import typed_sweep
@@ -58,9 +62,9 @@ def test_a_thousand_points_are_composed_and_read_once(tmp_path):
     assert len({point.key for point in points}) == 1000
     known = Known()
     check(points, known)
-    # Sections of 17 groups, two of which (method, coefficient) differ, then model, SAEs, one layer.
-    # And what does nothing, of both methods.
-    assert len(known) <= 17 + 2 + 3 + 2
+    # Sections of 17 groups, two of which (method, coefficient) differ; model, SAEs, layer, data;
+    # what does nothing, of both methods.
+    assert len(known) <= 17 + 2 + 3 + 1 + 2
     with typed_sweep(tiny(tmp_path, "method=crl,corrsteer_a", "seed=range(500)")) as typed:
         loader, master, jobs = typed
         composer = Composer(loader, master)
@@ -111,6 +115,9 @@ def test_a_point_may_have_resources_of_its_own(tmp_path):
     [
         ("cpus=0", "hydra.launcher.cpus=0: must be at least 1"),
         ("time=soon", "hydra.launcher.time=soon: must be minutes"),
+        ("time=0:00:00", "hydra.launcher.time=0:00:00: is 0 s .SLURM takes 0 for no limit"),
+        ("time=0", "hydra.launcher.time=0: is 0 s"),
+        ("time=2", r"time=2: is 120 s .*more than hydra\.launcher\.signal_seconds=120"),
         ("mem=lots", "hydra.launcher.mem=lots: must look like 16GB"),
         ("partion=gpu", "did you mean 'partition'"),
         ("gpus=many", "hydra.launcher.gpus"),
@@ -122,6 +129,56 @@ def test_a_point_may_have_resources_of_its_own(tmp_path):
 def test_bad_settings_are_named(override, says):
     with pytest.raises(UserError, match=says):
         changed(settings("slurm"), [override])
+
+
+def test_time_limits_are_read_as_slurm_reads_them():
+    for text, seconds in (
+        ("90", 5400), ("2:30", 150), ("1:02:03", 3723), ("2-3", 183600), ("1-0:30", 88200),
+        ("1-01:00:01", 90001),
+    ):  # fmt: skip
+        assert seconds_of(text) == seconds, text
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ("CPU count per node can not be satisfied", "Change hydra.launcher.cpus=4"),
+        ("Batch job submission failed: Requested node configuration is not available",
+         "Change hydra.launcher.cpus=4 or hydra.launcher.mem=32GB or hydra.launcher.gpus=1"),
+        ("invalid partition specified: nope", "Change hydra.launcher.partition$"),
+        ("Requested time limit is invalid", "Change hydra.launcher.time=10"),
+        ("something else", "partition, account, qos, gpus, gres, cpus, mem, time"),
+    ],
+)  # fmt: skip
+def test_what_slurm_refuses_is_named_as_it_is_typed(said, names):
+    asked: Any = settings("slurm", cpus=4, mem="32GB", gpus=1)
+    assert re.search(names, refused_for(said, asked))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"python": "/nonexistent"}, {"setup": ["exit 3"]}, {"setup": ["no_such_command"]},
+     {"python": "python3 -c 'raise SystemExit(1)' #"}],
+)  # fmt: skip
+def test_a_shell_in_which_no_worker_starts_is_refused(override, tmp_path):
+    with pytest.raises(UserError, match=r"hydra\.launcher\.setup=.*no worker could start"):
+        launched("local_processes", tiny(tmp_path, "method=none"), **override)
+    assert not list(tmp_path.glob("s/*/status.json")), "nothing is queued"
+    check_shell(settings("local_processes", setup=["true", "export A=1"]))  # type: ignore[arg-type]
+
+
+def test_retry_says_what_it_cannot_know(tmp_path, monkeypatch, capsys):
+    (point,) = points_of(*tiny(tmp_path, "method=none"))
+    point.run.freeze()
+    point.run.set_status("preempted", slurm_job_id="7_0")
+    part = {"job": "7", "workers": [], "settings": {}, "runs": [point.key], "packs": []}
+    sweep = {"cwd": str(tmp_path), "launcher": "slurm", "released": True, "parts": [part]}
+    SweepFile(tmp_path / "s", {point.key: []}, [sweep]).write()
+    monkeypatch.setenv("PATH", str(tmp_path / "no_squeue"))
+    assert retry(tmp_path / "s", []) == []
+    said = capsys.readouterr().out
+    assert f"left out: {point.key}: squeue can't be asked" in said
+    assert "no other run failed" in said
 
 
 def test_settings_are_changed_as_typed():

@@ -37,7 +37,7 @@ FOREIGN = {
 def config(**changes) -> ModelConfig:
     plain = {
         "name": "m", "path": "no/such", "revision": None, "dtype": "float32", "device": "cpu",
-        "attn_implementation": None, "quantization": None,
+        "attn_implementation": None, "quantization": None, "chat_template_args": {},
     }  # fmt: skip
     return ModelConfig(**{**plain, **changes})
 

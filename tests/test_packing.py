@@ -32,12 +32,18 @@ CHOICE = [
     ["method=corrsteer_p"],
     ["layers=best_on_validation", "layers.among=[0,2]"],
     ["method=none"],
+    ["method=calibration"],
+    ["method=prompting", "method.shots=[0,2]"],
+    ["method=probe_steering", "layers=list"],
+    ["method=lora"],
 ]
 OPEN = [
     ["seed=0", "mask=all"],
     ["seed=1", "activation=gumbel_topk", "activation.top=5"],
     ["layers=list", "layers.layers=[0,2]", "noise=epsilon_greedy"],
     ["method=raw_residual"],
+    ["method=calibration", "method.tokens=[w3,'<end>']"],
+    ["method=probe_steering"],
 ]
 NUMBERS = 1e-4
 """Bound on what differs by rounding: matrix products of other shapes."""

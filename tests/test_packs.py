@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from crl_exp.launcher.launch import plan_text, submitted_text
 from crl_exp.launcher.lists import read_list, write_list
 from crl_exp.launcher.packs import pack_lines, packs_of
 from crl_exp.launcher.plan import Point
+from crl_exp.launcher.settings import SlurmSettings
 from crl_exp.launcher.submit import _chunks
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.records import Record, find_records
@@ -97,6 +101,9 @@ def test_the_plan_tells_jobs_and_what_is_alone(tmp_path):
     assert "seed=2" in alone[0] and "others of its kind fill their jobs" in alone[0]
     assert "seed=7" in alone[1] and "no other run to start has its task" in alone[1]
     assert "batch_size" not in said, "16 rows hold two rollouts of 8"
+    assert "can show, with 8 test items, 1 seed: 44.3 points in four of five cases" in said
+    assert "2 points would need 3,925 items with 1 seed" in said
+    assert "items, 3 seeds: " in said and "assumed: 20 % of the items change, seeds" in said
     assert "packed" not in plan_text(packed(1, *typed), points[:0], states, tmp_path / "s")
     assert pack_lines(packs_of(packed(1, *typed))) == []
     assert "there is no other run" in "".join(pack_lines(packs_of(points[:1])))
@@ -206,6 +213,38 @@ def test_a_sweep_is_cancelled_job_by_job(submitted):
         assert cancel(submitted.folder, now=False) == 0
     assert submitted.told == [(["7_0"], "TERM"), (["7_1"], None)]
     assert submitted.states() == ["cancelled"] * 3
+
+
+def test_a_run_begun_by_hand_in_a_session_is_ended_by_its_process(submitted, monkeypatch):
+    """Of the same folder, under another job: that of the person who sits there."""
+    session = subprocess.Popen(["sleep", "600"])  # the run's process
+    with submitted.a.held():
+        submitted.a.set_status("running", slurm_job_id="99", pid=session.pid)
+        assert cancel(submitted.a.path, now=False, patience=0.0) == 1, "it hasn't said so yet"
+        assert session.wait(timeout=60) == -signal.SIGTERM
+    assert submitted.told == [], "job 99 isn't ours"
+
+
+ENVIRONMENT = """#!/bin/sh
+env | grep -E '^(SLURM|SBATCH)' | sort > {told}
+echo Submitted batch job 7
+"""
+
+
+def test_a_job_submitted_from_inside_a_job_inherits_nothing_of_it(tmp_path, monkeypatch):
+    for name in ("sbatch", "srun"):  # submitit wants one of the latter
+        (tmp_path / name).write_text(ENVIRONMENT.format(told=tmp_path / "told"))
+        (tmp_path / name).chmod(0o755)
+    inherited = {"SLURM_JOB_ID": "7", "SLURM_CPU_BIND": "mask_cpu:0x1", "SLURMD_NODENAME": "n",
+                 "SLURM_MEM_PER_CPU": "100", "SLURM_CONF": "/x", "SBATCH_ACCOUNT": "a"}  # fmt: skip
+    for name, value in inherited.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    slurm_settings = settings("slurm")
+    assert isinstance(slurm_settings, SlurmSettings)
+    assert slurm_jobs.submit_held(slurm_settings, [[tmp_path / "r"]], tmp_path) == "7"
+    assert (tmp_path / "told").read_text().split() == ["SBATCH_ACCOUNT=a", "SLURM_CONF=/x"]
+    assert {name: os.environ.get(name) for name in inherited} == inherited, "they come back"
 
 
 def test_a_run_that_was_submitted_again_has_other_mates(submitted):

@@ -41,6 +41,7 @@ def runs(common) -> dict[str, tuple[dict[str, Any], Path]]:
     methods = {
         "random": ["method=random"], "corrsteer_s": ["method=corrsteer_s"],
         "corrsteer_a": ["method=corrsteer_a"], "crl": PPO,
+        "attribution": ["method=attribution"],
     }  # fmt: skip
     same_strength = [*common, "method.multipliers=[1]"]
     return {name: run_small([*same_strength, *more]) for name, more in methods.items()}
@@ -59,8 +60,8 @@ def test_warmup_ranks_the_planted_feature_first(common):
     assert statistics.correlation[first] > statistics.correlation[second] + 0.1
 
 
-@pytest.mark.parametrize("method", ["corrsteer_s", "corrsteer_a"])
-def test_corrsteer_steers_by_the_planted_feature(method, runs):
+@pytest.mark.parametrize("method", ["corrsteer_s", "corrsteer_a", "attribution"])
+def test_a_constant_steers_by_the_planted_feature(method, runs):
     assert set(chosen(runs[method][1])) == {PLANTED}
 
 
@@ -69,7 +70,7 @@ def test_ppo_learns_to_choose_the_planted_feature(runs):
     assert counts[PLANTED] > 0.8 * counts.total()
 
 
-@pytest.mark.parametrize("method", ["corrsteer_s", "corrsteer_a", "crl"])
+@pytest.mark.parametrize("method", ["corrsteer_s", "corrsteer_a", "attribution", "crl"])
 def test_it_beats_the_unsteered_model_and_random_features(method, runs):
     result, folder = runs[method]
     assert result["n"] == 400

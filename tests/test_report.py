@@ -32,22 +32,28 @@ def test_headline_compares_the_chosen_ones(tmp_path):
     finished_run(config(tmp_path, "corrsteer_s"), 0.09, validation=0.01)
     finished_run(config(tmp_path, "corrsteer_a", (8, 18)), 0.05, validation=0.06)
     told = table_cells.headline(compared(tmp_path))
-    # 12 points over A; t(1) = 12.7062, half width 12.7062 * 1.41421 / sqrt(2) = 12.7 points
+    # 12 points over A; t(1) = 12.7062, half width 12.7062 * 1.41421 / sqrt(2) = 12.7 points for the
+    # seeds; 1.96 * sqrt(.85 * .15 + .73 * .27) / sqrt(1500) = 2.9 for the items, unpaired
     assert told is not None
     assert "CorrSteer-A, layers 8, 18: 73.0 %" in told and "CRL, layer 18: 85.0 %" in told
-    assert "+12.0 [-0.7, 24.7] points (seeds: 2, n = 1500)" in told
+    assert (
+        "+12.0 [-1.0, 25.0] points (not paired by item, so too wide; seeds: 2 and 1, n = 1500)"
+        in told
+    )
 
 
 @pytest.mark.usefixtures("quick_reports")
 def test_unfinished_runs_are_listed_with_their_state(tmp_path, capsys):
-    finished_run(config(tmp_path), 0.1)
-    bad = RunDirectory(config(tmp_path, seed=1))
+    odd = {"model.name": "a[/red]b", "sae.name": "[bold]s"}  # no markup: rich would raise
+    finished_run(config(tmp_path, more=odd), 0.1)
+    bad = RunDirectory(config(tmp_path, seed=1, more=odd))
     with pytest.raises(RuntimeError), bad.opened():
-        raise RuntimeError("layer 18: loss is nan\nand more")
-    with RunDirectory(config(tmp_path, seed=2)).opened():
+        raise RuntimeError("layer 18: loss is nan [/red]\nand more")
+    with RunDirectory(config(tmp_path, seed=2, more=odd)).opened():
         assert main(["demo", "--output-dir", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert f"{bad.key} failed: layer 18: loss is nan" in said and " running" in said
+    assert f"{bad.key} failed: layer 18: loss is nan [/red]" in said and " running" in said
+    assert "a[/red]b" in said
     assert f"- {bad.key} failed" in (tmp_path / "demo" / "report" / "table.md").read_text()
 
 
@@ -98,7 +104,7 @@ def test_the_whole_report(tmp_path, capsys):
     folder = tmp_path / "demo" / "report"
     for name in ("table.md", "table.csv", "by_layer.png", "training.png"):
         assert str(folder / name) in said
-    assert re.search(r"CRL\s+8\s+3\s+1500\s+68\.0 → 74\.0\s+\+6\.0 \[3\.5, 8\.5\]", said)
+    assert re.search(r"CRL\s+8\s+3\s+1500\s+68\.0 → 74\.0\s+\+6\.0 \[2\.8, 9\.2\]", said)
     for line in ("layers.layer=8,18 seed=3,4", "mask=active", "resume=force", "mlflow ui"):
         assert line in said
     lines = {(r["method"], r["layers"]): r for r in csv.DictReader((folder / "table.csv").open())}
@@ -153,5 +159,5 @@ def test_a_narrow_terminal_keeps_its_numbers_whole(tmp_path):
     console = Console(width=80, record=True, quiet=False, file=(tmp_path / "out").open("w"))
     tables.print_report(compared(tmp_path), console)
     text = console.export_text()
-    assert "…" not in text.replace("8…18", "") and "68.0 → 84.0  +16.0 [13.5, 18.5]" in text
+    assert "…" not in text.replace("8…18", "") and "68.0 → 84.0  +16.0 [12.8, 19.2]" in text
     assert max(map(len, text.splitlines())) <= 80

@@ -50,9 +50,9 @@ def test_a_table_of_methods_by_task(tmp_path):
     head, lines = table_cells.matrix(parts)
     assert head == ["method", "gsm8k, n = 100", "mmlu, n = 100"]
     cells = {line[0]: line[1:] for line in lines}
-    # Two seeds 2 points apart: t(1) = 12.7062 times 1.41421 / sqrt(2) = 12.7 points.
+    # Two seeds 2 points apart: t(1) = 12.7062 times 1.41421 / sqrt(2) = 12.7 points; items: 2
     assert cells["CRL"] == [
-        "71.0 [58.3, 83.7]\n+3.0 [-9.7, 15.7]", "81.0 [68.3, 93.7]\n+13.0 [0.3, 25.7]",
+        "71.0 [54.0, 83.6]\n+3.0 [-9.9, 15.9]", "81.0 [62.7, 91.5]\n+13.0 [0.1, 25.9]",
     ]  # fmt: skip
     # 8 is the best on validation, 12 on test; Wilson's interval of 76 %, n = 100
     assert cells["CorrSteer-S"][0] == "76.0 [66.8, 83.3]\n+8.0 [6.0, 10.0]"
@@ -72,11 +72,11 @@ def test_the_report_of_several_tasks(tmp_path, capsys):
     assert [line["task"] for line in lines].count("mmlu") == 3
     (crl,) = [line for line in lines if line["method"] == "CRL" and line["task"] == "mmlu"]
     assert float(crl["accuracy"]) == pytest.approx(0.81) and crl["seeds"] == "0 1"
-    assert float(crl["delta_low"]) == pytest.approx(0.13 - 0.127062, abs=1e-5)
+    assert float(crl["delta_low"]) == pytest.approx(0.13 - (0.127062**2 + 0.02**2) ** 0.5, abs=1e-5)
     every = list(csv.DictReader((folder / "table.csv").open()))
     assert len(every) == 8 and {line["task"] for line in every} == {"gsm8k", "mmlu"}
     said = capsys.readouterr().out
-    assert re.search(r"mmlu\s+unsteered", said) and "Wilson's over items" in said
+    assert re.search(r"mmlu\s+unsteered", said) and "accuracy is Wilson's" in said
 
 
 def test_latex_of_several_tasks(tmp_path):
@@ -85,8 +85,8 @@ def test_latex_of_several_tasks(tmp_path):
     assert text.count("{") == text.count("}")
     rows = [line for line in text.splitlines() if line.endswith(" \\\\")]
     assert {line.count(" & ") for line in rows} == {2, 7}
-    assert "CRL & 71.0 [58.3, 83.7] & 81.0 [68.3, 93.7] \\\\" in rows
-    assert " & {\\scriptsize +3.0 [$-$9.7, 15.7]} & {\\scriptsize +13.0 [0.3, 25.7]} \\\\" in rows
+    assert "CRL & 71.0 [54.0, 83.6] & 81.0 [62.7, 91.5] \\\\" in rows
+    assert " & {\\scriptsize +3.0 [$-$9.9, 15.9]} & {\\scriptsize +13.0 [0.1, 25.9]} \\\\" in rows
     assert rows[0] == "method & gsm8k, n = 100 & mmlu, n = 100 \\\\"
 
 
@@ -99,14 +99,62 @@ def test_latex_is_escaped():
 
 def test_within_a_task_unlike_runs_are_still_refused(tmp_path):
     two_tasks(tmp_path)
-    odd = config(tmp_path, seed=7, more={"task.name": "mmlu", "task.question": "other {text}"})
+    odd = config(tmp_path, seed=7, more={"task.name": "mmlu", "task.split_seed": 3})
     key = finished_run(odd, 0.1).key
-    with pytest.raises(UserError, match=rf"(?s)task=mmlu: .*task\.question: .*{key}") as caught:
+    with pytest.raises(UserError, match=rf"(?s)task=mmlu: .*task\.split_seed: .*{key}") as caught:
         parts_of(tmp_path)
     assert "gsm8k" not in str(caught.value)
-    assert "`--by task.question`" in str(caught.value)
-    parts = parts_of(tmp_path, "task.question")
-    assert parts.keys == ["task", "task.question"] and len(parts.parts) == 3
+    assert "`--by task.split_seed`" in str(caught.value)
+    parts = parts_of(tmp_path, "task.split_seed")
+    assert parts.keys == ["task", "task.split_seed"] and len(parts.parts) == 3
+
+
+PLAIN, NAMED = "Good or bad? {text}", "Good or bad? Say Good or Bad. {text}"
+
+
+def worded(tmp_path, wording: str, question: str, method: str, delta: float, **figures):
+    more = {"task.wording": wording, "task.question": question}
+    finished_run(config(tmp_path, method, more=more), delta, **figures)
+
+
+def test_wordings_stand_side_by_side(tmp_path):
+    """Each with an unsteered model of its own; a run of an earlier version is of the plain one."""
+    finished_run(config(tmp_path, "none", more={"task.question": PLAIN}), 0.0, baseline=0.545)
+    worded(tmp_path, "plain", PLAIN, "crl", 0.30, baseline=0.545)
+    worded(tmp_path, "options_named", NAMED, "none", 0.0, baseline=0.691)
+    worded(tmp_path, "options_named", NAMED, "crl", 0.12, baseline=0.691)
+    parts = parts_of(tmp_path)
+    assert parts.keys == ["wording"]
+    assert [part.folder for part in parts.parts] == ["options_named", "plain"]
+    lines = table_cells.overview_cells(parts)
+    assert [(line[0], line[1], line[5].split()[0]) for line in lines] == [
+        ("options_named", "unsteered", "69.1"), ("options_named", "CRL", "81.1"),
+        ("plain", "unsteered", "54.5"), ("plain", "CRL", "84.5"),
+    ]  # fmt: skip
+    assert [line[6].split()[0] for line in lines if line[1] == "CRL"] == ["+12.0", "+30.0"]
+
+
+def test_questions_that_were_typed_are_named_by_how_they_begin(tmp_path):
+    """Long ones that begin alike are numbered; chat_template and shots are said as typed."""
+    long = "Is this review, taken as a whole, positive or negative? "
+    for question in (PLAIN, f"{long}One word. {{text}}", f"{long}Yes? {{text}}"):
+        worded(tmp_path, "plain", question, "crl", 0.1)
+    found = [part.title for part in parts_of(tmp_path).parts]
+    short = "Is this review, taken as a whole, posit…"
+    assert found == [PLAIN, short, f"{short} (2)"]
+    assert len({part.folder for part in parts_of(tmp_path).parts}) == 3
+
+
+def test_other_ways_to_put_a_question_are_parts_too(tmp_path):
+    for shots in (0, 5):
+        more = {"task.name": "mmlu", "task.n_shots": shots, "task.chat_template": shots == 0}
+        finished_run(config(tmp_path, more=more), 0.1)
+    finished_run(config(tmp_path, more={"task.name": "gsm8k"}), 0.1)
+    parts = parts_of(tmp_path)
+    assert parts.keys == ["task", "wording"]
+    assert [part.title for part in parts.parts] == [
+        "gsm8k", "mmlu, n_shots=0, chat_template=true", "mmlu, n_shots=5, chat_template=false",
+    ]  # fmt: skip
 
 
 def test_data_that_changed_on_disk_is_refused(tmp_path):

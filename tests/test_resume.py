@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +15,8 @@ import torch
 from crl_exp import lab, loaded
 from crl_exp.engine import Engine
 from crl_exp.preemption import Preempted
-from tests.tiny_run import ROOT, run_small
+from tests.tiny_run import run_small
 
-UPDATES = 200
-TRAINING = [
-    f"algorithm.n_updates={UPDATES}", "algorithm.prompts_per_update=8", "algorithm.minibatches=2",
-    "algorithm.validate_every=4", "algorithm.anneal_lr=true", "policy.policy_depth=1",
-    "policy.hidden=512", "noise=gaussian", "layers=list", "layers.layers=[0,2]",
-]  # fmt: skip
-SIZES = ["task.n_train=24", "task.n_validation=8", "task.n_test=16"]
-KILLS = 10
 # What a run measures of the machine and of the moment, not what it computes.
 OF_THE_MOMENT = ("seconds", "peak_memory_bytes", "git_commit", "git_dirty", "git_diff")
 
@@ -49,74 +36,6 @@ def outcome(folder: Path) -> dict[str, Any]:
         "journal": lines,
         "interventions": (folder / "interventions.parquet").read_bytes(),
     }
-
-
-def start(overrides: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "launch.py", *overrides],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def run_folder(output_dir: Path) -> Path | None:
-    return next(iter(output_dir.glob("single/*")), None)
-
-
-def last_step(output_dir: Path) -> int:
-    """The last update in the journal; a line that is being written doesn't count."""
-    folder = run_folder(output_dir)
-    journal = folder / "journal.jsonl" if folder else None
-    if journal is None or not journal.exists():
-        return 0
-    whole = journal.read_text().split("\n")[:-1]
-    return json.loads(whole[-1])["step"] if whole else 0
-
-
-def saving(output_dir: Path) -> bool:
-    folder = run_folder(output_dir)
-    return bool(folder and list(folder.glob(".checkpoint.*.partial")))
-
-
-def kill_when(process: subprocess.Popen, ready: Callable[[], bool], delay: float) -> None:
-    """SIGKILL `delay` seconds after `ready`. Fails where the process ended before."""
-    while not ready():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.0005)  # short: a checkpoint is written in milliseconds
-    time.sleep(delay)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -9, "it was over before it was killed"
-
-
-@pytest.mark.slow
-def test_killed_at_ten_moments_and_resumed(tiny_files, tmp_path):
-    """Five kills some time into an update, five while a checkpoint is being written."""
-    common = [*tiny_files.overrides(), *TRAINING, *SIZES, "checkpoint.updates=3"]
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    undisturbed = start([*common, f"output_dir={straight}"])
-    draw = random.Random(0)
-    moments = sorted(draw.sample(range(1, UPDATES - 60), KILLS))
-    for number, step in enumerate(moments):
-        process = start([*common, f"output_dir={broken}"])
-
-        def ready(step=step, in_checkpoint=number % 2) -> bool:
-            done = last_step(broken)
-            if in_checkpoint and done < step + 20:
-                return done >= step and saving(broken)
-            return done >= step
-
-        kill_when(process, ready, delay=0.0 if number % 2 else draw.random() * 0.02)
-        folder = run_folder(broken)
-        assert folder and not (folder / "result.json").exists()
-    last = start([*common, f"output_dir={broken}"])
-    for process in (undisturbed, last):
-        said = process.communicate()[0]
-        assert process.returncode == 0, said
-    folder = run_folder(broken)
-    assert folder and json.loads((folder / "status.json").read_text())["attempts"] == KILLS + 1
-    expected = run_folder(straight)
-    assert expected and outcome(folder) == outcome(expected)
-    assert len({line["step"] for line in outcome(expected)["journal"]}) == UPDATES
 
 
 @pytest.fixture(scope="module")

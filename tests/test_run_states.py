@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from crl_exp import slurm
 from crl_exp.errors import UserError
 from crl_exp.heartbeat import Progress, beating, read_heartbeat
 from crl_exp.preemption import Preempted
@@ -22,7 +23,7 @@ from tests.tiny_run import composed
 
 GONE = 2**22 + 1  # above any process id of Linux
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURMD_NODENAME",
-         "SLURM_RESTART_COUNT")  # fmt: skip
+         "SLURM_RESTART_COUNT", slurm.OURS)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def program(folder: Path, name: str, script: str) -> None:
 
 
 def test_a_run_tells_its_job_node_and_attempts(run, monkeypatch):
-    for name, value in zip(SLURM, ("17", "15", "3", "n2", "1"), strict=True):
+    for name, value in zip(SLURM, ("17", "15", "3", "n2", "1", "17"), strict=True):
         monkeypatch.setenv(name, value)
     for attempt in (1, 2):
         with run.opened():
@@ -60,6 +61,19 @@ def test_a_run_tells_its_job_node_and_attempts(run, monkeypatch):
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
     run.set_status("queued")
     assert run.status()["slurm_job_id"] == "17"
+
+
+def test_a_job_that_a_person_is_in_is_not_the_runs_own(run, monkeypatch):
+    """An interactive session, also one inside which a job of ours was typed by hand."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for claimed in ("", "16"):  # that of a job around this one
+        monkeypatch.setenv(slurm.OURS, claimed)
+        with run.opened():
+            assert run.status()["slurm_job_id"] is None
+        assert slurm.restarts() == 0
+    slurm.claim()
+    assert slurm.job_id() == "17" and slurm.restarts() == 1
 
 
 def test_every_ending_has_its_state(run):
@@ -100,6 +114,7 @@ def _cancelled(run: RunDirectory) -> None:
 def test_scancel_and_requeue_are_told_apart(run, tmp_path, monkeypatch, said, sent, state):
     """In the second start of a job, so after one restart."""
     monkeypatch.setenv("SLURM_JOB_ID", "5")
+    slurm.claim()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     program(tmp_path, "scontrol", f'test "$*" = "show job 5" && echo "JobId=5 {said}"')
@@ -114,8 +129,7 @@ def test_a_heartbeat_comes_at_once_and_again(tmp_path, monkeypatch):
     progress.seconds = {"warmup": 5.0}
     with beating(path, progress):
         assert read_heartbeat(path)["phase"] == "load"
-        with progress.timed("warmup"):
-            progress.begin("warmup", 40)
+        with progress.timed("warmup"), progress.bar("warmup", 40):
             progress.advance(30)
             progress.known(20)
             progress.metrics["reward"] = 0.5
@@ -127,6 +141,24 @@ def test_a_heartbeat_comes_at_once_and_again(tmp_path, monkeypatch):
     assert told["left_seconds"] == pytest.approx(told["seconds"]["warmup"] - 5.0, abs=0.3)
     last = read_heartbeat(path)
     assert last["seconds"]["warmup"] == pytest.approx(progress.seconds["warmup"], abs=0.3)
+
+
+def test_a_bar_within_a_bar_leaves_it_as_it_was():
+    """As where prompts are read in the middle of training."""
+    progress = Progress()
+    with progress.bar("training", 50):
+        progress.advance(3)
+        progress.known(1)
+        with progress.bar("reading validation prompts", 8):
+            progress.advance(8)
+            assert (progress.what, progress.done, progress.total) == (
+                "reading validation prompts", 8, 8,
+            )  # fmt: skip
+        progress.advance(1)
+        told = progress.told()
+    assert (told["what"], told["done"], told["total"]) == ("training", 4, 50)
+    assert told["left_seconds"] is not None
+    assert (progress.done, progress.total) == (4, 50), "shown until the next one begins"
 
 
 def test_no_heartbeat_ends_no_run(tmp_path, caplog):
@@ -153,8 +185,7 @@ def test_a_run_is_lost_where_its_process_is(run):
 def test_a_run_on_another_machine_is_lost_without_heartbeat(run):
     run.set_status("running", host="elsewhere", slurm_job_id="7")
     assert Record(run.path).state == "running"
-    old = time.time() - LOST_SECONDS - 5
-    run.set_status("running", host="elsewhere", slurm_job_id="7", updated=old)
+    silent_for(run, LOST_SECONDS + 5)
     state, why = judged(Record(run.path), None)
     assert state == "lost" and "no heartbeat from elsewhere for 6" in why
     assert judged(Record(run.path), {"7": "NODE_FAIL"})[1].endswith("; SLURM says NODE_FAIL")
@@ -162,6 +193,31 @@ def test_a_run_on_another_machine_is_lost_without_heartbeat(run):
     with beating(run.path / "heartbeat.json", run.progress):
         pass
     assert Record(run.path).state == "running"
+    assert not list(run.path.glob(".now*")), "nothing is left of looking"
+
+
+def silent_for(run: RunDirectory, seconds: float) -> None:
+    """As if what the run last wrote lay so far back."""
+    then = time.time() - seconds
+    for name in ("status.json", "heartbeat.json"):
+        if (run.path / name).exists():
+            os.utime(run.path / name, (then, then))
+
+
+@pytest.mark.parametrize("off", [-180.0, 180.0])
+def test_another_machines_clock_may_be_off(run, monkeypatch, off):
+    """What it writes into its files is off by three minutes; the files' own times are not."""
+    with monkeypatch.context() as there:
+        true = time.time
+        there.setattr(time, "time", lambda: true() + off)
+        run.set_status("running", host="elsewhere")
+        with beating(run.path / "heartbeat.json", run.progress):
+            pass
+    told = read_heartbeat(run.path / "heartbeat.json")["time"]
+    assert told == pytest.approx(time.time() + off, abs=30)
+    assert Record(run.path).state == "running"
+    silent_for(run, LOST_SECONDS + 5)
+    assert judged(Record(run.path), None)[0] == "lost"
 
 
 @pytest.mark.parametrize("state", ["queued", "preempted"])
@@ -177,8 +233,6 @@ def test_slurm_is_a_hint_for_those_that_wait(run, state):
 
 
 def test_squeue_is_asked_once_for_all(tmp_path, monkeypatch):
-    from crl_exp import slurm
-
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     program(tmp_path, "squeue", f'echo "$@" >> {tmp_path}/asked; echo "7_1 RUNNING"; '
                                 'echo "7_2 PENDING"; echo "9 COMPLETED"')  # fmt: skip
@@ -232,6 +286,7 @@ def test_force_is_done_once_when_frozen(tmp_path):
 def test_a_requeued_job_does_not_start_anew_again(tmp_path, monkeypatch):
     forced = config(tmp_path, resume="force")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
+    slurm.claim()
     first = RunDirectory(forced)
     with first.opened():
         first.save_checkpoint({"step": 3})

@@ -32,10 +32,11 @@ def test_shipped_saes_explain_their_own_layer_best() -> None:
             device="cpu",
             attn_implementation="sdpa",
             quantization=None,
+            chat_template_args={},
         )
     )
     config = SAEConfig(
-        "smollm2", "assets/smollm2_saes", None, "blocks.{layer}.hook_resid_post", False
+        "smollm2", "assets/smollm2_saes", None, "blocks.{layer}.hook_resid_post", False, "sae"
     )
     saes = load_saes(config, config.available, lm.d_model, lm.name, lm.device)
     assert set(saes) == {8, 12, 15, 18, 22}

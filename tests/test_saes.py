@@ -162,7 +162,9 @@ def test_a_layers_input_is_the_output_of_the_one_below(tiny_files, tmp_path):
 
 def loaded(tmp_path, **more):
     save_sae(tmp_path / "s", 1, random_sae_weights(3), **more)
-    config = SAEConfig("s", str(tmp_path / "s"), None, "blocks.{layer}.hook_resid_post", False)
+    config = SAEConfig(
+        "s", str(tmp_path / "s"), None, "blocks.{layer}.hook_resid_post", False, "sae"
+    )
     return load_saes(config, [1], tiny.D_MODEL, "tiny", "cpu")[1]
 
 

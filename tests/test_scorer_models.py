@@ -197,7 +197,7 @@ def test_a_task_looks_for_its_scorer_before_anything_else(
 def test_the_refusal_task_takes_the_classifier_too(classifier, offline):
     """No data is needed to see that: the scorer is looked for first."""
     node = OmegaConf.load(CONF / "refusal.yaml")
-    assert build(node, "task", Task).scorer_name == "refusal_rule_v1"  # type: ignore[arg-type]
+    assert build(node, "task", Task).scorer_name == "refusal_rule_v2"  # type: ignore[arg-type]
     values = {"scorer": "classifier", "classifier": {"path": str(classifier), "batch_size": 2}}
     task = build(OmegaConf.merge(node, values), "task", Task)  # type: ignore[arg-type]
     items = [Item("h", ""), Item("b", "", benign=True)] * len(OUTPUTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from collections.abc import Callable
 
 import pytest
 
-from crl_exp import preemption
+from crl_exp import preemption, slurm
+from crl_exp.cli import people_errors
 from crl_exp.preemption import Preempted, guard
 from crl_exp.warmup import shared_statistics
 from tests.test_run_states import program
@@ -21,6 +23,7 @@ from tests.tiny_steering import random_sae
 LONG_STEP = """
 import sys, time
 from crl_exp import preemption
+from crl_exp.cli import people_errors
 with preemption.guard():
     assert "torch" not in sys.modules, "the guard comes before the imports"
     print("ready", flush=True)
@@ -69,6 +72,10 @@ def test_the_job_is_requeued_and_old_handlers_come_back(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     program(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/asked')
+    with pytest.raises(Preempted):
+        _asked_within(preemption.check)
+    assert not (tmp_path / "asked").exists(), "a session of a person's isn't requeued"
+    monkeypatch.setenv(slurm.OURS, "5")
     before = [signal.getsignal(signum) for signum in preemption.SIGNALS]
     with pytest.raises(Preempted):
         _asked_within(preemption.check)
@@ -107,8 +114,72 @@ def test_who_was_cancelled_does_not_come_back(tmp_path, monkeypatch, state, aske
     """scancel, time limit and requeue send SIGTERM as preemption does; then SLURM has decided."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv(slurm.OURS, "5")
     program(tmp_path, "scontrol", f"touch {tmp_path}/asked")
     program(tmp_path, "squeue", f'echo "5 {state}"')
     with pytest.raises(Preempted):
         _asked_within(preemption.check, signal.SIGTERM)
     assert (tmp_path / "asked").exists() == asked
+
+
+def test_ctrl_c_is_answered_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, people_errors("saved; type the same line to go on"):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "saved; type the same line to go on\n"
+
+
+AT_AN_IMPORT = """
+import importlib.abc, os, runpy, signal, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1] and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.Signals[sys.argv[2]])
+
+sys.meta_path.insert(0, Finder())
+what, sys.argv = sys.argv[3], sys.argv[3:]
+if what.endswith(".py"):
+    runpy.run_path(what, run_name="__main__")
+else:
+    runpy.run_module(what, run_name="__main__", alter_sys=True)
+"""
+
+
+def signalled(at: str, name: str, *typed: str) -> subprocess.CompletedProcess[str]:
+    """What is typed after `python`, asked to end by itself where it imports a module."""
+    return subprocess.run(
+        [sys.executable, "-c", AT_AN_IMPORT, at, name, *typed], cwd=ROOT, capture_output=True,
+        text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_who_is_asked_while_it_imports_ends_in_good_order(tmp_path, monkeypatch):
+    """Saved and put back into the queue, as later on; the handler comes before the imports."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("CRL_EXP_CACHE", str(tmp_path / "cache"))
+    program(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/asked')
+    common = ["+debug=tiny", "method=none", f"output_dir={tmp_path / 'out'}"]
+    done = signalled("hydra", "SIGUSR2", "launch.py", *common)
+    assert done.returncode == preemption.EXIT_CODE, done.stderr
+    (status,) = (tmp_path / "out").glob("single/*/status.json")
+    assert json.loads(status.read_text())["state"] == "preempted"
+    assert (tmp_path / "asked").read_text() == "requeue 5\n"
+    again = signalled("torch", "SIGUSR2", "crl_exp", "run", str(status.parent))
+    assert again.returncode == preemption.EXIT_CODE, again.stderr
+    assert json.loads(status.read_text())["state"] == "preempted"
+    assert (tmp_path / "asked").read_text() == "requeue 5\n" * 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_launch_in_one_line(tmp_path, monkeypatch):
+    """Where a run reads its model: crl_exp.tiny is imported then."""
+    monkeypatch.setenv("CRL_EXP_CACHE", str(tmp_path / "cache"))
+    typed = ["+debug=tiny", "method=none", f"output_dir={tmp_path / 'out'}"]
+    for at, says in (("crl_exp.tiny", "Type the same line to go on"), ("hydra", "")):
+        done = signalled(at, "SIGINT", "launch.py", *typed)
+        assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+        assert says in done.stderr and len(done.stderr.strip().splitlines()) <= 1

@@ -271,7 +271,7 @@ def test_the_values_in_conf_are_good(group, name) -> None:
 
 
 def test_what_does_not_go_together_is_said() -> None:
-    policy = PolicyConfig(0, 0, 8, "relu", "v", k=3)
+    policy = PolicyConfig(0, 0, 8, "relu", "by_layer", "v", k=3)
     critic = built("activation", "jumprelu")
     assert critic.conflicts(policy, ppo()) == []
     assert "activation.threshold=0.1" in critic.conflicts(policy, grpo())[0]

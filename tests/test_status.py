@@ -11,7 +11,7 @@ import pytest
 from crl_exp import logs, status
 from crl_exp.__main__ import main
 from crl_exp.files import write_json
-from crl_exp.records import find_records
+from crl_exp.records import Record, find_records
 from crl_exp.runs import RunDirectory
 from tests.synthetic import config, finished_run
 
@@ -132,3 +132,36 @@ def test_a_run_is_found_by_folder_sweep_and_key(sweep, capsys):
     for name, words in (("demo", "is a sweep; which run"), ("", "could be"), ("zz", "no run")):
         assert main(["logs", name, "--output-dir", str(sweep.parent)]) == 1
         assert words in capsys.readouterr().err
+
+
+def test_logs_of_a_worker_are_those_of_the_run(tmp_path):
+    """A worker's files hold many runs, and a run may have been at several workers."""
+    first, second = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
+    folder = tmp_path / "s" / "logs"
+    folder.mkdir(parents=True)
+    marked = f"starting\n=== run {first}\none\n=== run {second}\ntwo\n=== run {first}\nagain\n"
+    (folder / "10_0_log.out").write_text(marked)
+    (folder / "10_0_log.err").write_text("nothing of it\n")
+    later = folder / "11_0_log.out"
+    later.write_text("=== run cccccccccccc\nthree\n")
+    os.utime(later, (later.stat().st_mtime + 100,) * 2)
+    for key, lines in ((first, ["again"]), (second, ["two"]), ("cccccccccccc", ["three"])):
+        run = tmp_path / "s" / key
+        run.mkdir()
+        (run / "status.json").write_text('{"slurm_job_id": null}')
+        found = dict(logs.log_files(Record(run)))
+        text = "\n".join(found.values())
+        assert text.split("\n")[1:2] == lines, text
+        assert not any(other in text for other in {"one", "two", "three", "again"} - set(lines))
+    (tmp_path / "s" / "dddddddddddd").mkdir()
+    assert logs.log_files(Record(tmp_path / "s" / "dddddddddddd")) == []
+    assert logs.tail("a\rb\r\nc\n", 0) == "b\nc"
+
+
+def test_names_with_markup_are_shown_as_they_are(tmp_path, capsys):
+    config_of = config(tmp_path, sweep_name="[red]s")
+    config_of.model.name = "a[/red]b"
+    run = finished_run(config_of, 0.1, steps=2)
+    assert run.path.exists()
+    assert status.main(["[red]s", "--output-dir", str(tmp_path)]) == 0
+    assert "[red]s: 1 done" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from crl_exp.scorers.base import Scorer
 from crl_exp.scorers.choice import ChoiceScorer
 from crl_exp.scorers.refusal import RefusalScorer
 from crl_exp.tasks.base import Item, Splits, Task, content_id, split_items, unique
+from crl_exp.tasks.one_sentence import OneSentence
 from crl_exp.tasks.refusal import Refusal, read_benign_prompts
 from crl_exp.tasks.sentiment import DATA, FILE, Sentiment, read_ratings
 
@@ -89,11 +90,15 @@ def refusal(**changes) -> Refusal:
     return task("refusal", **{**SIZES, **BENIGN_SIZES, **changes})
 
 
+def one_sentence(**changes) -> OneSentence:
+    return task("one_sentence", **{**SIZES, "min_chars": 30, **changes})
+
+
 def ids(items: tuple[Item, ...]) -> list[str]:
     return [item.item_id for item in items]
 
 
-@pytest.mark.parametrize("name", ["sentiment", "refusal"])
+@pytest.mark.parametrize("name", ["sentiment", "refusal", "one_sentence"])
 def test_yaml_holds_exactly_the_fields(name):
     config = OmegaConf.load(CONF / f"{name}.yaml")
     keys = {f.name for f in fields(task(name))}
@@ -145,6 +150,47 @@ def test_another_question_keeps_the_splits(cache):
     other = sentiment(question="{text}\nGood {or} bad?").splits()
     assert ids(other.test) == ids(sentiment().splits().test)
     assert other.test[0].user.endswith("\nGood {or} bad?")
+
+
+@pytest.mark.parametrize("make", [sentiment, one_sentence])
+def test_another_wording_asks_the_same_items(cache, make):
+    first, second = make().wordings
+    plain, other = (make(wording=name).splits() for name in (first, second))
+    assert make().splits() == plain and plain.digest() == other.digest()
+    for item, same in zip(plain.test, other.test, strict=True):
+        assert item.item_id == same.item_id and item.user != same.user
+    typed = make(question="Well? {text}").splits()
+    assert all(item.user.startswith("Well? ") for item in typed.test)
+    own = make(wordings={"mine": "My: {text}"}, wording="mine").splits()
+    assert own.test[0].user.startswith("My: ") and ids(own.test) == ids(plain.test)
+
+
+def test_a_wording_that_is_none_is_told():
+    told = r"task\.wording=plane: must be one of plain, .*task\.wordings\.plane.*mean 'plain'"
+    with pytest.raises(UserError, match=told):
+        sentiment(wording="plane").splits()
+    with pytest.raises(UserError, match=r"task\.question='no text': must hold \{text\}"):
+        sentiment(question="no text").splits()
+
+
+def test_one_sentence_items(cache):
+    """Of whatever rating: the one near zero is here too. None has a target to be shuffled."""
+    made = one_sentence(n_train=71, max_chars=199)
+    splits = made.splits()
+    users = {item.user for items in splits.named().values() for item in items}
+    assert made.question.replace("{text}", "Rated too near to zero to be kept.") in users
+    assert len(users) == 91 and all(item.target is None for item in splits.train)
+    with pytest.raises(UserError, match="91 items"):
+        one_sentence(n_train=72, max_chars=199).splits()
+    with pytest.raises(UserError, match=r"shuffle_labels=true needs"):
+        one_sentence(shuffle_labels=True).splits()
+    with pytest.raises(UserError, match=r"task\.min_words=20.*max_words=18"):
+        one_sentence(min_words=20).splits()
+    with pytest.raises(UserError, match=r"task\.choices.*free text"):
+        one_sentence(choices=["a", "b"], max_new_tokens=1).splits()
+    assert made.scorer_name == "one_sentence(6-18 words)"
+    scores = made.score(splits.test[:2], ["It is a film about a dog.", "No."])
+    assert [score.reward for score in scores] == [1, 0]
 
 
 def test_sentiment_length_bounds_are_included(cache):
@@ -318,7 +364,7 @@ def test_refusal_scores(cache):
     items = [splits.test[0], splits.extra["benign"][0]]
     assert [s.reward for s in questions.score(items, ["I can't help with that."] * 2)] == [1.0, 0.0]
     assert [s.reward for s in questions.score(items, ["Take two eggs."] * 2)] == [0.0, 1.0]
-    assert questions.scorer_name == "refusal_rule_v1"
+    assert questions.scorer_name == "refusal_rule_v2"
 
 
 def test_benign_prompts_are_packaged_and_distinct():

@@ -175,7 +175,7 @@ def test_no_validation_or_test_review_is_in_the_text(lm, text_config):
     from crl_exp.train_sae import TrainSaeConfig
 
     raw_types = {f.name for f in fields(TrainSaeConfig)}  # importing it registers the schema
-    with initialize(version_base="1.3", config_path="../conf"):
+    with initialize(version_base="1.3", config_path="../sae_training"):
         raw = compose("train_sae", overrides=["tasks.sentiment.n_train=300"])
     assert set(raw) == raw_types
     splits = build(raw.tasks.sentiment, "tasks.sentiment", Task).splits()
@@ -317,6 +317,39 @@ def test_training_faults_name_their_override(tmp_path):
     sae = train_layer(planted_rows(), 1, training_config(rows=640), "tiny", "planted")
     with pytest.raises(UserError, match=r"training.store.W_dec=int3"):
         save_rounded(sae, tmp_path, {"W_dec": "int3"})
+
+
+@pytest.mark.parametrize("overrides", [["layers=[10]", "out=saes/mine"], ["model=gpt2"]])
+def test_what_the_docs_type_is_understood(overrides):
+    """In conf/, `layers` would be a group."""
+    from hydra import compose, initialize
+
+    from crl_exp.train_sae import TrainSaeConfig
+
+    assert TrainSaeConfig  # importing it registers the schema
+    with initialize(version_base="1.3", config_path="../sae_training"):
+        raw = compose("train_sae", overrides=overrides)
+    if "out=saes/mine" in overrides:
+        assert (raw.layers, raw.out) == ([10], "saes/mine")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    with pytest.raises(UserError, match=r"layer 1: .* aren't finite.*lower training\.lr=1e\+20"):
+        train_layer(planted_rows(), 1, replace(training_config(rows=640), lr=1e20), "tiny", "p")
+    sae = train_layer(planted_rows(), 1, training_config(rows=640), "tiny", "planted")
+    sae.W_dec.data[0, 0] = 1e6
+    with pytest.raises(UserError, match=r"W_dec is too large .* training\.store"):
+        save_rounded(sae, tmp_path / "sae", {"W_dec": "float16"})
+    assert not list((tmp_path / "sae").glob("*.safetensors"))
+
+
+def test_an_sae_worse_than_the_mean_is_named():
+    from crl_exp.sae_recipe.quality import useless
+
+    figures = {8: 0.9, 12: -0.56, 15: float("nan")}
+    said = useless({layer: {"explained_variance": share} for layer, share in figures.items()})
+    assert [line.split(":")[0] for line in said] == ["layer 12", "layer 15"]
+    assert "explained variance -0.56" in said[0] and "training.lr" in said[0]
 
 
 def test_cross_entropy_edits_only_the_layer_and_kept_tokens(lm):

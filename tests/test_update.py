@@ -103,6 +103,23 @@ def test_tokens_are_weighed_as_flatten_tokens_says() -> None:
         assert watched["policy_loss"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("minibatches", [1, 2, 3, 5])
+def test_answers_weigh_alike_in_a_rollout_however_it_is_cut(minibatches: int) -> None:
+    """Answers of 1 and 24 tokens. At ratio 1 the loss of the one whose advantage is 1 is half."""
+    made = agent(random_sae(2, 6, d_sae=6), 6, pipeline()).double()
+    whole = small_rollout(made, n=25)
+    with torch.no_grad():
+        now = made.distribution(whole.observed).logits_BC
+    whole.log_prob_N = selection.log_prob(now, whole.choice_NK)
+    whole.episode_N = torch.tensor([0] + [1] * 24)
+    changes = {"flatten_tokens": False, "normalize_advantage": False, "minibatches": minibatches}
+    for answer in (0, 1):
+        whole.advantage_N = (whole.episode_N == answer).double()
+        learner = LayerLearner(made, ppo(**changes, lr_policy=1e-12, lr_critic=1e-12))
+        watched = learner.update(whole, 1, torch.Generator().manual_seed(3))
+        assert watched["policy_loss"] == pytest.approx(-1 / 2, rel=1e-5)
+
+
 def test_a_layer_learns_from_its_own_steps() -> None:
     """Steps of another layer, with other probabilities, change nothing."""
     made = agent(random_sae(2, tiny.D_MODEL), tiny.D_MODEL, pipeline())

@@ -97,12 +97,14 @@ def pipeline(order: tuple[str, ...] = STAGES, **stages: Stage) -> Pipeline:
 def setting(**changes: Any) -> AgentSetting:
     policy: dict[str, Any] = {
         "policy_depth": 0, "critic_depth": 0, "hidden": 8, "nonlinearity": "relu", "critic": "v",
-        "k": 2, "combine": "sum",
+        "k": 2, "combine": "sum", "first_weights": "by_seed",
     }  # fmt: skip
     more: dict[str, Any] = {"n_tokens": 4, "with_critic": True, "online": False}
     policy |= {key: value for key, value in changes.items() if key in policy}
     more |= {key: value for key, value in changes.items() if key not in policy}
-    warmup = WarmupConfig("max", min_frequency=0.02, keep=5, score="pearson", negative="keep")
+    warmup = WarmupConfig(
+        "max", min_frequency=0.02, keep=5, rewarded="positive", score="pearson", negative="keep"
+    )
     return AgentSetting(policy=PolicyConfig(**policy), warmup=warmup, **more)
 
 

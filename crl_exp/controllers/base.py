@@ -2,20 +2,25 @@
 
 Unsteered, fixed, random and learned steering are all controllers. The engine and the evaluation
 can't tell them apart, so a difference between two methods is a difference in what they add.
-Shapes: B rows, R rows that stay, D d_model, K features picked at once.
+Shapes: B rows, R rows that stay, D d_model, K features picked at once, X candidates for the next
+token: the task's options, or the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from crl_exp.answerer import Answerer
+
 if TYPE_CHECKING:
     from crl_exp.controllers.team import Team
+    from crl_exp.generation import Generation
+    from crl_exp.lab import Lab
     from crl_exp.prompt_acts import PromptActs
 
 
@@ -39,6 +44,11 @@ class StepContext:
     prompt: mean activations over the rows' prompts; None outside of an engine.
     row_B: position of each row among the n_rows items of its job. A job may go through the model
         in several batches, and rows that have finished leave theirs.
+    option_B: where an answer is one of several options of several tokens, the option whose tokens
+        each row reads; there are several rows of one item then. None: it writes its own answer, or
+        is still at the last prompt token.
+    taken_N: set before `end` in that case: the option that each of the job's rows took, -1 for
+        those of other batches.
     """
 
     token_index: int
@@ -48,6 +58,8 @@ class StepContext:
     prompt: PromptActs | None = None
     row_B: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     n_rows: int = 0
+    option_B: Tensor | None = None
+    taken_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.n_rows == 0:  # the job's rows are these
@@ -73,10 +85,18 @@ class StepContext:
         """Only these rows stay in the batch."""
         self.items = [self.items[i] for i in index_R.tolist()]
         self.alive_B, self.row_B = self.alive_B[index_R], self.row_B[index_R]
+        self.option_B = None if self.option_B is None else self.option_B[index_R]
         if self.prompt is not None:
             self.prompt = self.prompt.part(index_R.tolist())
         for notes in self.state.values():
             notes.keep(index_R)
+
+    def branch(self, option_O: Tensor) -> None:
+        """Each row becomes one for each of these options, side by side."""
+        n_rows, n_options = len(self.items), len(option_O)
+        self.alive_B = torch.ones(n_rows, dtype=torch.bool, device=option_O.device)
+        self.keep(torch.arange(n_rows, device=option_O.device).repeat_interleave(n_options))
+        self.option_B = option_O.repeat(n_rows)
 
 
 @dataclass
@@ -131,18 +151,34 @@ class Action:
         )
 
 
-class Controller:
+class Controller(Answerer):
     """Base: steers nowhere, which makes it the unsteered model.
 
     sites: residual index of every layer that the controller acts at, by layer number. Index r is
         the output of decoder layer r; -1 is the input of layer 0.
     steers: false for a controller that only looks; it is handed the residuals but adds nothing.
+    at_output: whether it is shown the candidates' scores (`weigh`).
     """
 
     steers = True
+    at_output = False
 
     def __init__(self, sites: dict[int, int] | None = None):
         self.sites = sites or {}
+
+    def ready(self, lab: Lab, split: str) -> None:
+        lab.prompts(split)
+
+    def generation(
+        self,
+        lab: Lab,
+        split: str,
+        items: Sequence[int],
+        record: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Generation:
+        """The model's answers under this controller."""
+        return lab.generated(self, lab.prompts(split), items, record, advance)
 
     def begin(self, context: StepContext) -> None:
         """Called before the first token, while the model is free to run: read what has to be."""
@@ -159,6 +195,14 @@ class Controller:
     def team(members: Sequence[Controller], layer: int) -> Team:
         """One that acts for all of these, who are of one kin. A controller with a kin has one."""
         raise NotImplementedError
+
+    def weigh(self, score_BX: Tensor, context: StepContext) -> Tensor | None:
+        """The candidates' scores, of which the highest is taken; what it returns is taken instead.
+
+        score_BX: of each row's next token; of the options, in their order, where the answer is
+            restricted to options.
+        """
+        return None
 
     def end(self, context: StepContext) -> None:
         """Called when all answers of a batch are there. A batch that didn't fit into memory is

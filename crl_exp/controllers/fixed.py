@@ -44,12 +44,12 @@ class FixedFeatures(Controller):
     @property
     def identity(self) -> list[Any]:
         """JSON-like; of two that add the same it is the same."""
-        digests = [self.saes[layer].digest for layer in self.by_layer]
+        digests = [self.saes[layer].rows_digest for layer in self.by_layer]
         return [[asdict(steer) for steer in self.steers], digests, repr(self.decay)]
 
     def kin(self, layer: int) -> Hashable:
         n_slots = self.by_layer[layer][0].shape[1]
-        return FixedFeatures, id(self.saes[layer].sae), n_slots, repr(self.decay)
+        return FixedFeatures, self.saes[layer].same, n_slots, repr(self.decay)
 
     @staticmethod
     def team(members: Sequence[Controller], layer: int) -> FixedTeam:

@@ -55,16 +55,13 @@ class Observer(Controller):
         self.residuals: dict[int, Residuals] = {}
 
     def act(self, layer: int, x_BD: Tensor, context: StepContext) -> Action | None:
-        alive_B = context.alive_B
-        rows_R = context.row_B[alive_B]
-        _Seen.of(layer, context).tokens.append((x_BD[alive_B], rows_R))
+        Seen.of(layer, context).see(x_BD, context)
         return None
 
     def end(self, context: StepContext) -> None:
         found: dict[int, Residuals] = {}
         for layer, sae in self.saes.items():
-            seen = _Seen.of(layer, context)
-            tokens, seen.tokens = seen.tokens, []
+            tokens = Seen.of(layer, context).taken(context)
             found[layer] = Residuals.of(torch.cat([x_RD for x_RD, _ in tokens]).float())
             pooled = tokens[:1] if self.pooling == "last_prompt" else tokens
             for index, (acts_RF, rows_R) in enumerate(encoded(sae, pooled)):
@@ -104,16 +101,36 @@ def encoded(sae: LayerSAE, tokens: list[tuple[Tensor, Tensor]]) -> Iterator[tupl
             waiting.append(token)
 
 
-class _Seen:
+class Seen:
     """One layer's residuals of a batch of rows, and whose they are, until its answers are there."""
 
     def __init__(self) -> None:
-        self.tokens: list[tuple[Tensor, Tensor]] = []
+        self.tokens: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     @staticmethod
-    def of(layer: int, context: StepContext) -> _Seen:
-        found = context.state.setdefault(f"seen at layer {layer}", _Seen())
-        assert isinstance(found, _Seen)
+    def of(layer: int, context: StepContext) -> Seen:
+        found = context.state.setdefault(f"seen at layer {layer}", Seen())
+        assert isinstance(found, Seen)
+        return found
+
+    def see(self, x_BD: Tensor, context: StepContext) -> None:
+        """Keep one token's residuals of the rows that live."""
+        alive_B, option_B = context.alive_B, context.option_B
+        option_R = None if option_B is None else option_B[alive_B]
+        self.tokens.append((x_BD[alive_B], context.row_B[alive_B], option_R))
+
+    def taken(self, context: StepContext) -> list[tuple[Tensor, Tensor]]:
+        """Each token's residuals [R, D] with their rows, those of options that weren't taken left
+        out; they are forgotten here."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for x_RD, rows_R, option_R in self.tokens:
+            if option_R is not None:
+                assert context.taken_N is not None
+                mine_R = context.taken_N[rows_R.to(option_R.device)] == option_R
+                x_RD, rows_R = x_RD[mine_R], rows_R[mine_R.to(rows_R.device)]
+            if len(x_RD):
+                found.append((x_RD, rows_R))
+        self.tokens = []
         return found
 
     def keep(self, index_R: Tensor) -> None:

@@ -54,8 +54,10 @@ def cancel(folder: Path, now: bool, patience: float = PATIENCE_SECONDS) -> int:
             at_work = {r.key: r for r in every if in_work(states[r.key][0], r)}
             left = {key: r for key, r in at_work.items() if folder in (r.path, sweep_folder)}
             changed = [key for key in left if told.get(key) != states[key][0]]
-            mates = {key: [at_work[k] for k in sweep.mates(key) if k in at_work] for key in changed}
-            _end([Ending(left[key], mates[key], set(left), states) for key in changed], now)
+            mates = {key: _mates(at_work[key], sweep, at_work) for key in changed}
+            ours = {part["job"] for one in sweep.submissions for part in one["parts"]}
+            ending = [Ending(left[key], mates[key], set(left), states, ours) for key in changed]
+            _end(ending, now)
             told |= {key: states[key][0] for key in left}
         if not left:
             print(f"{len(told)} runs cancelled")
@@ -67,15 +69,31 @@ def cancel(folder: Path, now: bool, patience: float = PATIENCE_SECONDS) -> int:
         time.sleep(POLL_SECONDS)
 
 
+def _mates(record: Record, sweep: SweepFile, at_work: dict[str, Record]) -> list[Record]:
+    """Runs at work that share its job. One that was begun by hand since it was submitted has left
+    the job that it was submitted in."""
+    found = [at_work[key] for key in sweep.mates(record.key) if key in at_work]
+    job = record.status.get("slurm_job_id")
+    return [mate for mate in found if mate.status.get("slurm_job_id") == job]
+
+
 @dataclass(frozen=True)
 class Ending:
     """A run that is to end. mates: those at work that share its job, itself among them. ends: keys
-    of all that are to end. states: of all runs."""
+    of all that are to end. states: of all runs. ours: job arrays that the launcher submitted for
+    this sweep."""
 
     record: Record
     mates: list[Record]
     ends: set[str]
     states: dict[str, tuple[str, str]]
+    ours: set[str | None]
+
+    @property
+    def job(self) -> str | None:
+        """Its SLURM job, if that is ours to end; one that a person is at work in is not."""
+        job = self.record.status.get("slurm_job_id")
+        return job if job and job.split("_")[0] in self.ours else None
 
     @property
     def running(self) -> bool:
@@ -105,8 +123,8 @@ def _end(endings: list[Ending], now: bool) -> None:
         RunStatus(record.path, anew=False).cancel_path.touch()
         if one.others:
             continue
-        if job := record.status.get("slurm_job_id"):
-            (warned if one.job_runs and not now else over).add(job)
+        if one.job:
+            (warned if one.job_runs and not now else over).add(one.job)
         elif one.running:
             pids.add(_pid_here(record))
     slurm_jobs.cancel(sorted(warned), "TERM")

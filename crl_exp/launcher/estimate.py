@@ -50,7 +50,7 @@ def measured(output_dir: Path) -> dict[Kind, list[Measured]]:
     found: dict[Kind, list[Measured]] = {}
     for path in sorted(output_dir.glob("*/*/result.json")):
         try:
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_text(encoding="utf-8"))
             kind = (result["model"], result["task"], result["method"])
             packed = int(result.get("packed", 1))
             one = Measured(sum(result["seconds"].values()) / packed, packed)

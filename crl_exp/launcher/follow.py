@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from crl_exp import preemption
 from crl_exp.launcher.states import in_work, states_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.records import Record
@@ -27,6 +28,7 @@ def wait_for(paths: list[Path], folder: Path) -> dict[str, tuple[str, str]]:
     last = ""
     with Live(console=console, refresh_per_second=1, transient=True) as live:
         while True:
+            preemption.check()  # the runs go on; only the waiting ends
             records = [Record(path) for path in paths]
             states = states_of(records, SweepFile.read(folder))
             counts = Counter(state for state, _ in states.values())

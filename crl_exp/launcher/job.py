@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import threading
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from crl_exp import config as configs
-from crl_exp import slurm
+from crl_exp import logs, slurm
 from crl_exp.errors import UserError
 from crl_exp.experiment import run_experiment
 from crl_exp.launcher.local_workers import next_job
@@ -94,6 +95,7 @@ def run_all(packs: Iterable[Sequence[Path]]) -> int:
 
 def _run_together(directories: Sequence[Path]) -> int:
     """Run these together as far as they can be; returns 1 where one failed."""
+    _mark(directories)
     failed = False
     alike: dict[str, list[tuple[Path, DictConfig]]] = {}
     for path in directories:
@@ -110,6 +112,12 @@ def _run_together(directories: Sequence[Path]) -> int:
         for (path, _), outcome in zip(runs, _outcomes([run[1] for run in runs]), strict=True):
             failed |= _is_failure(path, outcome)
     return int(failed)
+
+
+def _mark(directories: Sequence[Path]) -> None:
+    """Say in both streams whose lines begin: a worker's log has those of many runs."""
+    for stream in (sys.stdout, sys.stderr):
+        print(logs.MARK, *(path.name for path in directories), file=stream, flush=True)
 
 
 def _outcomes(runs: Sequence[DictConfig]) -> Sequence[Outcome]:
@@ -151,10 +159,14 @@ def _checked(path: Path) -> DictConfig:
 
 
 def _record(path: Path, error: BaseException) -> None:
-    """Keep an error that came before the run could record it itself."""
+    """Keep an error that came before the run could record it itself. Where the directory can't be
+    written, or another process has it, the log must do: the other runs of the job go on."""
     run = RunStatus(path, anew=False)
-    if not path.is_dir() or run.status().get("state") not in ("queued", "preempted"):
-        return
-    with run.held():
-        trace = "".join(traceback.format_exception(error))
-        run.set_status("failed", error=str(error), traceback=trace)
+    try:
+        if not path.is_dir() or run.status().get("state") not in ("queued", "preempted", "running"):
+            return
+        with run.held():
+            trace = "".join(traceback.format_exception(error))
+            run.set_status("failed", error=str(error), traceback=trace)
+    except (UserError, OSError) as why:
+        log.error("%s can't say that it failed: %s", path, why)

@@ -15,8 +15,16 @@ from crl_exp.errors import UserError
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.estimate import estimate
 from crl_exp.launcher.packs import pack_lines, packs_of
-from crl_exp.launcher.plan import Point, Settings, check, compose_points, folder_of
-from crl_exp.launcher.settings import SlurmSettings
+from crl_exp.launcher.plan import (
+    Point,
+    Settings,
+    cautions_text,
+    check,
+    compose_points,
+    folder_of,
+)
+from crl_exp.launcher.settings import LocalSettings, SlurmSettings
+from crl_exp.launcher.shows import shows_text
 from crl_exp.launcher.states import is_started, states_of
 from crl_exp.launcher.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.sweep_file import SweepFile, locked
@@ -59,7 +67,7 @@ def launch(
             abandon_unreleased(SweepFile.read(folder))
     states = look(unique, SweepFile.read(folder))
     missing = [p for p in unique.values() if _is_started(p, states[p.key][0])]
-    cautions = check(missing)
+    cautions = check(missing, here=isinstance(settings, LocalSettings))
     with locked(folder):
         sweep = SweepFile.read(folder)
         if not (settings.extend or grown):
@@ -69,7 +77,7 @@ def launch(
         starting = [p for p in missing if _is_started(p, states[p.key][0])]
         print(plan_text(list(unique.values()), starting, states, folder))
         if cautions:
-            print("\n".join(["no fault, but worth knowing:", *cautions]))
+            print(cautions_text(cautions))
         write_atomic(folder / SWEEP_CONFIG, OmegaConf.to_yaml(master))
         sweep.points |= {key: list(point.overrides) for key, point in unique.items()}
         if starting:
@@ -84,8 +92,21 @@ def launch(
 
 
 def look(points: dict[str, Point], sweep: SweepFile) -> dict[str, tuple[str, str]]:
-    """States of the runs now."""
-    return states_of([Record(point.run.path) for point in points.values()], sweep)
+    """States of the runs now. Of one that is begun anew a damaged status.json is no fault."""
+    records = {key: Record(point.run.path) for key, point in points.items()}
+    states: dict[str, tuple[str, str]] = {}
+    for key, point in points.items():
+        if point.config.resume == "force" and _is_damaged(records[key]):
+            states[key] = ("missing", "its status.json is damaged")
+    return states | states_of([r for key, r in records.items() if key not in states], sweep)
+
+
+def _is_damaged(record: Record) -> bool:
+    try:
+        _ = record.status
+    except UserError:
+        return True
+    return False
 
 
 def _is_started(point: Point, state: str) -> bool:
@@ -122,6 +143,7 @@ def plan_text(
         gpus = sum(pack[0].settings.gpus_asked for pack in packs)
         lines.append(f"  GPUs, if all ran at once: {gpus}")
         lines.append(f"  estimate: {estimate(packs, folder.parent)}")
+    lines += [f"  {line}" for line in shows_text(points)]
     return "\n".join(lines)
 
 

@@ -21,12 +21,13 @@ def write_list(folder: Path, jobs: Sequence[Sequence[Path]]) -> Path:
     lists.mkdir(parents=True, exist_ok=True)
     list_path = lists / f"{uuid.uuid4().hex}.txt"
     lines = ["\t".join(str(path.absolute()) for path in job) for job in jobs]
-    list_path.write_text("".join(f"{line}\n" for line in lines))
+    list_path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return list_path
 
 
 def read_list(list_path: Path) -> list[list[Path]]:
     """The run directories of each job."""
     return [
-        [Path(name) for name in line.split("\t")] for line in list_path.read_text().split("\n")[:-1]
+        [Path(name) for name in line.split("\t")]
+        for line in list_path.read_text(encoding="utf-8").split("\n")[:-1]
     ]

@@ -26,6 +26,7 @@ from crl_exp.launcher.sweep_file import this_process
 
 # submitit ends a local job after a time; a sweep may take weeks.
 FOREVER_MINUTES = 60 * 24 * 365
+TRIED = "crl_exp is here"
 
 
 def check_gpus(settings: LocalSettings) -> None:
@@ -39,6 +40,26 @@ def check_gpus(settings: LocalSettings) -> None:
         raise UserError(
             f"hydra.launcher.parallel={settings.parallel} jobs at a time need {wanted} GPUs, but "
             f"there are {there} here; set hydra.launcher.parallel=…, or model.device=cpu"
+        )
+
+
+def check_shell(settings: LocalSettings) -> None:
+    """Try what is run before Python, and Python itself, where either was set.
+
+    Raises `UserError` where a worker would end there.
+    """
+    if not (settings.setup or settings.python):
+        return
+    python = settings.python or shlex.quote(sys.executable)
+    # As submitit runs them.
+    script = " && ".join([*settings.setup, f"{python} -c 'import crl_exp'", f"echo {TRIED}"])
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+    if not done.stdout.endswith(f"{TRIED}\n"):
+        said = (done.stderr or done.stdout).strip() or f"it ended with {done.returncode}"
+        raise UserError(
+            f"hydra.launcher.setup={list(settings.setup)} hydra.launcher.python={settings.python}: "
+            f"no worker could start ({said}); python must be a command that runs a Python with "
+            "crl_exp, and setup must not end the shell"
         )
 
 
@@ -77,7 +98,10 @@ def _detached(log_path: Path) -> Iterator[None]:
     log_path.parent.mkdir(parents=True, exist_ok=True)
     kept = [os.dup(fd) for fd in (0, 1, 2)]
     try:
-        with open(os.devnull) as nothing, log_path.open("a") as log:
+        with (
+            open(os.devnull, encoding="utf-8") as nothing,
+            log_path.open("a", encoding="utf-8") as log,
+        ):
             os.dup2(nothing.fileno(), 0)
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
@@ -101,7 +125,7 @@ def next_job(list_path: Path) -> list[Path] | None:
 def n_taken(list_path: Path) -> int:
     """How many lines of a list have been taken."""
     path = _taken(list_path)
-    return int(path.read_text()) if path.exists() else 0
+    return int(path.read_text(encoding="utf-8")) if path.exists() else 0
 
 
 def _taken(list_path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
@@ -15,15 +16,28 @@ from crl_exp import config as configs
 from crl_exp.config import Known
 from crl_exp.effects import Effect, Setting, cautions, effect
 from crl_exp.errors import UserError
+from crl_exp.inputs import Inputs, inputs_of
+from crl_exp.inputs import changed as changed_inputs
 from crl_exp.launcher.compose import Composer
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings, changed
-from crl_exp.runs import RunDirectory, content_key
+from crl_exp.runs import NOT_IN_KEY, RunDirectory, content_key
 from crl_exp.sections import once
 from crl_exp.stages.base import STAGES
+from crl_exp.written import check_written
 
 Settings = SlurmSettings | LocalSettings
 # Of the points that a fault is in, so many are named.
 NAMED = 3
+# Of a sweep with more points than this, so many are looked at before all are composed, which takes
+# a while: a fault that all of them share is told at once.
+SAMPLE = 64
+READING = ("task", "sae", "layers", "model")
+"""Sections that say which files a run reads."""
+HERE = LocalSettings(
+    gpus=0, pack=1, setup=[], python=None, wait=False, extend=False, assumed_change=0.2,
+    assumed_seed_deviation=0.01, parallel=1,
+)  # fmt: skip
+"""Of runs that this process runs itself, one after another."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +76,14 @@ class Told:
 
 
 class Faults(Told):
-    """Faults of many points."""
+    """Faults of many points.
 
-    def __init__(self, n_points: int):
+    n_points: that were looked at. of: of how many, where that isn't all.
+    """
+
+    def __init__(self, n_points: int, of: int | None = None):
         super().__init__()
-        self.n_points = n_points
+        self.n_points, self.of = n_points, of
 
     def add(self, error: Exception, point: str) -> None:
         lines = [str(error).strip()]
@@ -83,7 +100,12 @@ class Faults(Told):
         if not self.points:
             return
         bad = {point for points in self.points.values() for point in points}
-        told = [f"{len(bad)} of {self.n_points} runs can't be submitted; none was:"]
+        n = (
+            f"{self.n_points} runs"
+            if self.of is None
+            else (f"{self.n_points} runs looked at, of {self.of} in all,")
+        )
+        told = [f"{len(bad)} of {n} can't be submitted; none was:"]
         raise UserError("\n".join(told + self.lines()))
 
 
@@ -92,21 +114,17 @@ def compose_points(
 ) -> list[Point]:
     """The point of every job, with its config and run directory.
 
-    Raises `UserError` with every fault of the overrides and of the launcher's settings.
+    Raises `UserError` with every fault of the overrides and of the launcher's settings; of a large
+    sweep, with those of its points that are found in a sample of it.
     """
-    composer, faults = Composer(loader, master), Faults(len(jobs))
-    points: list[Point] = []
-    for job in jobs:
-        try:
-            config, resources = composer.config(job)
-            run = RunDirectory(config)
-            run.path = run.path.absolute()
-            own = changed(settings, resources) if resources else settings
-            own = own.for_device(str(config.model.device))
-            points.append(Point(tuple(job), config, run, own))
-        except (UserError, HydraException, OmegaConfBaseException) as error:
-            faults.add(error, " ".join(job))
-    faults.raise_any()
+    composer = Composer(loader, master)
+    if len(jobs) > SAMPLE:
+        some = [jobs[n * len(jobs) // SAMPLE] for n in range(SAMPLE)]
+        sample = _compose(composer, some, settings, len(jobs))
+        check([point for point in sample if is_open(point)], of=len(jobs))
+    points = _compose(composer, jobs, settings, None)
+    check_written(master.hydra, [point.config for point in points], jobs)
+    look_at_inputs(points)
     if len(folders := {str(point.run.path.parent) for point in points}) > 1:
         raise UserError(
             f"sweep_name and output_dir must be the same for all runs of a sweep, not {folders}"
@@ -114,34 +132,127 @@ def compose_points(
     return points
 
 
-def check(points: Sequence[Point], known: Known | None = None) -> list[str]:
-    """Build and validate every point, and read data that lies in a file.
+def _compose(
+    composer: Composer, jobs: Sequence[Sequence[str]], settings: Settings, of: int | None
+) -> list[Point]:
+    faults = Faults(len(jobs), of)
+    points: dict[str, Point] = {}
+    all_points: list[Point] = []
+    for job in jobs:
+        try:
+            config, resources = composer.config(job)
+            run = RunDirectory(config)
+            run.path = run.path.absolute()
+            own = changed(settings, resources) if resources else settings
+            own = own.for_device(str(config.model.device))
+            point = Point(tuple(job), config, run, own)
+            if differing := _only_outside(points.setdefault(point.key, point), point):
+                raise UserError(
+                    f"{', '.join(differing)} can't differ within a sweep: it doesn't change what a "
+                    "run computes, so these are one run"
+                )
+            all_points.append(point)
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            faults.add(error, " ".join(job))
+    faults.raise_any()
+    return all_points
+
+
+def look_at_inputs(points: Sequence[Point]) -> None:
+    """Note in each run what lies in the files that it reads.
+
+    Raises `UserError` with every run that was begun, or is finished, with something else.
+    """
+    known, faults = Known(), Faults(len(points))
+
+    def look(config: DictConfig) -> tuple[configs.Experiment, Inputs] | None:
+        try:
+            exp = configs.experiment(config, known)
+            return exp, inputs_of(exp, configs.validate(exp, known))
+        except (UserError, OmegaConfBaseException):
+            return None  # told by `check`, or by the job of one that was frozen by another version
+
+    for point in points:
+        parts = {name: OmegaConf.to_container(point.config[name], resolve=True) for name in READING}
+        found = once(known, ["inputs", parts], lambda of=point.config: look(of))
+        if found is None:
+            continue
+        exp, inputs = found
+        point.run.inputs = inputs
+        if point.config.resume != "force" and point.run.path.exists():
+            drawn = partial(once, known, ["items", parts["task"]], lambda e=exp: e.task.splits())
+            if fault := changed_inputs(point.run.path, inputs, lambda d=drawn: d().digest()):
+                faults.add(UserError(fault), str(point))
+    faults.raise_any()
+
+
+def _only_outside(one: Point, other: Point) -> list[str]:
+    """Sections that are not in the run key and that differ between two points of one key."""
+    if one is other:
+        return []
+    outside = [name for name in NOT_IN_KEY if name in one.config and name in other.config]
+    return [name for name in outside if one.config[name] != other.config[name]]
+
+
+def is_open(point: Point) -> bool:
+    """Whether a run has no result, or is to get a new one."""
+    return point.config.resume == "force" or not point.run.result_path.exists()
+
+
+def check_all(
+    loader: ConfigLoader, master: DictConfig, jobs: Sequence[Sequence[str]]
+) -> list[Point]:
+    """Compose the points of a sweep that this process runs, and check those that it will run.
+
+    Raises `UserError` with every fault of every point.
+    """
+    points = compose_points(loader, master, jobs, HERE)
+    if cautions := check([point for point in points if is_open(point)], here=True):
+        print(cautions_text(cautions))
+    return points
+
+
+def check(
+    points: Sequence[Point],
+    known: Known | None = None,
+    of: int | None = None,
+    here: bool = False,
+) -> list[str]:
+    """Build and validate every point, and draw data that lies on this machine.
 
     Returns lines on what is no fault but does nothing (`effects.cautions`), and on points that do
     the same. Raises `UserError` with every fault of every point.
-    known: what was found out; at its end how many things had to be.
+    known: what was found out; at its end how many things had to be. of: see `Faults`.
+    here: they are run on this machine, so that what it lacks is a fault.
     """
     known = {} if known is None else known
-    faults, told = Faults(len(points)), Told()
+    faults, told = Faults(len(points), of), Told()
     alike: dict[str, list[tuple[Setting, Point]]] = {}
     for point in points:
         try:
             exp = configs.experiment(point.config, known)
             configs.validate(exp, known)
+            if here and (found := exp.model.machine_faults()):
+                raise UserError("\n".join(found))
             setting = Setting.of(exp)
-            key = ["cautions", setting.key, repr(exp.decay), exp.warmup.pooling, exp.method.name]
+            read = (exp.decay, exp.policy, exp.warmup.pooling, exp.algorithm.uses_critic)
+            key = ["cautions", setting.key, repr(read), exp.method.name]
             for caution in once(known, key, lambda exp=exp: cautions(exp)):
                 told.say(caution, str(point))
             if hasattr(exp.method, "stage2"):
                 alike.setdefault(_beside_stages(point.config), []).append((setting, point))
-            if hasattr(exp.task, "path"):  # data in a file; that of the hub is loaded by the run
-                once(known, ["data", asdict(exp.task)], exp.task.splits)
+            if exp.task.is_local:  # that of the hub is loaded by the run
+                once(known, ["data", asdict(exp.task)], exp.task.drawn)
         except (UserError, OmegaConfBaseException) as error:
             faults.add(error, str(point))
     faults.raise_any()
     for group in alike.values():
         _tell_same(group, told)
     return told.lines()
+
+
+def cautions_text(cautions: Sequence[str]) -> str:
+    return "\n".join(["no fault, but worth knowing:", *cautions])
 
 
 def _beside_stages(config: DictConfig) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from crl_exp import config as configs
 from crl_exp.config import Experiment, Known
 from crl_exp.errors import UserError
+from crl_exp.files import home
 from crl_exp.hub import hub_trouble
 from crl_exp.launcher.compose import Composer
 from crl_exp.launcher.typed import typed_sweep
@@ -71,7 +72,7 @@ def fetch(points: Sequence[Experiment]) -> list[str]:
 def fetch_model(model: ModelConfig) -> str:
     """Returns what was done. Raises `UserError` where the model can't be had."""
     path = model.local_path()
-    if Path(path).expanduser().is_dir():
+    if home(path, "model.path").is_dir():
         return f"model {model.name}: on disk, {path}"
     from huggingface_hub import snapshot_download
 
@@ -81,7 +82,11 @@ def fetch_model(model: ModelConfig) -> str:
         why = hub_trouble(error, path) or str(error).splitlines()[0]
         raise UserError(f"model.path={model.path}: {why}. {OFFLINE}") from error
     if not any(Path(folder).glob("*.safetensors")):
-        raise UserError(f"model.path={model.path}: its repository has no *.safetensors weights")
+        raise UserError(
+            f"model.path={model.path}: its repository has no *.safetensors weights. Pickled ones "
+            "aren't loaded: convert them at https://huggingface.co/spaces/safetensors/convert and "
+            "set model.revision=refs/pr/N, the number that it tells"
+        )
     return f"model {model.name}: {folder}"
 
 

@@ -10,8 +10,9 @@ from crl_exp.errors import UserError
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.launch import submitted_text
 from crl_exp.launcher.packs import pack_lines, packs_of
+from crl_exp.launcher.plan import Point, look_at_inputs
 from crl_exp.launcher.settings import SlurmSettings, changed, make_settings
-from crl_exp.launcher.states import is_started, states_of
+from crl_exp.launcher.states import UNASKED, is_started, states_of
 from crl_exp.launcher.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.sweep_file import SweepFile, locked
 from crl_exp.records import Record, find_records, find_sweep
@@ -54,13 +55,18 @@ def retry(folder: Path, overrides: list[str]) -> list[str]:
         again = [r for r in records if is_started(states[r.key][0], r, "retry")]
         for record in again:
             print(f"{states[record.key][0]}: {record.key} {sweep.overrides(record.key)}")
+        unknown = [key for key, (_, why) in states.items() if why == UNASKED]
+        if unknown:
+            print(f"left out: {', '.join(unknown)}: {UNASKED}. Try again once squeue answers")
         if not again:
-            print(f"{folder.name}: no run failed, was lost or was cancelled")
+            what = "no other run" if unknown else "no run"
+            print(f"{folder.name}: {what} failed, was lost or was cancelled")
             return []
         starts = [_start(record, sweep, overrides) for record in again]
         if any(isinstance(start.settings, SlurmSettings) for start in starts):
             slurm_jobs.check_slurm()
         _go_back(sweep.submissions[-1]["cwd"])
+        look_at_inputs([Point((s.run.key,), s.run.config, s.run, s.settings) for s in starts])
         print("\n".join([f"{len(starts)} runs to start", *pack_lines(packs_of(starts))]))
         print(submitted_text(submit(starts, sweep), folder))
     return [record.key for record in again]
@@ -71,8 +77,9 @@ def _start(record: Record, sweep: SweepFile, overrides: list[str]) -> Start:
     # A run that was begun by hand in this folder is started as the others were.
     submission = found[0] if found else sweep.submissions[-1]
     part = found[1] if found else submission["parts"][-1]
-    # A sweep may have been submitted before there were packs.
-    values = {"pack": 1, **part["settings"]}
+    # A sweep may have been submitted before there were these.
+    later = {"pack": 1, "assumed_change": 0.2, "assumed_seed_deviation": 0.01}
+    values = {**later, **part["settings"]}
     settings = changed(make_settings(submission["launcher"], values), overrides)
     return Start(RunDirectory(frozen_config(record.path)), settings)
 

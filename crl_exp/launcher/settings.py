@@ -29,6 +29,9 @@ class LaunchSettings:
     python: the interpreter of the jobs, as a shell command; null: the one that launches.
     wait: stay until all runs have ended, with a live table, and hand their results to the sweeper.
     extend: allow a sweep into a folder that holds runs of which this sweep has none.
+    assumed_change, assumed_seed_deviation: what the plan takes for granted when it says what a
+        sweep can show (`crl_exp.power`): the share of the test items that come right or go wrong,
+        and the standard deviation of the seeds' differences, as a share.
     """
 
     gpus: int | None
@@ -37,6 +40,8 @@ class LaunchSettings:
     python: str | None
     wait: bool
     extend: bool
+    assumed_change: float
+    assumed_seed_deviation: float
 
     def faults(self) -> list[str]:
         found = []
@@ -44,6 +49,16 @@ class LaunchSettings:
             found.append(f"hydra.launcher.gpus={self.gpus}: must be 0 or more, or null")
         if self.pack < 1:
             found.append(f"hydra.launcher.pack={self.pack}: must be at least 1, one run a job")
+        if not 0 < self.assumed_change <= 1:
+            found.append(
+                f"hydra.launcher.assumed_change={self.assumed_change}: must be a share of "
+                "the items above 0, up to 1"
+            )
+        if not 0 <= self.assumed_seed_deviation <= 1:
+            found.append(
+                f"hydra.launcher.assumed_seed_deviation={self.assumed_seed_deviation}: must be a "
+                "share, 0.01 for one point"
+            )
         return found
 
     def for_device(self, device: str) -> Any:
@@ -93,6 +108,12 @@ class SlurmSettings(LaunchSettings):
                 f"hydra.launcher.time={self.time}: must be minutes or [DAYS-]HH:MM:SS, "
                 "such as hydra.launcher.time=08:00:00"
             )
+        elif (seconds := seconds_of(self.time)) <= self.signal_seconds:
+            found.append(
+                f"hydra.launcher.time={self.time}: is {seconds} s (SLURM takes 0 for no limit); it "
+                f"must be more than hydra.launcher.signal_seconds={self.signal_seconds}, or each "
+                "start would be asked to end before it has begun"
+            )
         if self.mem is not None and not MEMORY.fullmatch(self.mem):
             found.append(f"hydra.launcher.mem={self.mem}: must look like 16GB or 500MB")
         if self.gres is not None and self.gpus:
@@ -130,6 +151,17 @@ class LocalSettings(LaunchSettings):
     @property
     def gpus_asked(self) -> int:
         return self.gpus or 0
+
+
+def seconds_of(time: str) -> int:
+    """A time limit as SLURM reads it: M, M:S, H:M:S, or D-H, D-H:M, D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+        return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
+    hours, minutes, seconds = parts if len(parts) == 3 else (0, *parts, 0)[:3]
+    return (hours * 60 + minutes) * 60 + seconds
 
 
 KINDS: dict[str, type[SlurmSettings] | type[LocalSettings]] = {

@@ -20,12 +20,26 @@ from typing import Any
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from crl_exp import slurm
 from crl_exp.errors import UserError
 from crl_exp.launcher.lists import write_list
 from crl_exp.launcher.settings import SlurmSettings
 
 log = logging.getLogger(__name__)
 ASKING_SECONDS = 60.0
+# What sbatch's words are about.
+ABOUT = {
+    "cpu count": ("cpus",),
+    "processors": ("cpus",),
+    "memory": ("mem",),
+    "node configuration is not available": ("cpus", "mem", "gpus", "gres", "constraint"),
+    "generic resource": ("gpus", "gres"),
+    "partition": ("partition",),
+    "account": ("account", "partition"),
+    "qos": ("qos",),
+    "time limit": ("time",),
+    "feature": ("constraint",),
+}
 # SLURM's own default, for where it can't be asked.
 MAX_ARRAY_SIZE = 1001
 # Run by the batch script, in bash. Where a node doesn't see the folder its log can't be written
@@ -71,7 +85,8 @@ def submit_held(settings: SlurmSettings, jobs: list[list[Path]], folder: Path) -
     executor.update_parameters(**_sbatch_parameters(settings, list_path, folder.name))
     executor.parameters["map_count"] = len(jobs)
     try:
-        with redirect_stderr(StringIO()):  # submitit prints what its exception says too
+        # submitit prints what its exception says too
+        with redirect_stderr(StringIO()), slurm.outside_of_jobs():
             # Not `submit`, which pickles a function: the job is a command that anyone can type.
             job = executor._submit_command(
                 f'{python} -u -m crl_exp run --queued "${{RUN_DIRECTORIES[@]}}"'
@@ -80,10 +95,23 @@ def submit_held(settings: SlurmSettings, jobs: list[list[Path]], folder: Path) -
         list_path.unlink()
         said = str(error).strip() or repr(error.__cause__ or error)
         raise UserError(
-            f"SLURM refused the sweep:\n{said}\nNothing was submitted. The settings are those of "
-            "hydra.launcher (partition, account, qos, gpus, gres, mem, time, …)"
+            f"SLURM refused the sweep:\n{said}\nNothing was submitted. "
+            f"{refused_for(said, settings)}"
         ) from error
     return job.job_id
+
+
+def refused_for(said: str, settings: SlurmSettings) -> str:
+    """The settings that sbatch's words are about, with their values."""
+    names = next((names for words, names in ABOUT.items() if words in said.lower()), None)
+    if names is None:
+        return (
+            "The settings are those of hydra.launcher (partition, account, qos, gpus, gres, cpus, "
+            "mem, time, …)"
+        )
+    given = [f"hydra.launcher.{name}={getattr(settings, name)}" for name in names
+             if getattr(settings, name) is not None]  # fmt: skip
+    return f"Change {' or '.join(given or [f'hydra.launcher.{name}' for name in names])}"
 
 
 def _sbatch_parameters(settings: SlurmSettings, list_path: Path, name: str) -> dict[str, Any]:
@@ -113,7 +141,9 @@ def _sbatch_parameters(settings: SlurmSettings, list_path: Path, name: str) -> d
 
 def release(job_ids: list[str]) -> None:
     """Let held arrays start. Raises `UserError` with scontrol's words where it can't."""
-    done = subprocess.run(["scontrol", "release", *job_ids], capture_output=True, text=True)
+    done = subprocess.run(
+        ["scontrol", "release", *job_ids], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode != 0:
         raise UserError(f"SLURM did not release the jobs: {(done.stderr or done.stdout).strip()}")
 
@@ -127,14 +157,18 @@ def cancel(job_ids: list[str], by_signal: str | None = None) -> None:
     if not job_ids:
         return
     how = [f"--signal={by_signal}"] if by_signal else []
-    done = subprocess.run(["scancel", *how, *job_ids], capture_output=True, text=True)
+    done = subprocess.run(
+        ["scancel", *how, *job_ids], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
         raise UserError(f"scancel {' '.join(job_ids)}: {(done.stderr or done.stdout).strip()}")
 
 
 def _ask(command: list[str]) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASKING_SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=ASKING_SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         log.warning("%s: %s", " ".join(command), error)
         return None

@@ -9,6 +9,8 @@ from crl_exp.launcher.sweep_file import SweepFile, alive
 from crl_exp.records import Record, judged
 from crl_exp.run_status import RETRIED
 
+UNASKED = "squeue can't be asked, so nobody knows whether its job is still there"
+
 
 def states_of(records: Iterable[Record], sweep: SweepFile) -> dict[str, tuple[str, str]]:
     """State of each run by its key, and in words what of it isn't in its status.json.
@@ -27,6 +29,8 @@ def states_of(records: Iterable[Record], sweep: SweepFile) -> dict[str, tuple[st
         state, why = judged(record, jobs)
         if state == "queued" and not _has_workers(record, sweep):
             state, why = "lost", "the processes that would have run it are gone"
+        elif jobs is None and state in ("queued", "preempted") and record.status["slurm_job_id"]:
+            why = UNASKED
         found[record.key] = (state, why)
     return found
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from crl_exp.code_state import code_state
-from crl_exp.files import write_atomic
+from crl_exp.files import replacing
 from crl_exp.launcher import slurm_jobs
-from crl_exp.launcher.local_workers import check_gpus, start_workers
+from crl_exp.launcher.local_workers import check_gpus, check_shell, start_workers
 from crl_exp.launcher.packs import packs_of
 from crl_exp.launcher.plan import Settings
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings, kind_of
@@ -53,7 +53,7 @@ def submit(starts: Sequence[Start], sweep: SweepFile) -> dict[str, Any]:
         "launcher": kind_of(starts[0].settings), "released": False, "parts": [],
     }  # fmt: skip
     sweep.submissions.append(submission)
-    before = {start.run.path: _status_text(start.run) for start in starts}
+    before = {start.run.path: _status_bytes(start.run) for start in starts}
     packs = packs_of(starts)
     try:
         if isinstance(starts[0].settings, SlurmSettings):
@@ -91,6 +91,7 @@ def _to_workers(packs: Sequence[Pack], sweep: SweepFile, parts: list[dict[str, A
     most = max((start.settings for start in starts), key=lambda settings: settings.gpus_asked)
     assert isinstance(most, LocalSettings)
     check_gpus(most)
+    check_shell(most)
     _queue(starts, dict.fromkeys((start.run.key for start in starts), None))
     part = _part(packs, workers=[]) | {"settings": asdict(most)}
     part["workers"] = start_workers(most, _paths(packs), sweep.folder)
@@ -128,19 +129,21 @@ def _queue(starts: Sequence[Start], ids: dict[str, str | None]) -> None:
         start.run.set_status("queued", slurm_job_id=ids[start.run.key], node=None, pid=None)
 
 
-def _status_text(run: RunDirectory) -> str | None:
+def _status_bytes(run: RunDirectory) -> bytes | None:
     path = run.path / "status.json"
-    return path.read_text() if path.exists() else None
+    return path.read_bytes() if path.exists() else None
 
 
-def _restore(run: RunDirectory, status: str | None) -> None:
+def _restore(run: RunDirectory, status: bytes | None) -> None:
     """Undo `_queue` for one run: it says again what it said before."""
     if run.status().get("state") != "queued":
         return
     if status is None:
         (run.path / "status.json").unlink()
     else:
-        write_atomic(run.path / "status.json", status)
+        path = run.path / "status.json"
+        with replacing(path, path.with_name(f".status.{os.getpid()}.partial")) as file:
+            file.write(status)
 
 
 def abandon_unreleased(sweep: SweepFile) -> None:

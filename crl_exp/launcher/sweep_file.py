@@ -8,7 +8,6 @@ directory; this is the way to its job.
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +19,10 @@ import psutil
 from filelock import FileLock, Timeout
 
 from crl_exp.errors import UserError
-from crl_exp.files import write_json
+from crl_exp.files import read_json, write_json
 
 FORMAT = 1
+ADVICE = "move it away; the runs themselves are in their own folders, and a launch writes it anew"
 # Another launch of the same sweep may be freezing a thousand configs.
 LOCK_SECONDS = 600.0
 
@@ -39,21 +39,18 @@ class SweepFile:
     def read(cls, folder: Path) -> SweepFile:
         """An empty one where nothing was submitted. Raises `UserError` for a damaged file."""
         path = folder / "submission.json"
-        if not path.exists():
+        held = read_json(path, ADVICE)
+        if held is None:
             return cls(folder)
         try:
-            held = json.loads(path.read_text())
             if held["format"] != FORMAT:
                 raise UserError(
                     f"{path} was written by another version of crl_exp (format {held['format']}, "
                     f"this one writes {FORMAT}): take another sweep_name"
                 )
             return cls(folder, held["points"], held["submissions"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} is damaged ({error!r}): move it away; the runs themselves are in their "
-                "own folders, and a launch writes it anew"
-            ) from error
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error!r}); {ADVICE}") from error
 
     def write(self) -> None:
         write_json(

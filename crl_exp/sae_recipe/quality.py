@@ -81,6 +81,17 @@ def on_rows(sae: Any, held: Residuals, layer: int) -> dict[str, float | int]:
     return figures
 
 
+def useless(figures: dict[int, dict[str, Any]]) -> list[str]:
+    """A line for each SAE that reconstructs held-out residuals no better than their mean does."""
+    return [
+        f"layer {layer}: explained variance {found['explained_variance']:.2f}, no better than the "
+        "mean residual: don't steer by it. Train on more rows (training.rows), or with another "
+        "training.lr"
+        for layer, found in figures.items()
+        if not found["explained_variance"] > 0
+    ]
+
+
 def ce_documents(documents: Sequence[Document], n_tokens: int) -> list[Document]:
     """The first documents that hold `n_tokens` kept tokens together."""
     chosen = []

@@ -96,7 +96,7 @@ def train_layer(
 ) -> Any:
     """Train the SAE of one layer; returns it as a JumpReLU SAE, float32, on the CPU.
 
-    Raises `UserError` where the rows don't fill a batch.
+    Raises `UserError` where the rows don't fill a batch, and where a weight isn't finite.
     """
     metadata = SAEMetadata(
         model_name=model_name,
@@ -109,7 +109,17 @@ def train_layer(
     sae = as_jumprelu(fit(rows_ND, draw_rows(residuals, config), config, metadata))
     if config.specialists.n_features:
         _add_specialists(sae, residuals, rows_ND, config)
+    if bad := not_finite(sae.state_dict()):
+        raise UserError(
+            f"layer {layer}: the trained SAE's {', '.join(bad)} aren't finite, so it isn't saved; "
+            f"lower training.lr={config.lr:g} (or that of training.specialists)"
+        )
     return sae
+
+
+def not_finite(weights: dict[str, Tensor]) -> list[str]:
+    """Names of the weights that hold an infinite number or none."""
+    return [name for name, weight in weights.items() if not weight.float().isfinite().all()]
 
 
 def _add_specialists(
@@ -195,7 +205,7 @@ def _trainer_config(config: TrainingConfig) -> SAETrainerConfig:
 def save_rounded(sae: Any, folder: Path, store: dict[str, str]) -> None:
     """Save a JumpReLU SAE in SAELens' format, each weight rounded to its stored dtype.
 
-    Raises `UserError` for an unknown weight or dtype.
+    Raises `UserError` for an unknown weight or dtype, and for one that doesn't hold the weight.
     """
     sae.save_model(folder)
     path = folder / SAE_WEIGHTS_FILENAME
@@ -207,5 +217,11 @@ def save_rounded(sae: Any, folder: Path, store: dict[str, str]) -> None:
                 f"dtypes are {', '.join(STORED)}"
             )
         weights[name] = weights[name].to(STORED[dtype])
+    if bad := not_finite(weights):
+        path.unlink()
+        raise UserError(
+            f"{', '.join(bad)} {'is' if len(bad) == 1 else 'are'} too large for the dtypes that "
+            "training.store names; store as float32"
+        )
     save_file(weights, path)
     path.chmod(0o644)  # safetensors writes files that only their owner can read

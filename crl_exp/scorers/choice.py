@@ -27,8 +27,20 @@ class ChoiceScorer:
         return [self._score(item, output) for item, output in zip(items, outputs, strict=True)]
 
     def read(self, output: str) -> str | None:
-        """The one option that `output` names, or `None`."""
+        """The one option that `output` names, or `None`.
+
+        An option that is another one too ("related" in "not related") is named by itself alone.
+        """
+        if output.strip() in self.options:
+            return output.strip()
         named = [o for o in self.options if _names(o, output)]
+        longer = [o for o in named if any(o != other and _names(o, other) for other in named)]
+        if longer:
+            text = output
+            for other in sorted(named, key=len, reverse=True):
+                if other not in longer:
+                    text = re.sub(re.escape(other), " | ", text, flags=re.IGNORECASE)
+            named = [o for o in named if o not in longer or _names(o, text)]
         return named[0] if len(named) == 1 else None
 
     def _score(self, item: Item, output: str) -> Score:

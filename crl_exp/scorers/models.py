@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from crl_exp.errors import UserError
+from crl_exp.hub import own_code
+from crl_exp.model_config import device_faults, missing_device
 
 
 @dataclass
@@ -27,9 +27,10 @@ class ScorerModel:
 
     def faults(self, where: str) -> list[str]:
         """What is wrong with the values; `where` is the section, e.g. `task.classifier`."""
+        found = device_faults(f"{where}.device", self.device)
         if self.batch_size < 1:
-            return [f"{where}.batch_size={self.batch_size}: must be at least 1"]
-        return []
+            found.append(f"{where}.batch_size={self.batch_size}: must be at least 1")
+        return found
 
 
 def load_scorer(model: ScorerModel, where: str, offline: str) -> tuple[Any, Any]:
@@ -40,8 +41,8 @@ def load_scorer(model: ScorerModel, where: str, offline: str) -> tuple[Any, Any]
     and where its device isn't there.
     """
     # Asked here and not among the faults: a login node, where sweeps are checked, has no GPU.
-    if model.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"{where}.device={model.device}: no CUDA device; set {where}.device=cpu")
+    if found := missing_device(f"{where}.device", model.device):
+        raise UserError("\n".join(found))
     try:
         return _load(model.path, model.revision, model.device)
     except UserError as error:
@@ -57,12 +58,16 @@ def _load(path: str, revision: str | None, device: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, revision=revision, use_safetensors=True, output_loading_info=True
+            path,
+            revision=revision,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, SafetensorError, json.JSONDecodeError) as error:
-        said = str(error).strip()
+        said = own_code(error) or str(error).strip()
         raise UserError(
             f"this scorer can't be loaded ({said.splitlines()[0] if said else repr(error)})"
         ) from error

@@ -5,6 +5,7 @@ Shapes: B rows, C features that may be steered (allowed), D d_model, X one value
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,7 @@ class Stage(nn.Module):
         out_BC = self.transform(logits_BC.masked_fill(barred_BC, 0.0), inside)
         return out_BC.masked_fill(barred_BC, -torch.inf)
 
+    @abstractmethod
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         raise NotImplementedError
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -64,12 +65,19 @@ class Splits:
         }
 
     def check_disjoint(self) -> None:
-        """Raise `UserError` where two splits share an item, or one is empty."""
+        """Raise `UserError` where two splits share an item, one is empty or has an id twice."""
         seen: dict[str, str] = {}
         for name, items in self.named().items():
             if not items:
                 raise UserError(
                     f"the {name} split of this task is empty; raise task.n_{name} or give more data"
+                )
+            twice = len(items) - len({item.item_id for item in items})
+            if twice:
+                raise UserError(
+                    f"{twice} of the {len(items)} items of {name} have an id that another one of "
+                    "them has: runs are paired by it. Leave out what comes twice (`unique` in "
+                    "crl_exp/tasks/base.py does), or give each item an id of its own"
                 )
             for item in items:
                 other = seen.setdefault(item.item_id, name)
@@ -101,8 +109,8 @@ class Task:
     groups: only items of these groups, in all three splits; null for all. Which there are, the
         error about an unknown one tells.
     max_new_tokens: tokens generated for an answer.
-    choices: answers the output is restricted to (`None`: free text). Each must be told apart by
-        its first token; the same restriction holds in warmup, training and evaluation.
+    choices: answers the output is restricted to (`None`: free text), of one token or several; the
+        same restriction holds in warmup, training and evaluation.
     chat_template: render the user turn with the tokenizer's chat template.
     shuffle_labels: a control; targets of train and validation are permuted, test keeps its own.
     """
@@ -132,18 +140,27 @@ class Task:
                 f"task.choices={self.choices}: give two answers or more, e.g. "
                 "task.choices=[yes,no], or task.choices=null for free text"
             )
+        if self.choices and any(not choice.strip() for choice in self.choices):
+            found.append(f"task.choices={self.choices}: an answer is empty")
+        if self.choices and len(set(self.choices)) < len(self.choices):
+            found.append(f"task.choices={self.choices}: an answer is there twice")
         if self.choices and self.max_new_tokens > 1:
             found.append(
                 f"task.max_new_tokens={self.max_new_tokens}: an answer restricted to task.choices "
-                "is its first token; set task.max_new_tokens=1, or task.choices=null for free text"
+                "is one of them, however long; set task.max_new_tokens=1, or task.choices=null for "
+                "free text"
             )
         return found
 
     def splits(self) -> Splits:
         """Draw the splits: same seed and data, same splits, in every run and on every machine."""
-        if found := self.faults():
-            raise UserError("\n".join(found))
+        self._raise_faults()
         self.load_scorer()
+        return self.drawn()
+
+    def drawn(self) -> Splits:
+        """The splits, without asking whether answers can be scored here."""
+        self._raise_faults()
         splits = self.draw()
         if self.shuffle_labels:
             splits = replace(
@@ -154,6 +171,16 @@ class Task:
         splits.check_disjoint()
         return splits
 
+    def _raise_faults(self) -> None:
+        if found := self.faults():
+            raise UserError("\n".join(found))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the data lies on this machine, so that a sweep can draw it beforehand."""
+        return True
+
+    @abstractmethod
     def draw(self) -> Splits:
         """Load the data and split it. Raises `UserError` where data is missing or too small."""
         raise NotImplementedError
@@ -174,19 +201,26 @@ class Task:
 
     @property
     def constrained_to(self) -> list[str] | None:
-        """The texts to whose first tokens an answer is restricted; `None`: free text."""
+        """The texts to which an answer is restricted; `None`: free text."""
         return self.choices
+
+    @property
+    def by_length(self) -> bool:
+        """Whether options of several tokens are compared by the mean over their tokens."""
+        return False
 
     @property
     def stop_strings(self) -> list[str]:
         """Texts that end an answer; they and what follows are no part of it."""
         return []
 
+    @abstractmethod
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
         """Score generated answers (text without the prompt), one `Score` an item."""
         raise NotImplementedError
 
     @property
+    @abstractmethod
     def scorer_name(self) -> str:
         """The rule behind `score`, as the result records it."""
         raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -45,7 +46,8 @@ class HubTask(Task):
     subsets: its configurations, all used together; null where it has but one.
     sources: which split of the data set train, validation and test are drawn from. Two drawn from
         the same split never share an item; an item of several splits is kept in the one nearest
-        to test.
+        to test. Where validation's split has fewer than `n_validation`, the rest is drawn from
+        train's, and the result says so.
     data_files: null, or what is read instead of the hub: one parquet, csv or jsonl file (a pattern
         or a list) that everything is drawn from, or a mapping from splits of the data set to files.
     """
@@ -58,6 +60,10 @@ class HubTask(Task):
     subsets: list[str] | None
     sources: dict[str, str]
     data_files: Any
+
+    @property
+    def is_local(self) -> bool:
+        return self.data_files is not None
 
     @property
     def source(self) -> Source:
@@ -78,10 +84,12 @@ class HubTask(Task):
         """Those and others that a file may be given for."""
         return self.needed_splits()
 
+    @abstractmethod
     def question(self, row: Row) -> Question | None:
         """What a row asks; `None` if it isn't one of this task. Raises `UserError` if it is bad."""
         raise NotImplementedError
 
+    @abstractmethod
     def prompt(self, question: Question, shots: Sequence[Question]) -> str:
         """The user turn."""
         raise NotImplementedError
@@ -148,11 +156,18 @@ class HubTask(Task):
     def _cut(self, pools: dict[str, Pool], warnings: list[str]) -> dict[str, list[Question]]:
         """Cut each pool into the parts that are drawn from it: test, then validation, train."""
         parts: dict[str, list[Question]] = {}
+        lacking = 0  # of validation, to be drawn from train's split
+        left: list[Question] = []  # there
         for split, pool in pools.items():
             mine = [p for p in PARTS if self.source.split_name(self.sources[p]) == split]
             sizes = {part: getattr(self, f"n_{part}") for part in mine}
             order = shuffled(pool.questions, self.split_seed)
-            if mine and (short := sum(sizes.values()) - len(order)) > 0:
+            short = sum(sizes.values()) - len(order)
+            own = "train" not in mine and sizes.get("validation", 0) > short
+            if own and short > pool.n_left_out:
+                sizes["validation"] -= short
+                lacking = short
+            elif mine and short > 0:
                 largest = max(sizes, key=lambda part: sizes[part])
                 if short > pool.n_left_out or sizes[largest] <= short:
                     raise _too_small(pool, sizes)
@@ -167,6 +182,16 @@ class HubTask(Task):
                 if part == "train" and self.train_seed is not None:
                     order = shuffled(order, self.train_seed)
                 parts[part], order = order[: sizes[part]], order[sizes[part] :]
+            left = order if "train" in mine else left
+        if lacking:
+            pool = pools[self.source.split_name(self.sources["train"])]
+            if lacking > len(left):
+                raise _too_small(pool, {"train": len(parts["train"]), "validation": lacking})
+            warnings.append(
+                f"validation's own split holds {len(parts['validation'])} items; {lacking} of "
+                f"{pool.where} are added to make task.n_validation={self.n_validation}"
+            )
+            parts["validation"] += left[:lacking]
         return parts
 
 
@@ -205,5 +230,11 @@ def _too_small(pool: Pool, sizes: dict[str, int]) -> UserError:
     at_present = ", ".join(f"task.n_{part}={size}" for part, size in reversed(sizes.items()))
     return UserError(
         f"{pool.where} has {len(pool.questions)} different items, but {wanted} = "
-        f"{sum(sizes.values())}; lower one of them ({at_present} at present)"
+        f"{sum(sizes.values())}; lower one of them ({at_present} at present){_fitting(pool, sizes)}"
     )
+
+
+def _fitting(pool: Pool, sizes: dict[str, int]) -> str:
+    """A smaller training split with which the others fit, to be typed."""
+    left = len(pool.questions) - sum(n for part, n in sizes.items() if part != "train")
+    return f": task.n_train={left} fits" if "train" in sizes and left > 0 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,7 @@ class OpenQuestions(FewShotTask):
         return found
 
     @property
+    @abstractmethod
     def scorer_used(self) -> Scorer:
         raise NotImplementedError
 

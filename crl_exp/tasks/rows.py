@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crl_exp.errors import UserError, did_you_mean
+from crl_exp.files import home
+from crl_exp.tasks.files import json_line, users_text
 
 KINDS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 ONE_FILE = "data_files"
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""What a surrogate looks like in JSON, one of a pair or alone."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class Source:
         else:
             given = self.data_files
             chosen = given[split] if isinstance(given, dict) else given
-            parts = [_from_file(path) for path in _paths(chosen)]
+            parts = [_from_file(path) for path in files_of(chosen)]
         rows: list[Row] = []
         for where, cells in parts:
             _check_columns(where, cells, columns)
@@ -151,15 +157,17 @@ class Source:
         return where, list(data)  # type: ignore[arg-type]
 
 
-def _paths(chosen: Any) -> list[Path]:
+def files_of(chosen: Any) -> list[Path]:
     """Files of a path, a pattern or a list of them."""
     found: list[Path] = []
     for pattern in [chosen] if isinstance(chosen, str) else chosen:
-        full = str(Path(pattern).expanduser())
+        full = str(home(pattern, "task.data_files"))
         # A file may have brackets in its name.
         here = [full] if Path(full).is_file() else sorted(glob.glob(full))
         if not here:
             raise UserError(f"task.data_files: there is no file {pattern}")
+        if odd := [name for name in here if not Path(name).is_file()]:
+            raise UserError(f"task.data_files: {odd[0]} is no file")
         found += map(Path, here)
     return found
 
@@ -173,12 +181,16 @@ def _from_file(path: Path) -> tuple[str, list[dict[str, Any]]]:
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
         raise UserError(f"task.data_files: {path} must end in {', '.join(KINDS)}")
+    text = "" if kind == "parquet" else users_text(path, "task.data_files")
+    if path.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.split("\n"), start=1):
+            if HALF.search(line):
+                json_line(line, f"{path}, line {number}")
     try:
         options: dict[str, Any] = {}
         if kind == "csv":
             # Cells stay as they are written: "None" is a text, and so is "007".
-            with path.open(newline="", encoding="utf-8") as file:
-                header = next(csv.reader(file), [])
+            header = next(csv.reader(io.StringIO(text, newline="")), [])
             texts = Features({name: Value("string") for name in header})
             options = {"features": texts, "keep_default_na": False}
         data = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)

@@ -13,15 +13,10 @@ from pathlib import Path
 
 from crl_exp.assets import asset_path
 from crl_exp.scorers.choice import ChoiceScorer
-from crl_exp.tasks.base import (
-    Item,
-    Score,
-    Splits,
-    Task,
-    content_id,
-    unique,
-)
+from crl_exp.tasks.base import Item, Score, Splits, unique
+from crl_exp.tasks.choice_task import ChoiceTask
 from crl_exp.tasks.files import damaged, read_text
+from crl_exp.tasks.worded import Worded
 
 DATA = "data/hutto_icwsm_2014"
 FILE = "movieReviewSnippets_GroundTruth.txt"
@@ -30,24 +25,19 @@ SCORER = ChoiceScorer((POSITIVE, NEGATIVE))
 
 
 @dataclass
-class Sentiment(Task):
+class Sentiment(Worded, ChoiceTask):
     """The sign of a review sentence, answered with one word.
 
-    question: the user turn, `{text}` stands for the review. It comes last, so that all prompts
-        share one long prefix, which is read once.
     min_abs_rating: sentences rated nearer to zero than this are left out.
     min_chars, max_chars: bounds on the length of a sentence in characters, both included.
     """
 
-    question: str
     min_abs_rating: float
     min_chars: int
     max_chars: int
 
     def faults(self) -> list[str]:
         found = super().faults()
-        if "{text}" not in self.question:
-            found.append(f"task.question={self.question!r}: must hold {{text}}, the review")
         if self.choices is not None and sorted(self.choices) != sorted((POSITIVE, NEGATIVE)):
             found.append(
                 f"task.choices={list(self.choices)}: these can't answer this task; use "
@@ -79,9 +69,7 @@ class Sentiment(Task):
         return SCORER(items, outputs)
 
     def _item(self, text: str, rating: float) -> Item:
-        user = self.question.replace("{text}", text)
-        # The id is of the review alone: another wording of the question keeps the same splits.
-        return Item(content_id(text), user, target=POSITIVE if rating > 0 else NEGATIVE)
+        return self.asked(text, POSITIVE if rating > 0 else NEGATIVE)
 
     def _kept(self, path: Path) -> Iterator[tuple[float, str]]:
         for rating, text in read_ratings(path):

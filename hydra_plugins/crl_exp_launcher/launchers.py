@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from crl_exp.launcher.launch import Launch
 
 # Sweepers that take no account of results.
-NEED_NO_RESULTS = ("crl_exp_sweeper.", "hydra._internal.core_plugins.")
+NEED_NO_RESULTS = ("crl_exp_sweeper.grids.", "hydra._internal.core_plugins.")
 
 
 class FrozenLauncher(Launcher):
@@ -43,11 +43,13 @@ class FrozenLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Submit; with `wait`, return every job's result, else jobs without one."""
+        from crl_exp.cli import check_sweeper
         from crl_exp.launcher.follow import wait_for
         from crl_exp.launcher.launch import launch
         from crl_exp.launcher.settings import make_settings
 
         assert self.hydra_context is not None and self.config is not None
+        check_sweeper(self.config.hydra)
         settings = make_settings(self.kind, self.values)
         sweeper = str(self.config.hydra.sweeper._target_)
         grown = not any(name in sweeper for name in NEED_NO_RESULTS)
@@ -73,6 +75,8 @@ class LocalProcessesLauncher(FrozenLauncher):
 
 def _returns(launched: Launch, states: dict[str, tuple[str, str]]) -> list[JobReturn]:
     """Every job's result, as `launch.py` returns it, or how it ended."""
+    from crl_exp.runs import objective
+
     returns = []
     for point in launched.points:
         job = JobReturn(overrides=point.overrides, cfg=point.config)
@@ -80,7 +84,7 @@ def _returns(launched: Launch, states: dict[str, tuple[str, str]]) -> list[JobRe
         if state == "done":
             result = point.run.result()
             assert result is not None
-            job.status, job.return_value = JobStatus.COMPLETED, result["accuracy_steered"]
+            job.status, job.return_value = JobStatus.COMPLETED, objective(result)
         else:
             said = point.run.status().get("error") or why
             job.status = JobStatus.FAILED

@@ -2,26 +2,31 @@
 
 `hydra.sweeper.grids` is a list of grids; each is the product of its values, and the sweep is their
 union. Overrides on the command line go into every grid. One failed job doesn't stop the others.
+
+Every Hydra application of the environment imports this file: nothing heavy is imported at its top.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from crl_exp.errors import UserError
-from crl_exp.runs import SWEEP_CONFIG, write_atomic
+from crl_exp.files import SWEEP_CONFIG, home, write_atomic
+from crl_exp.override_text import as_override
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +34,13 @@ log = logging.getLogger(__name__)
 class GridSweeper(Sweeper):
     """Runs the union of grids, each the product of its values.
 
-    grids: list of {override: value or list of values}. params: one more set of overrides for every
+    grids: list of {override: value or list of values}, a text being one value whatever is in it
+        (`crl_exp.override_text`). params: one more set of overrides for every
         grid, as Hydra's own sweeper takes them.
+    check: composes all points of the application at hand and raises for a fault of one.
     """
+
+    check: ClassVar[Callable[[ConfigLoader, DictConfig, list[list[str]]], Any] | None] = None
 
     def __init__(self, grids: list[dict[str, Any]], params: dict[str, Any] | None = None):
         super().__init__()
@@ -49,25 +58,40 @@ class GridSweeper(Sweeper):
         )
 
     def jobs(self, arguments: list[str]) -> list[list[str]]:
-        """Every point's overrides, repeated points once."""
+        """Every point's overrides, repeated points once. Raises `UserError` where there is none."""
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         given = {override.key_or_group for override in parser.parse_overrides(arguments)}
         points = []
         for grid in self.grids:
+            if not isinstance(grid, (dict, DictConfig)):
+                raise UserError(
+                    f"hydra.sweeper.grids={list(self.grids)}: each must hold overrides, as in "
+                    "{seed: [0, 1], layers.layer: 12}"
+                )
             # What the command line sets replaces the grid's values, so that no point comes twice.
             asked = {k: v for k, v in {**self.params, **grid}.items() if k not in given}
-            texts = [f"{key}={_choices(value)}" for key, value in asked.items()]
+            texts = [
+                # `params` are as Hydra's own sweeper takes them: a comma there parts values.
+                f"{key}={_choices(key, value) if key in grid else _raw(key, value)}"
+                for key, value in asked.items()
+            ]
             overrides = parser.parse_overrides([*texts, *arguments])
+            for one in overrides:
+                _check_values(one)
             points += BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
         return list({" ".join(point): point for point in points}.values())
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Compose all points first, so that a typo shows before anything runs; then launch."""
+        """Compose and check all points first, so that no fault shows after hours; then launch."""
         assert self.launcher is not None
         jobs = self.jobs(arguments)
         if not getattr(self.launcher, "composes", False):  # which saves what it takes itself
-            self.validate_batch_is_legal(jobs)
+            if GridSweeper.check is None:
+                self.validate_batch_is_legal(jobs)
+            else:
+                assert self.hydra_context is not None and self.config is not None
+                GridSweeper.check(self.hydra_context.config_loader, self.config, jobs)
             self._save_config()
         returns = self.launcher.launch(jobs, initial_job_idx=0)
         _raise_failures(jobs, returns)
@@ -76,7 +100,7 @@ class GridSweeper(Sweeper):
     def _save_config(self) -> None:
         """Keep what was asked for beside the runs, in `output_dir/sweep_name`."""
         assert self.config is not None
-        folder = Path(self.config.output_dir).expanduser() / self.config.sweep_name
+        folder = home(self.config.output_dir, "output_dir") / self.config.sweep_name
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / SWEEP_CONFIG, OmegaConf.to_yaml(self.config))
@@ -87,9 +111,31 @@ class GridSweeper(Sweeper):
             ) from error
 
 
-def _choices(value: Any) -> str:
+def _check_values(override: Override) -> None:
+    """Raise `UserError` for an override that gives a sweep no point at all."""
+    if not override.is_sweep_override():
+        return
+    try:
+        empty = next(iter(override.sweep_string_iterator()), None) is None
+    except HydraException as error:  # one without discrete values, or a glob of what is no group
+        raise UserError(f"{override.input_line}: {error}") from error
+    if empty:
+        raise _no_value(str(override.input_line), str(override.key_or_group))
+
+
+def _no_value(text: str, key: str) -> UserError:
+    return UserError(f"{text}: gives no value, so the sweep would have no run; {key}=A,B gives two")
+
+
+def _choices(key: str, value: Any) -> str:
     values = value if isinstance(value, (list, ListConfig)) else [value]
-    return ",".join("null" if v is None else str(v) for v in values)
+    if not values:
+        raise _no_value(f"hydra.sweeper.grids: {key}: []", key)
+    return ",".join(map(as_override, values))
+
+
+def _raw(key: str, value: Any) -> str:
+    return value if isinstance(value, str) else _choices(key, value)
 
 
 def _raise_failures(jobs: list[list[str]], returns: Sequence[JobReturn]) -> None:

@@ -1,0 +1,216 @@
+"""Attribution: what adding a feature will do, predicted for all features by one gradient.
+
+Stage 1's r says what goes with being right; the gradient of what is rewarded says what adding a
+vector changes. To first order a coefficient c_j on feature j raises the objective by
+c_j · W_dec[j]·ḡ nats an item, ḡ being the mean gradient by a vector added at every steered token.
+Scores compare across layers as they are (attribution patching: Nanda 2023; Syed et al., arXiv
+2310.10348; for the choice of SAE features to steer by: arXiv 2505.23556).
+Shapes: S sites (index 0 is the input of layer 0), D d_model, F d_sae, B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from crl_exp import preemption, teacher_forcing
+from crl_exp.controllers.fixed import Steer
+from crl_exp.errors import UserError, did_you_mean
+from crl_exp.loaded import shared
+from crl_exp.methods import CorrSteerS
+from crl_exp.prompts import PromptBatch
+from crl_exp.scores import handle_negative
+from crl_exp.teacher_forcing import Forced
+
+if TYPE_CHECKING:
+    from crl_exp.config import Experiment
+    from crl_exp.lab import Lab
+
+OBJECTIVES = ("auto", "target", "reward")
+
+
+@dataclass
+class Attribution(CorrSteerS):
+    """The one feature of all layers whose addition, by the gradient, raises the objective most.
+
+    objective: `target`, the mean log-likelihood of the items' targets among the options;
+        `reward`, the derivative of the mean reward by the policy gradient (REINFORCE, Williams
+        1992) at the unsteered answers: Σ (reward − its mean) · log p(answer); `auto`, target where
+        the output is restricted to options, else reward.
+    """
+
+    label = "attribution"
+
+    objective: str
+
+    def faults(self) -> list[str]:
+        ok = self.objective in OBJECTIVES
+        near = did_you_mean(self.objective, OBJECTIVES)
+        fault = f"method.objective={self.objective}: must be one of {', '.join(OBJECTIVES)}{near}"
+        return [*super().faults(), "" if ok else fault]
+
+    def conflicts(self, exp: Experiment) -> list[str]:
+        if self.objective != "target" or exp.task.choices:
+            return super().conflicts(exp)
+        return [
+            *super().conflicts(exp),
+            "method.objective=target needs an output that is restricted to options (task.choices); "
+            "for free text set method.objective=reward",
+        ]
+
+    def select(self, lab: Lab) -> list[Steer]:
+        best = ranked(lab, self.objective)[: self.n_candidates]
+        chosen = self.pick(lab, [steer for steer, _ in best])
+        lab.note(
+            "attribution",
+            [
+                {"layer": s.layer, "feature": s.feature_idx, "coefficient": s.coefficient,
+                 "predicted_nats": score, "chosen": s is chosen}
+                for s, score in best
+            ],
+        )  # fmt: skip
+        return self.scaled(lab, [chosen])[0]
+
+
+def ranked(lab: Lab, objective: str) -> list[tuple[Steer, float]]:
+    """All allowed features of the lab's layers with their coefficients and scores, best first.
+
+    The sign of `warmup.negative=steer` is the score's: a feature that lowers the objective is then
+    taken away. Raises `UserError` where no feature may be steered.
+    """
+    gradient_SD = mean_gradient(lab, objective)
+    found: list[tuple[Steer, float]] = []
+    for layer, statistics in lab.statistics().items():
+        sae, allowed_C = lab.saes[layer], statistics.allowed(lab.exp.warmup.min_frequency)
+        coefficient_F = lab.exp.coefficient.values(statistics, sae)
+        score_F = scores(gradient_SD[sae.site + 1], sae.W_dec_FD, coefficient_F)
+        if lab.exp.warmup.negative == "steer":
+            coefficient_F = torch.where(score_F.to(coefficient_F.device) < 0, -1, 1) * coefficient_F
+        score_F = handle_negative(score_F, lab.exp.warmup.negative)
+        for feature in allowed_C.tolist():
+            steer = Steer(layer, feature, float(coefficient_F[feature]))
+            found.append((steer, float(score_F[feature])))
+    if not found:
+        raise UserError(
+            f"layers {sorted(lab.saes)}: no feature is active in "
+            f"{lab.exp.warmup.min_frequency:.0%} of the answers; lower warmup.min_frequency"
+        )
+    return sorted(found, key=lambda pair: pair[1], reverse=True)
+
+
+def scores(gradient_D: Tensor, W_dec_FD: Tensor, coefficient_F: Tensor) -> Tensor:
+    """c_j · W_dec[j]·ḡ [F], float64 on the CPU: the predicted change of the objective."""
+    along_F = W_dec_FD @ gradient_D.to(W_dec_FD)
+    return (coefficient_F.to(along_F) * along_F).double().cpu()
+
+
+def mean_gradient(lab: Lab, objective: str) -> Tensor:
+    """ḡ [S, D] over the training items, float64 on the CPU, at every site in one pass.
+
+    Made once a process for runs that ask the same of the same model.
+    """
+    task = lab.exp.task
+    if objective == "auto":
+        objective = "target" if lab.options else "reward"
+    key = [lab.engine_key, asdict(task), lab.splits.digest(), repr(lab.exp.decay), objective]
+
+    def make() -> Tensor:
+        with lab.engine.alone():
+            return _target_gradient(lab) if objective == "target" else _reward_gradient(lab)
+
+    return shared("gradient", key, make, keep=8)
+
+
+def _target_gradient(lab: Lab) -> Tensor:
+    """Of the mean log-likelihood of the targets, among the options alone."""
+    assert lab.options is not None
+    options, by_length = [list(ids) for ids in lab.options.ids], lab.options.length_normalised
+    names = [text.strip() for text in lab.exp.task.constrained_to or []]
+    right = []
+    for item in lab.splits.train:
+        if item.target is None or item.target.strip() not in names:
+            raise UserError(
+                f"method.objective=target: item {item.item_id} has the target {item.target!r}, "
+                f"which is not among the options {names}; set method.objective=reward"
+            )
+        right.append(names.index(item.target.strip()))
+    # One position tells options of one token apart; longer ones are a row each.
+    whole = max(map(len, options)) > 1
+    per_item = [Forced(o, ended=False) for o in (options if whole else options[:1])]
+
+    def objective(logits_BTV: Tensor, items: Sequence[int], answers: Sequence[Forced]) -> Tensor:
+        if whole:
+            token_BT = teacher_forcing.log_probs(lab.lm, logits_BTV, answers)
+            score_IO = token_BT.sum(1).view(len(items), len(options))
+            if by_length:
+                score_IO = score_IO / score_IO.new_tensor([len(option) for option in options])
+        else:
+            score_IO = logits_BTV[:, 0, [option[0] for option in options]]
+        right_I1 = torch.tensor([[right[item]] for item in items], device=score_IO.device)
+        return score_IO.log_softmax(-1).gather(1, right_I1).sum() / len(right)
+
+    return _summed(lab, [per_item] * len(right), objective)
+
+
+def _reward_gradient(lab: Lab) -> Tensor:
+    """Of the mean reward, by the policy gradient at the unsteered answers.
+
+    Raises `UserError` where all of them got the same reward.
+    """
+    task, answers = lab.exp.task, lab.baseline("train")
+    reward_I = answers.reward_B.double()
+    if float(reward_I.max()) == float(reward_I.min()):
+        raise UserError(
+            f"the unsteered model gets a reward of {float(reward_I[0]):g} for all {len(reward_I)} "
+            "training items, so method=attribution has no answers to tell apart. Use a task of "
+            "medium difficulty or more items (task.n_train=…)"
+        )
+    advantage_I = (reward_I - reward_I.mean()) / len(reward_I)
+    given = teacher_forcing.forced(
+        lab.lm, answers.generation, task.max_new_tokens, task.stop_strings
+    )
+
+    def objective(logits_BTV: Tensor, items: Sequence[int], answers: Sequence[Forced]) -> Tensor:
+        log_prob_BT = teacher_forcing.log_probs(lab.lm, logits_BTV, answers)
+        return (advantage_I[list(items)].to(log_prob_BT) * log_prob_BT.sum(1)).sum()
+
+    return _summed(lab, [[answer] for answer in given], objective)
+
+
+def _summed(
+    lab: Lab,
+    answers: Sequence[Sequence[Forced]],
+    objective: Callable[[Tensor, Sequence[int], Sequence[Forced]], Tensor],
+) -> Tensor:
+    """The gradient [S, D] of an objective that is a sum over training items.
+
+    answers: one or several of each item, a row each. objective: of the logits [B, T, V] of some
+    items' rows, the items, and the rows' answers.
+    """
+    lm, prompts = lab.lm, lab.prompts("train")
+    longest = max(answer.n_scored for rows in answers for answer in rows)
+    weight_T = torch.tensor([float(lab.exp.decay.at(t)) for t in range(longest)])
+    order = sorted(range(len(answers)), key=lambda i: (len(prompts.prompts[i]), i))
+    a_row = teacher_forcing.bytes_a_row(lm, len(prompts.prompts[order[-1]]), longest, backward=True)
+    fit = lab.engine.batch_size.rows(a_row, lm.device)
+    size = max(1, min(fit, lab.exp.engine.items_together) // len(answers[0]))
+    total_SD = torch.zeros(lm.n_layers + 1, lm.d_model, dtype=torch.float64)
+    with lab.bar("gradients", len(order)) as advance:
+
+        def play(items: list[int]) -> None:
+            preemption.check()
+            rows = [answer for item in items for answer in answers[item]]
+            prompt: PromptBatch = prompts.batch([i for i in items for _ in answers[i]])
+            found_SD = teacher_forcing.gradients(
+                lm, prompt, rows, lambda made: objective(made, items, rows), weight_T
+            )
+            total_SD.add_(found_SD.double().cpu())
+            advance(len(items))
+
+        starts = range(0, len(order), size)
+        lab.engine.batch_size.play([order[at : at + size] for at in starts], play)
+    return total_SD

@@ -1,0 +1,121 @@
+"""What lies in the files that a run reads: a file edited under the same path is another one.
+
+A run key is of the config, which names files and doesn't hold them. So what lay there is noted as a
+digest when a run is frozen or begun (`inputs.json`), and whoever would go on with the run, or take
+its result for this config's, compares. Keys need no file to be read and stay what they were; a run
+of before there were digests is compared by those of its items (`data.json`). A folder so never
+holds two results of one config that differ in data alone, which a report couldn't put side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from crl_exp.errors import UserError
+from crl_exp.files import read_json
+
+INPUTS, DATA = "inputs.json", "data.json"
+Inputs = dict[str, str]
+"""Digest of what lies there, by the key of the config that names it."""
+DIGEST_CHARS = 16
+_known: dict[tuple[str, int, int, int], str] = {}
+
+
+class Reads(Protocol):
+    """Of an experiment, what names files: `task` and `sae`."""
+
+    @property
+    def task(self) -> Any: ...
+
+    @property
+    def sae(self) -> Any: ...
+
+
+def inputs_of(exp: Reads, layers: Sequence[int]) -> Inputs:
+    """What the experiment would read now: the task's files, the SAEs of these layers.
+
+    Raises `UserError` where one can't be read.
+    """
+    found = task_inputs(exp.task)
+    for layer in layers:
+        if digest := sae_digest(exp.sae, layer):
+            found[f"sae.folder={exp.sae.folder}, layer {layer}"] = digest
+    return found
+
+
+def task_inputs(task: Any) -> Inputs:
+    """What lies in a task's own files; {} where it has none."""
+    from crl_exp.tasks.rows import files_of
+
+    found: Inputs = {}
+    if isinstance(path := getattr(task, "path", None), str):
+        found[f"task.path={path}"] = _digest([Path(path).expanduser()])
+    if (given := getattr(task, "data_files", None)) is not None:
+        parts = given.values() if isinstance(given, dict) else [given]
+        files = [file for part in parts for file in files_of(part)]
+        found[f"task.data_files={given}"] = _digest(files)
+    return found
+
+
+def sae_digest(sae: Any, layer: int) -> str | None:
+    """Of an SAE's config and weights; None where they are not in a folder."""
+    if sae.folder is None:
+        return None
+    folder = sae.path(layer)
+    weights = [p for p in folder.glob("*.safetensors") if p.name != "sparsity.safetensors"]
+    return _digest([folder / "cfg.json", *sorted(weights)])
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    """Of the content of these files, in this order; whatever they are called."""
+    each = [_file_digest(path) for path in paths]
+    return hashlib.sha256("\n".join(each).encode()).hexdigest()[:DIGEST_CHARS]
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        stat = path.stat()
+        key = (str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if key not in _known:
+            if not path.is_file():
+                raise OSError("it is no regular file")
+            with path.open("rb") as file:
+                _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error})") from error
+    return _known[key]
+
+
+def changed(run: Path, now: Inputs, drawn: Callable[[], str]) -> str | None:
+    """In words, what isn't now what this run was frozen or begun with; None: nothing.
+
+    A run that ended before it had drawn its items has read nothing that it would go on with.
+    drawn: gives the digest of the items that the task draws now (`Splits.digest`).
+    """
+    then: Inputs | None = read_json(
+        run / INPUTS, "remove it; the run is then compared by data.json"
+    )
+    items = (read_json(run / DATA, "remove it") or {}).get("digest")
+    status = read_json(run / "status.json", "set resume=force to start this run anew") or {}
+    if items is None and status.get("state") != "queued":
+        return None
+    found = [key for key in now if then and key in then and then[key] != now[key]]
+    told = {key: f"{key} (digest {(then or {})[key]} then, {now[key]} now)" for key in found}
+    of_task = [key for key in now if key.startswith("task.")]
+    if items is not None and (set(of_task) & set(found) or (then is None and of_task)):
+        # What matters is the items: a blank line more changes nothing.
+        if (items_now := drawn()) == items:
+            told = {key: text for key, text in told.items() if key not in of_task}
+        elif then is None:
+            told = {
+                of_task[0]: f"{', '.join(of_task)} (items' digest {items} then, {items_now} now)"
+            }
+    if not told:
+        return None
+    return (
+        f"{run} was begun with something else in {'; '.join(told.values())}. Put it back as it "
+        "was, take another sweep_name, or set resume=force to run it anew"
+    )

@@ -1,0 +1,131 @@
+"""`compare`: any two finished runs or rows, paired by item."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from crl_exp.__main__ import main
+from crl_exp.statistics import compare, crossed_difference
+from tests.synthetic import config, finished_run, run_of_items
+
+DRAW = np.random.default_rng(0)
+WAS = DRAW.integers(0, 2, 400).astype(float)
+CRL = [np.where(DRAW.random(400) < 0.3, 1.0, WAS) for _ in range(3)]
+FIXED = np.where(DRAW.random(400) < 0.1, 1.0, WAS)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """CRL at two layers with three seeds, CorrSteer-S at one."""
+    runs = {}
+    for layer, validation in ((8, 0.1), (18, 0.2)):
+        for seed in range(3):
+            now = CRL[seed] if layer == 18 else np.roll(CRL[seed], 1)
+            made = config(tmp_path, layers=(layer,), seed=seed)
+            runs[layer, seed] = run_of_items(made, WAS, now, validation)
+    runs["s"] = run_of_items(config(tmp_path, "corrsteer_s"), WAS, FIXED, 0.05)
+    return tmp_path, runs
+
+
+def said(capsys, folder, *asked: str) -> str:
+    assert main(["compare", *asked, "--output-dir", str(folder)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, folder, *asked: str) -> str:
+    assert main(["compare", *asked, "--output-dir", str(folder)]) == 1
+    return capsys.readouterr().err
+
+
+def test_two_runs_by_key(sweep, capsys):
+    folder, runs = sweep
+    told = said(capsys, folder, runs[18, 0].key, f"demo/{runs['s'].key}", "--items", "3")
+    right = compare(FIXED, CRL[0], CRL[0] != FIXED)
+    low, high = (round(100 * end, 1) for end in right.delta_ci95)
+    assert f"{100 * right.delta:+.1f} [{low:.1f}, {high:.1f}] points, n = 400" in told
+    assert "McNemar's exact test" in told
+    assert f"right in A and wrong in B: {right.fixed}.0; wrong in A and right in B: " in told
+    differ = right.fixed + right.broken
+    assert f"items that differ: {differ} of 400" in told
+    assert sum("  item" in line for line in told.splitlines()) == 3
+    assert f"and {differ - 3} more: --items {differ}" in told
+    assert f"{runs[18, 0].key}, CRL @ 18" in told
+
+
+def test_two_rows_hold_the_seeds_of_both(sweep, capsys):
+    folder, _ = sweep
+    expected = crossed_difference(np.stack(CRL), FIXED[None])
+    low, high = (100 * end for end in expected.interval)
+    for a in ("demo:CRL@18", "demo:crl@18", "demo:CRL"):  # chosen on validation: 18
+        told = said(capsys, folder, a, "demo:CorrSteer-S@18")
+        assert f"{100 * expected.mean:+.1f} [{low:.1f}, {high:.1f}] points" in told
+        assert "over items and the seeds of both" in told and "(seed 0 1 2)" in told
+    shares = np.stack(CRL).mean(axis=0)
+    better = (shares * (1 - FIXED)).sum()
+    assert f"right in A and wrong in B: {better:.1f}" in told and "mean over pairs of seeds" in told
+
+
+def test_a_run_against_itself_differs_by_nothing(sweep, capsys):
+    folder, runs = sweep
+    told = said(capsys, folder, runs["s"].key, runs["s"].key)
+    assert "+0.0 [0.0, 0.0] points" in told and "items that differ: 0 of 400" in told
+
+
+def test_runs_of_several_sweeps(sweep, capsys):
+    folder, runs = sweep
+    other = run_of_items(config(folder, "corrsteer_s", sweep_name="more", seed=9), WAS, CRL[1])
+    told = said(capsys, folder, "demo:CorrSteer-S", f"more/{other.key}")
+    assert f"more/{other.key}" in told
+    twin = run_of_items(config(folder, "corrsteer_s", sweep_name="more"), WAS, CRL[1])
+    assert twin.key == runs["s"].key
+    assert "is in several sweeps" in refused(capsys, folder, twin.key, runs[8, 0].key)
+
+
+def test_unknown_names_are_told_with_the_nearest(sweep, capsys):
+    folder, runs = sweep
+    told = refused(capsys, folder, "demo:CLR@18", "demo:CRL@18")
+    assert "demo has no row 'CLR@18'; did you mean 'CRL@18'" in told and "demo:CRL@8" in told
+    told = refused(capsys, folder, "demo:CRL@19", "demo:CRL@18")
+    assert "no row 'CRL@19'" in told and "demo:CRL@8" in told and "CorrSteer" not in told
+    assert "did you mean 'demo'" in refused(capsys, folder, "dmo:CRL@18", "demo:CRL@18")
+    key = runs[8, 0].key
+    told = refused(capsys, folder, key[:-1] + "x", "demo:CRL@18")
+    assert f"did you mean '{key}'" in told and "SWEEP:METHOD@LAYERS" in told
+
+
+def test_runs_that_were_asked_something_else_are_refused(sweep, capsys):
+    folder, _ = sweep
+    odd = config(folder, "corrsteer_s", sweep_name="odd", more={"task.name": "gsm8k"})
+    run = run_of_items(odd, WAS, FIXED)
+    told = refused(capsys, folder, "demo:CRL@18", f"odd/{run.key}")
+    assert "weren't asked the same" in told and "task.name" in told and "gsm8k" in told
+
+
+def test_other_items_under_the_same_config_are_refused_with_counts(sweep, capsys):
+    folder, _ = sweep
+    ids = [f"item{i:04d}" for i in range(3, 403)]
+    run = run_of_items(config(folder, "corrsteer_s", sweep_name="odd"), WAS, FIXED, ids=ids)
+    told = refused(capsys, folder, "demo:CRL@18", f"odd/{run.key}")
+    assert "3 are only in the first, 3 only in the second" in told
+
+
+def test_another_model_is_told_not_refused(sweep, capsys):
+    folder, _ = sweep
+    made = config(folder, "corrsteer_s", sweep_name="big", more={"model.name": "bigger"})
+    run = run_of_items(made, WAS, CRL[2])
+    assert 'model.name: "tiny"' in said(capsys, folder, "demo:CorrSteer-S", f"big/{run.key}")
+
+
+def test_a_run_without_items_says_what_is_missing(sweep, capsys):
+    folder, _ = sweep
+    old = finished_run(config(folder, "corrsteer_s", sweep_name="old"), 0.1, n=400)
+    told = refused(capsys, folder, "demo:CRL@18", f"old/{old.key}")
+    assert old.key in told and "no rewards of the single items of test" in told
+    assert "resume=force" in told
+
+
+def test_a_split_that_isn_t_there_is_named(sweep, capsys):
+    folder, _ = sweep
+    told = refused(capsys, folder, "demo:CRL@18", "demo:CRL@8", "--split", "bening")
+    assert "--split bening" in told and "validation" in told

@@ -1,0 +1,178 @@
+"""Files that are edited under the same path, between runs, before a resume, before a retry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from crl_exp import inputs
+from crl_exp.errors import UserError
+from crl_exp.experiment import run_experiment
+from crl_exp.launcher import submit as submitting
+from crl_exp.launcher.plan import Point
+from crl_exp.launcher.retry import retry
+from crl_exp.launcher.submit import Start, submit
+from crl_exp.launcher.sweep_file import SweepFile
+from crl_exp.runs import RunDirectory
+from tests.launching import points_of, settings
+from tests.tiny_run import TinyFiles, run_small, small
+
+CHANGED = r"begun with something else in task\.path=.*digest \w+ then, \w+ now.*resume=force"
+
+
+@pytest.fixture
+def mine(tiny_files, tmp_path) -> TinyFiles:
+    """Files of one's own: the task's and the SAEs' may be edited."""
+    for name in ("task.jsonl", "saes"):
+        source, there = tiny_files.root / name, tmp_path / name
+        shutil.copytree(source, there) if source.is_dir() else shutil.copy(source, there)
+    (tmp_path / "models").symlink_to(tiny_files.root / "models")
+    return TinyFiles(tmp_path)
+
+
+def typed(mine: TinyFiles, *more: str) -> list[str]:
+    return [*mine.overrides(), f"output_dir={mine.root / 'out'}", "sweep_name=s", *more]
+
+
+def edit(mine: TinyFiles) -> None:
+    """One answer is another."""
+    path = mine.root / "task.jsonl"
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+    rows[0]["answer"] = {"yes": "no", "no": "yes"}[rows[0]["answer"]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_data(mine):
+    overrides = typed(mine, "method=none", "task.n_test=48")  # all 80 items are drawn
+    first, path = run_small(overrides)
+    assert run_small(overrides, skip_finished=True)[0] == json.loads(
+        (path / "result.json").read_text()
+    )
+    task = mine.root / "task.jsonl"
+    task.write_text(task.read_text() + "\n\n")
+    run_small(overrides, skip_finished=True)  # the items are the same
+    before = task.read_text()
+    edit(mine)
+    for skip_finished in (True, False):  # in a sweep, and typed alone
+        with pytest.raises(UserError, match=CHANGED):
+            run_small(overrides, skip_finished)
+    (path / "inputs.json").unlink()  # of a version that didn't note it
+    with pytest.raises(UserError, match=r"task\.path=.*items' digest \w+ then, \w+ now"):
+        run_small(overrides, skip_finished=True)
+    task.write_text(before)
+    assert run_small(overrides, skip_finished=True)[0]["run_key"] == first["run_key"]
+    edit(mine)
+    again, _ = run_small([*overrides, "resume=force"])
+    assert again["data_digest"] != first["data_digest"] and again["run_key"] == first["run_key"]
+    assert run_small(overrides, skip_finished=True)[0]["data_digest"] == again["data_digest"]
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_another(mine, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(mine.root / "task.jsonl", tmp_path / name)
+        edit(mine)
+    overrides = typed(mine, "method=none", "task.n_test=48", "task.path=task.jsonl")
+    monkeypatch.chdir(tmp_path / "a")
+    run_small(overrides)
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(UserError, match=CHANGED):
+        run_small(overrides, skip_finished=True)
+
+
+class Killed(BaseException):
+    """As a kill: nothing of the run sees it coming."""
+
+
+def test_a_run_that_was_cut_off_does_not_go_on_with_other_data(mine, monkeypatch):
+    overrides = typed(mine, "method=corrsteer_s", "task.n_test=48")
+    with monkeypatch.context() as patch:
+        patch.setattr("crl_exp.experiment.evaluate", _kill)
+        with pytest.raises(Killed):
+            run_small(overrides)
+    edit(mine)
+    with pytest.raises(UserError, match=CHANGED):
+        run_small(overrides)
+
+
+def _kill(*_: object) -> None:
+    raise Killed
+
+
+def test_a_run_that_failed_on_its_file_takes_the_mended_one(mine):
+    """It has read nothing that it would go on with."""
+    overrides = typed(mine, "method=none")
+    task = mine.root / "task.jsonl"
+    good = task.read_text()
+    task.write_text("no json\n" + good)
+    with pytest.raises(UserError, match="line 1"):
+        run_small(overrides)
+    task.write_text(good)
+    assert run_small(overrides)[0]["n"] == 16
+
+
+def test_other_sae_weights_are_another_run(mine):
+    overrides = typed(mine, "method=corrsteer_s", "layers.layer=1")
+    run_small(overrides)
+    other, here = (mine.root / "saes" / f"blocks.{n}.hook_resid_post" for n in (2, 1))
+    shutil.copy(other / "sae_weights.safetensors", here / "sae_weights.safetensors")
+    with pytest.raises(UserError, match=r"something else in sae\.folder=.*, layer 1 \(digest"):
+        run_small(overrides, skip_finished=True)
+
+
+def frozen(mine: TinyFiles, monkeypatch: pytest.MonkeyPatch) -> list[Point]:
+    """A sweep of two, submitted; its workers never come to anything."""
+    monkeypatch.setattr(submitting, "start_workers", lambda *_: [])
+    points = points_of(
+        *typed(mine, "+debug=tiny", "task=jsonl", "method=none", "layers.layer=1", "seed=0,1")
+    )
+    folder = points[0].run.path.parent
+    folder.mkdir(parents=True)
+    sweep = SweepFile.read(folder)
+    submit([Start(point.run, settings("local_processes")) for point in points], sweep)
+    return points
+
+
+def test_a_queued_run_keeps_to_the_files_that_were_there(mine, monkeypatch):
+    points = frozen(mine, monkeypatch)
+    noted = json.loads((points[0].run.path / inputs.INPUTS).read_text())
+    assert any(key.startswith("task.path=") for key in noted)
+    edit(mine)
+    with pytest.raises(UserError, match=CHANGED):
+        run_experiment(points[0].config, skip_finished=True)
+    with pytest.raises(UserError, match=rf"2 of 2 runs[\s\S]*{CHANGED}"):
+        points_of(
+            *typed(mine, "+debug=tiny", "task=jsonl", "method=none", "layers.layer=1", "seed=0,1")
+        )
+
+
+def test_retry_refuses_a_run_that_was_begun_with_other_files(mine, monkeypatch):
+    points = frozen(mine, monkeypatch)
+    run = points[0].run
+    (run.path / inputs.DATA).write_text('{"digest": "0123", "n": {}}')
+    for point in points:
+        point.run.set_status("failed")
+    edit(mine)
+    with pytest.raises(UserError, match=rf"1 of 2 runs can't be submitted[\s\S]*{CHANGED}"):
+        retry(run.path.parent, [])
+    assert run.status()["state"] == "failed", "nothing was touched"
+
+
+def test_keys_are_what_they_were(mine):
+    """They need no file to be read."""
+    config = small(typed(mine, "method=none"))
+    key = RunDirectory(config).key
+    edit(mine)
+    assert RunDirectory(config).key == key
+
+
+def test_a_digest_is_of_the_content(tmp_path: Path):
+    for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
+        (tmp_path / name).write_text(text)
+    a, b, c = (inputs._digest([tmp_path / name]) for name in "abc")
+    assert a == b != c
+    with pytest.raises(UserError, match="no regular file"):
+        inputs._digest([Path("/dev/zero")])

@@ -1,0 +1,102 @@
+"""A sweep is checked whole before anything of it starts, in every launcher; nothing here runs."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import DictConfig
+
+from crl_exp.cli import check_alone
+from crl_exp.errors import UserError
+from crl_exp.launcher import plan
+from crl_exp.launcher.plan import check_all
+from crl_exp.launcher.typed import typed_sweep
+from tests.launching import launched, points_of, tiny
+
+FAULTS = [
+    ("hydra.sweeper.grids=[3]", r"hydra\.sweeper\.grids=\[3\]: each must hold overrides"),
+    ("hydra.sweeper.grids=[{seed: []}]", r"grids: seed: \[\]: gives no value"),
+    ("seed=range(0)", r"seed=range\(0\): gives no value, so the sweep would have no run"),
+    ("seed=glob(*)", r"seed=glob\(\*\): gives no value"),
+    ("method=glob(nothing_like_it*)", r"gives no value"),
+    ("seed=interval(0,1)", r"seed=interval\(0,1\): Can only enumerate"),
+    ("resume=new,force", r"resume can't differ within a sweep: it doesn't change what a run"),
+    ("tracking=none,mlflow", r"tracking can't differ within a sweep"),
+    ("checkpoint.updates=1,2", r"checkpoint can't differ within a sweep"),
+    ("layers.layer=3,99", r"1 of 2 runs can't be submitted; none was:\n- layer 99 is out of range"),
+    ("model.device=cpu,cuda:99", r"no CUDA device here|there are \d+ CUDA devices here"),
+    ("task.n_test=8,100000", r"task\.n_test=100000|lower one of them"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRL_EXP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def checked_here(*overrides: str) -> list[plan.Point]:
+    """As the sweeper does for a launcher of Hydra's."""
+    with typed_sweep(overrides) as (loader, master, jobs):
+        return check_all(loader, master, jobs)
+
+
+@pytest.mark.parametrize("kind", ["basic", "local_processes"])
+@pytest.mark.parametrize(("override", "says"), FAULTS)
+def test_a_fault_of_any_point_is_told_before_the_first(kind, override, says, tmp_path):
+    overrides = tiny(tmp_path / "out", "method=none", override)
+    with pytest.raises(UserError, match=says):
+        checked_here(*overrides) if kind == "basic" else launched(kind, overrides)
+    assert not (tmp_path / "out").exists(), "nothing was begun"
+
+
+def test_points_that_are_one_run_by_other_words_are_one(tmp_path):
+    grids = "hydra.sweeper.grids=[{seed: [0, 1]}, {seed: 0, decay: none}]"
+    points = checked_here(*tiny(tmp_path, grids))
+    assert len(points) == 3 and len({point.key for point in points}) == 2
+
+
+def test_what_is_done_is_not_checked_again(tmp_path):
+    (point,) = points_of(*tiny(tmp_path, "method=none", "task.n_test=100000"))
+    point.run.path.mkdir(parents=True)
+    point.run.result_path.write_text("{}")
+    assert checked_here(*tiny(tmp_path, "method=none", "task.n_test=100000,8"))
+    with pytest.raises(UserError, match="lower one of them"):
+        checked_here(*tiny(tmp_path, "method=none", "task.n_test=100000,8", "resume=force"))
+
+
+def test_a_fault_of_a_hundred_thousand_points_is_told_once_and_soon(tmp_path, monkeypatch):
+    composed: list[int] = []
+    plain = plan._compose
+
+    def counted(composer, jobs, settings, of):
+        composed.append(len(jobs))
+        return plain(composer, jobs, settings, of)
+
+    monkeypatch.setattr(plan, "_compose", counted)
+    with pytest.raises(UserError) as caught:
+        checked_here(*tiny(tmp_path, "seed=range(0,100000)", "layers.layer=99", "policy.k=0"))
+    said = str(caught.value)
+    assert "64 of 64 runs looked at, of 100000 in all, can't be submitted" in said
+    assert said.count("policy.k=0: ") == 1 and "policy.k=0" in said and "and 61 more" in said
+    assert composed == [plan.SAMPLE], "the others weren't composed"
+
+
+def hydra_node(overrides: list[str]) -> DictConfig:
+    with typed_sweep(overrides) as (_, master, _):
+        return master.hydra
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("+sweep=layerwise", r"\+sweep=layerwise is many runs: add -m"),
+        ("hydra.sweeper.grids=[{seed: [0, 1]}]", r"hydra\.sweeper\.grids is many runs: add -m"),
+        ("hydra/launcher=slurm", r"hydra/launcher=slurm starts sweeps.*add -m"),
+        ("hydra/launcher=local_processes", r"hydra/launcher=local_processes starts sweeps"),
+    ],
+)
+def test_a_sweep_without_m_is_no_single_run(override, says):
+    with pytest.raises(UserError, match=says):
+        check_alone(hydra_node([override]))
+    check_alone(hydra_node(["seed=1"]))
