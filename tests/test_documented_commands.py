@@ -42,9 +42,14 @@ NOT_RUN = {
     "python -m crl_exp sync outputs --uri http://tracking:5000": "tests/test_tracking_servers.py",
     "python -m crl_exp prefetch +sweep=layerwise model=gemma2_2b_it sae=gemma_scope_2b_res": HUB,
     "python launch.py --help": "Hydra's own; tests/test_config.py composes all that it lists",
-    "python launch.py -m hydra/sweeper=optuna hydra.sweeper.n_trials=20 hydra.sweeper.n_jobs=4 "
-    "hydra.sweeper.direction=maximize hydra/launcher=slurm hydra.launcher.wait=true "
-    "'algorithm.lr_policy=interval(1e-4,1e-2)' sweep_name=tuned": "tests/test_local_processes.py",
+    "python launch.py -m hydra/sweeper=trials hydra.sweeper.n_trials=20 hydra.sweeper.n_jobs=4 "
+    "hydra/launcher=slurm hydra.launcher.wait=true 'algorithm.lr_policy=interval(1e-4,1e-2)' "
+    "sweep_name=tuned": "tests/test_optuna.py",
+    "python launch.py … || { [ $? = 75 ] && scontrol requeue $SLURM_JOB_ID; }": "of a batch script",
+    "python -m crl_exp compare demo:CRL@22 demo:CorrSteer-S@18": "tests/test_compare.py",
+    "python -m crl_exp compare demo:CRL demo:CorrSteer-S --items 50": "tests/test_compare.py",
+    "python -m crl_exp compare demo/0123456789ab other/ba9876543210": "tests/test_compare.py",
+    "python -m tests.simulated": f"{LONG}, and writes into docs/; tests/test_simulated.py",
     "git apply": "of a diff of one's own",
     "hf auth login": "an account",
     "pip install hydra-optuna-sweeper": "an index",
@@ -58,7 +63,10 @@ NOT_RUN = {
     "export HF_HOME=/shared/hub": "the shell's own",
     "export SLURM_CONF=/tmp/slurm-k2x1/slurm.conf": "the shell's own",
 }
-COMPOSED = {"gemma2_2b_it": HUB, "/models/mine": "a GPU, and a model of one's own"}
+COMPOSED = {
+    "gemma2_2b_it": HUB, "/models/mine": "a GPU, and a model of one's own",
+    "task.groups=": "a data set of the hub", "task=refusal": "data that `make assets` fetches",
+}  # fmt: skip
 """Commands with these are composed, and neither checked nor run: the reason."""
 DOCUMENTED = documented()
 WANTED = [command for command in DOCUMENTED if command not in NOT_RUN]
@@ -162,7 +170,7 @@ def test_the_list_of_benches(capsys):
 def outputs(home) -> tuple[Path, str]:
     """A folder `outputs` with a finished sweep that was submitted, and the key of a run."""
     folder = home / "work" / "outputs"
-    with typed_sweep(tiny(folder, "method=none", "seed=0,1", f"sweep_name={SWEEP}")) as typed:
+    with typed_sweep(tiny(folder, "method=none,corrsteer_s", f"sweep_name={SWEEP}")) as typed:
         loader, master, jobs = typed
         points = compose_points(loader, master, jobs, HERE)
     for point in points:
