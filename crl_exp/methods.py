@@ -229,17 +229,20 @@ class CorrSteerP(CorrSteer):
     candidates and multipliers are then chosen as A's are.
     """
 
+    label = "CorrSteer-P"
+
     @property
     def test_multiplier(self) -> float:
-        """The one that layers are tested with."""
-        return min(self.multipliers, key=lambda multiplier: (abs(math.log(multiplier)), multiplier))
+        """The one that layers are tested with; 0 where there is no other."""
+        adding = [multiplier for multiplier in self.multipliers if multiplier > 0]
+        return min(adding, key=lambda one: (abs(math.log(one)), one), default=0.0)
 
     def helps(self, lab: Lab, steer: Steer, floor: float) -> bool:
         """Whether steering with this alone beats the unsteered model: one comparison."""
+        if not self.test_multiplier:
+            return False
         tested = Steer(steer.layer, steer.feature_idx, steer.coefficient * self.test_multiplier)
         return lab.validation_reward(lab.fixed([tested])) > floor
-
-    label = "CorrSteer-P"
 
     def select(self, lab: Lab) -> list[Steer]:
         floor = lab.validation_reward(Unsteered())
