@@ -190,12 +190,12 @@ def without_tables(plain: dict[str, Any]) -> dict[str, Any]:
 
 def fill_missing(config: DictConfig) -> None:
     """Give each option that came later, where it is missing, the value that meant what was."""
-    with open_dict(config):
-        for added in ADDED:
-            section = config.get(added.section)
-            if not isinstance(section, DictConfig) or not _is_of(section.get("_target_"), added):
-                continue
-            if added.key not in section or OmegaConf.is_missing(section, added.key):
+    for added in ADDED:
+        section = config.get(added.section)
+        if not isinstance(section, DictConfig) or not _is_of(section.get("_target_"), added):
+            continue
+        if added.key not in section or OmegaConf.is_missing(section, added.key):
+            with open_dict(section):
                 section[added.key] = added.meant
 
 

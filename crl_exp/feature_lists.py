@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from crl_exp.errors import UserError, did_you_mean
+from crl_exp.files import home
 from crl_exp.sae_config import REPO
 
 COLUMNS = ("layer", "feature", "coefficient")
@@ -69,7 +70,7 @@ def read_list(path: str, name: str | None) -> FeatureList:
 
     Raises `UserError` where it can't be read, with what is wrong and where.
     """
-    file = Path(path).expanduser()
+    file = home(path, "method.path")
     if not file.is_absolute() and not file.exists():
         file = REPO / file
     if file.is_dir():

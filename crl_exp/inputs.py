@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from crl_exp.errors import UserError
-from crl_exp.files import read_json
+from crl_exp.files import home, read_json
 
 INPUTS, DATA = "inputs.json", "data.json"
 Inputs = dict[str, str]
@@ -52,11 +52,13 @@ def task_inputs(task: Any) -> Inputs:
 
     found: Inputs = {}
     if isinstance(path := getattr(task, "path", None), str):
-        found[f"task.path={path}"] = _digest([Path(path).expanduser()])
+        key = f"task.path={path}"
+        found[key] = _digest([home(path, "task.path")], key)
     if (given := getattr(task, "data_files", None)) is not None:
         parts = given.values() if isinstance(given, dict) else [given]
         files = [file for part in parts for file in files_of(part)]
-        found[f"task.data_files={given}"] = _digest(files)
+        key = f"task.data_files={given}"
+        found[key] = _digest(files, key)
     return found
 
 
@@ -66,27 +68,31 @@ def sae_digest(sae: Any, layer: int) -> str | None:
         return None
     folder = sae.path(layer)
     weights = [p for p in folder.glob("*.safetensors") if p.name != "sparsity.safetensors"]
-    return _digest([folder / "cfg.json", *sorted(weights)])
+    files = [folder / "cfg.json", *sorted(weights)]
+    return _digest(files, f"sae.folder={sae.folder}, layer {layer}")
 
 
-def _digest(paths: Sequence[Path]) -> str:
-    """Of the content of these files, in this order; whatever they are called."""
-    each = [_file_digest(path) for path in paths]
+def _digest(paths: Sequence[Path], key: str) -> str:
+    """Of the content of these files, in this order; whatever they are called.
+
+    key: what of the config names them. Raises `UserError` where one can't be read.
+    """
+    each = [_file_digest(path, key) for path in paths]
     return hashlib.sha256("\n".join(each).encode()).hexdigest()[:DIGEST_CHARS]
 
 
-def _file_digest(path: Path) -> str:
+def _file_digest(path: Path, key: str) -> str:
+    if path.exists() and not path.is_file():  # a device may go on for ever
+        raise UserError(f"{key}: {path} is no file")
     try:
         stat = path.stat()
-        key = (str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if key not in _known:
-            if not path.is_file():
-                raise OSError("it is no regular file")
+        state = (str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if state not in _known:
             with path.open("rb") as file:
-                _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+                _known[state] = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error})") from error
-    return _known[key]
+        raise UserError(f"{key}: can't be read ({error})") from error
+    return _known[state]
 
 
 def changed(run: Path, now: Inputs, drawn: Callable[[], str]) -> str | None:

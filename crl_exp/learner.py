@@ -49,13 +49,13 @@ class Rollout:
 
     @staticmethod
     def cat(parts: list[Rollout]) -> Rollout:
-        """All tokens of several."""
+        """All tokens of several, whose weights are not set yet."""
         return Rollout(
             Observation.cat([part.observed for part in parts]),
             *(
                 torch.cat([getattr(part, f.name) for part in parts])
                 for f in fields(Rollout)
-                if f.name != "observed"
+                if f.name not in ("observed", "weight_N")
             ),
         )
 

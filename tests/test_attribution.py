@@ -170,7 +170,8 @@ def target_log_likelihood(lab, added: dict[int, Tensor]) -> float:
     total = 0.0
     for item in lab.splits.train:
         prompt = lab.lm.prompt_ids(item.user, lab.exp.task.chat_template)
-        score = [plainly(lab.lm, prompt, Forced([token], False), added)[0] for token in lab.choices]
+        tokens = lab.options.one_token
+        score = [plainly(lab.lm, prompt, Forced([token], False), added)[0] for token in tokens]
         right = lab.exp.task.choices.index(item.target)
         total += float(torch.stack(score).log_softmax(0)[right])
     return total / len(lab.splits.train)

@@ -98,7 +98,7 @@ def refused(overrides: list[str]) -> str:
         ("sae.folder='~nosuchuser/x'", r"sae\.folder=~nosuchuser/x: there is no home folder of"),
         ("task.path='~nosuchuser/x'", r"task\.path=~nosuchuser/x: there is no home folder of"),
         ("model.path='~nosuchuser/x' model.revision=a", r"model\.path=~nosuchuser/x: there is no"),
-        ("task.path=/dev/zero", r"task\.path=/dev/zero: is no file"),
+        ("task.path=/dev/zero", r"task\.path=/dev/zero: /dev/zero is no file"),
         ("policy.k=0", r"policy\.k=0: must be at least 1"),
         ("policy.k=64 warmup.min_frequency=0.9",
          r"only \d+ features may be steered, but policy\.k=64; lower policy\.k"),

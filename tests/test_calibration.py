@@ -97,7 +97,7 @@ def test_no_sae_is_looked_for(common):
 def test_scores_are_those_that_the_engine_compares(common):
     lab = lab_of(common)
     taken = option_scores(lab, "test").argmax(1).tolist()
-    assert [[lab.choices[i]] for i in taken] == lab.baseline("test").generation.tokens
+    assert [list(lab.options.ids[i]) for i in taken] == lab.baseline("test").generation.tokens
 
 
 def test_a_bias_beside_other_controllers_is_its_own_rows_alone():
@@ -132,7 +132,7 @@ def test_in_free_text_a_bias_on_the_end_ends_answers(common):
         (["task.choices=null"], r"free text: name the tokens"),
         (["task.choices=null", "method.tokens=[a]", "engine.decode=compiled"], "decode=eager"),
         (["method.tokens=[w3]"], r"method.tokens=null"),
-        (["method.grid=[inf]"], r"method.grid=\[inf\]: must hold finite"),
+        (["method.grid=[inf]"], r"method.grid=\[inf\]: must be finite"),
         (["method.chosen_on=test"], r"must be validation or train"),
     ],
 )

@@ -172,7 +172,7 @@ def test_keys_are_what_they_were(mine):
 def test_a_digest_is_of_the_content(tmp_path: Path):
     for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
         (tmp_path / name).write_text(text)
-    a, b, c = (inputs._digest([tmp_path / name]) for name in "abc")
+    a, b, c = (inputs._digest([tmp_path / name], "task.path") for name in "abc")
     assert a == b != c
-    with pytest.raises(UserError, match="no regular file"):
-        inputs._digest([Path("/dev/zero")])
+    with pytest.raises(UserError, match="is no file"):
+        inputs._digest([Path("/dev/zero")], "task.path")

@@ -46,7 +46,7 @@ def test_arguments_of_the_chat_template() -> None:
     thinking = chat_ids(made, "w5", {"date_string": "w9", "enable_thinking": True}, "tiny")
     assert made.convert_ids_to_tokens(plain) == ["<user>", "w9", "w5", "<bot>"]
     assert made.convert_ids_to_tokens(thinking) == ["<user>", "w9", "w5", "w1", "<bot>"]
-    with pytest.raises(UserError, match="takes no such argument; did you mean enable_thinking"):
+    with pytest.raises(UserError, match="takes no such argument; did you mean 'enable_thinking'"):
         chat_ids(made, "w5", {"enable_thinkin": True}, "tiny")
 
 
@@ -124,6 +124,7 @@ def test_an_edited_chat_template_has_statistics_of_its_own(own_model, tmp_path) 
 def test_answers_of_a_process_are_of_the_tokens_fed(own_model, tmp_path) -> None:
     """A model that was displaced by another comes back with an edited template."""
     folder, common = own_model
+    loaded.LOADED.clear()
     lab = lab_of([*common, f"output_dir={tmp_path / 'a'}"])
     before = lab.baseline("test").generation.tokens, lab._depends_on("test")
     kept = loaded.LOADED["baseline"]

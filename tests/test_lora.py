@@ -167,7 +167,7 @@ def test_lessons_are_the_evaluations_prompts_the_answers_and_one_end(common):
     choice = lab_of(common)
     for lesson, one in zip(lessons(choice, demonstrations(choice)), choice.splits.train,
                            strict=True):  # fmt: skip
-        assert lesson.answer == (choice.choices[lesson.option],)
+        assert lesson.answer == choice.options.ids[lesson.option]
         assert choice.exp.task.choices[lesson.option] == one.target
 
 

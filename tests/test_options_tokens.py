@@ -327,10 +327,11 @@ def test_answers_of_several_tokens_can_be_right(several, method) -> None:
 
 def test_crl_with_fixed_features_answers_as_corrsteer(several) -> None:
     """Parity holds where answers are options of several tokens."""
+    several = [*several, "coefficient=relative"]
     lab = lab_of([*several, "method=corrsteer_s"])
     controller, _ = lab.exp.layers.prepare(lab)
     expected = lab.answer(controller, "test").generation.tokens
-    other = lab_of([*several, "method=crl", "method.stage2=false"])
+    other = lab_of([*several, "method=crl", "method.stage2=false", "method.features=fixed"])
     made, _ = other.exp.layers.prepare(other)
     assert other.answer(made, "test").generation.tokens == expected
     assert expected != lab.answer(Unsteered(), "test").generation.tokens

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from crl_exp import table_csv, table_latex, table_quality, tables, tracking_content
+from crl_exp import table_csv, table_latex, tables, tracking_content
 from crl_exp.comparison import compare_runs
 from crl_exp.controllers.base import Unsteered
 from crl_exp.evaluation import evaluate_split
+from crl_exp.further_tables import further_tables
 from crl_exp.records import find_records
 from crl_exp.report_parts import compare_parts
 from tests.synthetic import config, finished_run
@@ -98,7 +99,7 @@ def test_the_report_sets_it_beside_the_reward(tmp_path):
     """Two seeds: −.2 and −.4, so −.3; half² = .05² + (12.7062 · .141421 / √2)² = 1.2716²."""
     of_seeds(tmp_path, (-0.2, -0.4), 0.05)
     sweep = compare_runs(find_records(tmp_path / "demo"))
-    (more,) = table_quality.further_tables(sweep)
+    (more,) = further_tables(sweep)
     assert more.lines == [
         ["CRL", "18", "2", more.lines[0][3], "-1.00 → -1.30", "-0.30 [-1.57, 0.97]"]
     ]
@@ -113,7 +114,7 @@ def test_the_report_sets_it_beside_the_reward(tmp_path):
 
 def test_one_seed_has_its_own_interval_and_earlier_results_no_table(tmp_path):
     of_seeds(tmp_path, (-0.2,), 0.05)
-    (more,) = table_quality.further_tables(compare_runs(find_records(tmp_path / "demo")))
+    (more,) = further_tables(compare_runs(find_records(tmp_path / "demo")))
     assert more.lines[0][-1] == "-0.20 [-0.25, -0.15]"
     finished_run(config(tmp_path / "old"), 0.1)
-    assert table_quality.further_tables(compare_runs(find_records(tmp_path / "old" / "demo"))) == []
+    assert further_tables(compare_runs(find_records(tmp_path / "old" / "demo"))) == []

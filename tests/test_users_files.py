@@ -22,7 +22,8 @@ def jsonl(path: Path, choices: tuple[str, ...] = ("yes", "no")) -> JsonLines:
     return JsonLines(
         name="jsonl", n_train=3, n_validation=3, n_test=3, split_seed=0, max_new_tokens=1,
         choices=list(choices), chat_template=True, shuffle_labels=False, path=str(path),
-        template="{question}", length_normalised=False, choice_prefix="",
+        template="{question}", length_normalised=False, choice_prefix="", train_seed=None,
+        groups=None,
     )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def test_half_a_character_in_data_files_is_named(tmp_path):
 
 
 def sae_config(folder: Path) -> SAEConfig:
-    return SAEConfig("mine", str(folder), None, "blocks.{layer}.hook_resid_post", False)
+    return SAEConfig("mine", str(folder), None, "blocks.{layer}.hook_resid_post", False, "sae")
 
 
 def test_sae_folders_may_be_links(tmp_path):
