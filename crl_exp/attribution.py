@@ -11,7 +11,7 @@ Shapes: S sites (index 0 is the input of layer 0), D d_model, F d_sae, B rows, T
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -113,10 +113,9 @@ def mean_gradient(lab: Lab, objective: str) -> Tensor:
 
     Made once a process for runs that ask the same of the same model.
     """
-    task = lab.exp.task
     if objective == "auto":
         objective = "target" if lab.options else "reward"
-    key = [lab.engine_key, asdict(task), lab.splits.digest(), repr(lab.exp.decay), objective]
+    key = [*lab.depends_on("train"), repr(lab.exp.decay), objective]
 
     def make() -> Tensor:
         with lab.engine.alone():

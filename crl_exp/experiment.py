@@ -107,7 +107,7 @@ def refuse_changed_inputs(exp: Experiment, layers: list[int], run: RunDirectory)
     run.inputs = inputs_of(exp, layers)
     if run.anew or not run.path.exists():
         return
-    if fault := changed(run.path, run.inputs, lambda: shared_splits(exp.task).digest()):
+    if fault := changed(run.path, run.inputs, lambda: shared_splits(exp.task)):
         raise UserError(fault)
 
 

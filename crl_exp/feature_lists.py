@@ -70,6 +70,17 @@ def read_list(path: str, name: str | None) -> FeatureList:
 
     Raises `UserError` where it can't be read, with what is wrong and where.
     """
+    file = list_file(path)
+    try:
+        if file.suffix == ".json":
+            return _of_run(file, name)
+        return _of_csv(file, name)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"method.path={path}: can't be read as UTF-8 text ({error})") from error
+
+
+def list_file(path: str) -> Path:
+    """The file that `method.path` names. Raises `UserError` where there is none."""
     file = home(path, "method.path")
     if not file.is_absolute() and not file.exists():
         file = REPO / file
@@ -77,12 +88,7 @@ def read_list(path: str, name: str | None) -> FeatureList:
         file = file / "features.json"
     if not file.is_file():
         raise UserError(f"method.path={path}: there is no such file")
-    try:
-        if file.suffix == ".json":
-            return _of_run(file, name)
-        return _of_csv(file, name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"method.path={path}: can't be read as UTF-8 text ({error})") from error
+    return file
 
 
 def _of_csv(file: Path, name: str | None) -> FeatureList:
@@ -134,6 +140,14 @@ def _of_run(file: Path, name: str | None) -> FeatureList:
     said = _json(file)
     if not isinstance(said, dict) or not all(isinstance(one, dict) for one in said.values()):
         raise UserError(f"{file} is not a run's features.json")
+    try:
+        rows = _rows_of_run(said)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a run's features.json ({error!r})") from error
+    return FeatureList(str(file), tuple(_features(rows, str(file))), _sae_of_run(file.parent))
+
+
+def _rows_of_run(said: dict[str, Any]) -> list[list[Any]]:
     rows = []
     for layer, one in said.items():
         if one.get("chosen") is not None:
@@ -141,7 +155,7 @@ def _of_run(file: Path, name: str | None) -> FeatureList:
         elif one.get("used"):
             most = max(one["used"], key=lambda row: row["tokens"])
             rows.append([layer, most["feature"], most["mean_coefficient"]])
-    return FeatureList(str(file), tuple(_features(rows, str(file))), _sae_of_run(file.parent))
+    return rows
 
 
 def _sae_of_run(folder: Path) -> dict[str, Any]:

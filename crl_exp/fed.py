@@ -73,6 +73,7 @@ def note_data(
 
     Raises `UserError` where a part of this run is done and the model or its input was another.
     """
+    facts = splits.facts()
     now: dict[str, Any] = {
         "weights": lm.fingerprint(), "fed": {split: fed(split) for split in splits.named()},
     }  # fmt: skip
@@ -81,6 +82,11 @@ def note_data(
     begun = any(any(run.path.glob(p)) for n in HALF_DONE for p in (n, f"*/{n}"))
     if begun and before.get("weights", now["weights"]) != now["weights"]:
         raise UserError(f"{run.path}: {lm.name} has other weights than when this run began; {ANEW}")
+    if begun and before.get("asked", facts["asked"]) != facts["asked"]:
+        raise UserError(
+            f"{run.path}: the task has other items, or other right answers, than when this run "
+            f"began; restore its data, or {ANEW}"
+        )
     changed = [s for s, one in now["fed"].items() if before.get("fed", {}).get(s, one) != one]
     if begun and changed:
         raise UserError(
@@ -88,7 +94,7 @@ def note_data(
             "began (the data or the tokenizer's files were changed, or its chat template prints "
             f"the date: see model.chat_template_args); restore them, or {ANEW}"
         )
-    write_json(path, splits.facts() | now)
+    write_json(path, facts | now)
 
 
 def _noted(path: Path) -> dict[str, Any]:

@@ -12,10 +12,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from crl_exp.errors import UserError
 from crl_exp.files import home, read_json
+
+if TYPE_CHECKING:
+    from crl_exp.tasks.base import Splits
 
 INPUTS, DATA = "inputs.json", "data.json"
 Inputs = dict[str, str]
@@ -25,7 +28,10 @@ _known: dict[tuple[str, int, int, int], str] = {}
 
 
 class Reads(Protocol):
-    """Of an experiment, what names files: `task` and `sae`."""
+    """Of an experiment, what names files."""
+
+    @property
+    def method(self) -> Any: ...
 
     @property
     def task(self) -> Any: ...
@@ -40,6 +46,10 @@ def inputs_of(exp: Reads, layers: Sequence[int]) -> Inputs:
     Raises `UserError` where one can't be read.
     """
     found = task_inputs(exp.task)
+    if isinstance(path := getattr(exp.method, "path", None), str):  # a list of features
+        from crl_exp.feature_lists import list_file
+
+        found[f"method.path={path}"] = _digest([list_file(path)])
     for layer in layers:
         if digest := sae_digest(exp.sae, layer):
             found[f"sae.folder={exp.sae.folder}, layer {layer}"] = digest
@@ -95,16 +105,18 @@ def _file_digest(path: Path, key: str) -> str:
     return _known[state]
 
 
-def changed(run: Path, now: Inputs, drawn: Callable[[], str]) -> str | None:
+def changed(run: Path, now: Inputs, drawn: Callable[[], Splits]) -> str | None:
     """In words, what isn't now what this run was frozen or begun with; None: nothing.
 
     A run that ended before it had drawn its items has read nothing that it would go on with.
-    drawn: gives the digest of the items that the task draws now (`Splits.digest`).
+    drawn: gives the items that the task draws now.
     """
     then: Inputs | None = read_json(
         run / INPUTS, "remove it; the run is then compared by data.json"
     )
-    items = (read_json(run / DATA, "remove it") or {}).get("digest")
+    facts = read_json(run / DATA, "remove it") or {}
+    known_by = "asked" if "asked" in facts else "digest"  # of before it was noted
+    items = facts.get(known_by)
     status = read_json(run / "status.json", "set resume=force to start this run anew") or {}
     if items is None and status.get("state") != "queued":
         return None
@@ -113,7 +125,7 @@ def changed(run: Path, now: Inputs, drawn: Callable[[], str]) -> str | None:
     of_task = [key for key in now if key.startswith("task.")]
     if items is not None and (set(of_task) & set(found) or (then is None and of_task)):
         # What matters is the items: a blank line more changes nothing.
-        if (items_now := drawn()) == items:
+        if (items_now := drawn().facts()[known_by]) == items:
             told = {key: text for key, text in told.items() if key not in of_task}
         elif then is None:
             told = {

@@ -239,7 +239,7 @@ class Lab:
 
     def baseline(self, split: str) -> Answers:
         """The unsteered model's answers to a split, generated once a process."""
-        key = [*self._depends_on(split), split]
+        key = [*self.depends_on(split), split]
         name, what = f"unsteered_{split}", f"unsteered on {split}"
 
         def make() -> Answers:
@@ -248,9 +248,9 @@ class Lab:
 
         return shared("baseline", key, make, keep=16)
 
-    def _depends_on(self, split: str) -> list[Any]:
+    def depends_on(self, split: str) -> list[Any]:
         """What answers to a split depend on besides the controller."""
-        task = [asdict(self.exp.task), self.splits.digest(), self.fed(split)]
+        task = [asdict(self.exp.task), self.splits.asked(), self.fed(split)]
         return [self.engine_key, self.lm.fingerprint(), *task]
 
     def play(self, controller: Controller, items: list[int]) -> tuple[Generation, Tensor]:
@@ -284,7 +284,7 @@ class Lab:
 
         if isinstance(answerer, FixedFeatures):
             # CorrSteer-P tries what CorrSteer-S tried at each layer.
-            key = [*self._depends_on("validation"), answerer.identity]
+            key = [*self.depends_on("validation"), answerer.identity]
             reward_B = shared("choice", key, ask, keep=1000)
         else:
             reward_B = ask()
@@ -311,7 +311,7 @@ class Lab:
             exp = self.exp
             # Of the data itself and the tokens made of it: a file, a template or a tokenizer may
             # change under the same path.
-            asked = [*self._depends_on("train"), exp.warmup.pooling, STATISTICS_FORMAT]
+            asked = [*self.depends_on("train"), exp.warmup.pooling, STATISTICS_FORMAT]
             asked.append(exp.warmup.rewarded)
             if exp.warmup.score in KEPT:
                 asked.append(f"{KEPT[exp.warmup.score]} kept")

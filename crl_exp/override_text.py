@@ -21,9 +21,9 @@ FUNCTION = re.compile(
 def as_override(value: Any) -> str:
     """What stands behind `KEY=` for this value of a YAML file.
 
-    A text that Hydra would read as something else than itself (several values, a number of quotes
-    fewer, a fault) is quoted. Numbers, lists, mappings and Hydra's functions that are written as
-    text are read as on the command line.
+    A text that Hydra would read as something else than itself (several values, a number that is
+    written otherwise, a truth value, quotes fewer, a fault) is quoted. Other numbers, lists,
+    mappings and Hydra's functions that are written as text are read as on the command line.
     """
     if isinstance(value, str):
         return value if FUNCTION.fullmatch(value) or _reads_back(value) else quoted(value)
@@ -58,4 +58,6 @@ def _reads_back(text: str) -> bool:
     if override.is_sweep_override():
         return False
     value = override.value()
+    if isinstance(value, (bool, int, float)):  # 1e5, 2024_11_29, true: as text it is another one
+        return str(value) == text
     return value == text if isinstance(value, str) else True

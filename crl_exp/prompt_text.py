@@ -44,7 +44,8 @@ def chat_ids(
         text = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True, **args
         )
-    except TemplateError as error:  # a fault of the template, or what jinja's sandbox forbids
+    # A fault of the template, what jinja's sandbox forbids, or an argument of another kind.
+    except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(
             f"model {model}: its chat template can't be rendered ({error}); mend chat_template in "
             "the model's folder, or set task.chat_template=false"

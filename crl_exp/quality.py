@@ -8,7 +8,6 @@ so that long and short answers compare. Shapes: B rows, T positions, I items.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +34,7 @@ def quality(lab: Lab, split: str, steered: Answers, changed: Tensor) -> dict[str
     keys = [f"{NAME}_{what}" for what in ("baseline", "steered", "delta", "delta_ci95")]
     if lab.options is not None or split == "validation":
         return dict.fromkeys(keys)
-    key = [lab.engine_key, asdict(lab.exp.task), lab.splits.digest(), split]
+    key = [*lab.depends_on(split), split]
     baseline = lab.baseline(split)
     was_I = shared(NAME, key, lambda: log_likelihood(lab, split, baseline), keep=16)
     items = changed.nonzero()[:, 0].tolist()

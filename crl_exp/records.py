@@ -112,10 +112,11 @@ def find_records(folder: Path) -> list[Record]:
 
     Raises `UserError` where there is none.
     """
+    folder = folder.absolute()  # `.` has no name
     for pattern in ("config.yaml", "*/config.yaml", "*/*/config.yaml"):
         found = [p for p in sorted(folder.glob(pattern)) if RUN_KEY.fullmatch(p.parent.name)]
         if found:
-            return [Record(path.parent.absolute()) for path in found]
+            return [Record(path.parent) for path in found]
     raise UserError(
         f"no run in {folder}; give outputs/SWEEP or outputs/SWEEP/RUN_KEY "
         "(`python launch.py` makes one)"

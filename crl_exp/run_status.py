@@ -51,7 +51,7 @@ class RunStatus:
         directory is of another format.
         """
         if seconds is None:
-            seconds = REQUEUED_LOCK_SECONDS if slurm.restarts() else LOCK_SECONDS
+            seconds = REQUEUED_LOCK_SECONDS if slurm.inside_again() else LOCK_SECONDS
         lock = FileLock(str(self.path / ".lock"), timeout=seconds)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,8 @@ class RunStatus:
         kept = {k: v for k, v in self.status().items() if k in ("attempts", "started")}
         here = {
             "host": socket.gethostname(), "pid": os.getpid(), "slurm_job_id": slurm.job_id(),
-            "node": slurm.node(), "error": None, "traceback": None, "signal": None,
+            "inside_job": slurm.inside(), "node": slurm.node(), "error": None, "traceback": None,
+            "signal": None,
         }  # fmt: skip
         written = {"state": state, "format": RUN_FORMAT, "attempts": 0, "started": None, **kept}
         write_json(self.path / "status.json", {**written, "updated": time.time(), **here, **more})

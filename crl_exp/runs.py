@@ -42,6 +42,7 @@ FROM_THE_LAST_TIME = (
     "items.parquet",
     "journal.jsonl",
     "heartbeat.json",
+    # Before what tells what they were made from.
     "checkpoint.pt",
     "checkpoint.prev.pt",
     "residuals.pt",
@@ -63,13 +64,17 @@ class RunDirectory(RunStatus):
         self.key = run_key(config)
         path = home(config.output_dir, "output_dir") / config.sweep_name / self.key
         super().__init__(path, config.resume == "force")
-        own = slurm.job_id()
-        if own and slurm.restarts() and self.status().get("slurm_job_id") == own:
+        # Of one's own batch script too, which puts its job back into the queue by itself.
+        if slurm.inside_again() and slurm.inside() in self._begun_in():
             self.anew = False  # resume=force was done by this job's first start
         self.config = config
         self.inputs: Inputs | None = None
         """What lies in the files that it reads, where somebody has looked; noted by `freeze`."""
         self.progress = Progress()
+
+    def _begun_in(self) -> tuple[Any, ...]:
+        status = self.status()
+        return status.get("inside_job"), status.get("slurm_job_id")
 
     def part(self, name: str) -> RunDirectory:
         """A folder inside this one with a journal and checkpoints of its own, of the same key."""
@@ -81,10 +86,11 @@ class RunDirectory(RunStatus):
         return made
 
     def clear(self) -> None:
-        """Forget the last attempt."""
-        for name in FROM_THE_LAST_TIME:
-            (self.path / name).unlink(missing_ok=True)
+        """Forget the last attempt, and what its parts (`part`) left."""
         self.clear_answers()
+        for name in FROM_THE_LAST_TIME:
+            for path in (self.path / name, *self.path.glob(f"*/{name}")):
+                path.unlink(missing_ok=True)
 
     @property
     def answers(self) -> Path:

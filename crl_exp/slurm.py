@@ -42,6 +42,20 @@ def job_id() -> str | None:
     that our launcher didn't submit."""
     if not os.environ.get(OURS) or os.environ[OURS] != os.environ.get("SLURM_JOB_ID"):
         return None
+    return _id_of_environment()
+
+
+def inside() -> str | None:
+    """The job that this process is in, whoever submitted it; None outside of SLURM."""
+    return _id_of_environment() if os.environ.get("SLURM_JOB_ID") else None
+
+
+def inside_again() -> bool:
+    """Whether SLURM has started the job that this process is in before."""
+    return bool(inside() and int(os.environ.get("SLURM_RESTART_COUNT") or 0))
+
+
+def _id_of_environment() -> str | None:
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 

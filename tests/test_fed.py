@@ -126,12 +126,12 @@ def test_answers_of_a_process_are_of_the_tokens_fed(own_model, tmp_path) -> None
     folder, common = own_model
     loaded.LOADED.clear()
     lab = lab_of([*common, f"output_dir={tmp_path / 'a'}"])
-    before = lab.baseline("test").generation.tokens, lab._depends_on("test")
+    before = lab.baseline("test").generation.tokens, lab.depends_on("test")
     kept = loaded.LOADED["baseline"]
     edit_template(folder, "w7 w8 w9 " + tiny.CHAT)
     loaded.LOADED["baseline"] = kept
     again = lab_of([*common, f"output_dir={tmp_path / 'b'}"])
-    assert again._depends_on("test") != before[1]
+    assert again.depends_on("test") != before[1]
     again.baseline("test")
     assert len(loaded.LOADED["baseline"]) == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,13 @@ def test_a_line_of_ones_own_file_names_its_group(tmp_path):
     path.write_text(json.dumps({"question": "q", "answer": "yes", "group": 3}))
     with pytest.raises(UserError, match="line 1: the group 3 is not a text"):
         task("jsonl", path=str(path), **sizes).splits()
+
+
+def test_whether_an_item_is_to_be_refused_is_part_of_what_is_asked(tmp_path):
+    """The digest that reports compare by stays what it was."""
+    splits = on_files("xstest", tmp_path).splits()
+    turned = replace(splits, test=tuple(replace(i, benign=not i.benign) for i in splits.test))
+    assert turned.digest() == splits.digest() and turned.asked() != splits.asked()
 
 
 # --- training items drawn anew ---

@@ -25,6 +25,7 @@ def read_back(value):
     [
         "Think, then answer.", "Q={question}, A=", "{question}", "a=b", "it's \"so\"", "(yes)",
         "ends in \\", "a\\' b", "two\nlines", " spaces ", "x: y", "*", "[open", "'quoted'", "50%",
+        "1e5", "2024_11_29", "007", "123456e78901", "true",
         ["yes, sir", "no"], {"a": "x,y", "b": [1, None]}, None, True, 0.1, 3, [[1, 2], [3]],
     ],
 )  # fmt: skip
@@ -41,4 +42,4 @@ def test_hydras_own_words_keep_their_meaning():
     assert read_back("range(0,3)") == [0, 1, 2]
     assert read_back("choice(a,b)") == ["a", "b"]
     assert read_back("[a,b]") == [["a", "b"]]
-    assert read_back("1e-5") == [1e-5] and read_back("null") == [None]
+    assert read_back("7") == [7] and read_back("0.5") == [0.5] and read_back("null") == [None]

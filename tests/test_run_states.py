@@ -283,10 +283,14 @@ def test_force_is_done_once_when_frozen(tmp_path):
     assert frozen_config(forced.path).resume == "new"
 
 
-def test_a_requeued_job_does_not_start_anew_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_requeued_job_does_not_start_anew_again(ours, tmp_path, monkeypatch):
+    """Whether our launcher submitted it, or it is a batch script of one's own."""
     forced = config(tmp_path, resume="force")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
-    slurm.claim()
+    monkeypatch.delenv(slurm.OURS, raising=False)
+    if ours:
+        monkeypatch.setenv(slurm.OURS, "5")
     first = RunDirectory(forced)
     with first.opened():
         first.save_checkpoint({"step": 3})
@@ -297,6 +301,15 @@ def test_a_requeued_job_does_not_start_anew_again(tmp_path, monkeypatch):
     assert state is not None and state["step"] == 3
     monkeypatch.setenv("SLURM_JOB_ID", "6")  # another job of the same config
     assert RunDirectory(forced).anew
+
+
+def test_forgetting_forgets_the_parts_too(tmp_path):
+    """A policy that a part has learned must not go on under other data."""
+    run = RunDirectory(config(tmp_path))
+    part = run.part("layer_1")
+    part.save_checkpoint({"step": 3})
+    RunDirectory(config(tmp_path, resume="force")).freeze()
+    assert part.load_checkpoint() is None
 
 
 def test_a_held_run_is_told(run):

@@ -31,7 +31,7 @@ NAMED = 3
 # Of a sweep with more points than this, so many are looked at before all are composed, which takes
 # a while: a fault that all of them share is told at once.
 SAMPLE = 64
-READING = ("task", "sae", "layers", "model")
+READING = ("task", "sae", "layers", "model", "method")
 """Sections that say which files a run reads."""
 HERE = LocalSettings(
     gpus=0, pack=1, setup=[], python=None, wait=False, extend=False, assumed_change=0.2,
@@ -180,8 +180,8 @@ def look_at_inputs(points: Sequence[Point]) -> None:
         exp, inputs = found
         point.run.inputs = inputs
         if point.config.resume != "force" and point.run.path.exists():
-            drawn = partial(once, known, ["items", parts["task"]], lambda e=exp: e.task.splits())
-            if fault := changed_inputs(point.run.path, inputs, lambda d=drawn: d().digest()):
+            drawn = partial(once, known, ["items", parts["task"]], lambda e=exp: e.task.drawn())
+            if fault := changed_inputs(point.run.path, inputs, drawn):
                 faults.add(UserError(fault), str(point))
     faults.raise_any()
 

@@ -93,9 +93,20 @@ class Splits:
             lines.append(self.shared)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
+    def asked(self) -> str:
+        """Content hash of every split with what its answers are scored by: besides the targets
+        whether an item is benign, and with that to be answered or refused."""
+        lines = [
+            f"{name}:{i.item_id}:{i.target}:{i.benign}"
+            for name, items in self.named().items()
+            for i in items
+        ]
+        return hashlib.sha256("\n".join([*lines, self.shared]).encode()).hexdigest()[:16]
+
     def facts(self) -> dict[str, Any]:
         """As in a run's data.json: what the splits are known by, and their sizes."""
-        return {"digest": self.digest(), "n": {k: len(items) for k, items in self.named().items()}}
+        sizes = {name: len(items) for name, items in self.named().items()}
+        return {"digest": self.digest(), "asked": self.asked(), "n": sizes}
 
 
 @dataclass
