@@ -132,8 +132,11 @@ def _has_no_such(grid: dict[Any, Any], typed: Override, loader: ConfigLoader) ->
     assert isinstance(loader, ConfigLoaderImpl)
     for option in chosen:
         found = loader.repository.load_config(f"{group}/{option}")
+        if found is None:
+            return False
         # One that begins as another of its group has that one's values too.
-        if found is None or any(isinstance(part, ConfigDefault) for part in found.defaults_list):
+        parts = [part for part in found.defaults_list or [] if isinstance(part, ConfigDefault)]
+        if any(not part.is_self() for part in parts):
             return False
         if name.partition(".")[0] in found.config:
             return False
