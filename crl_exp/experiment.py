@@ -15,6 +15,7 @@ from crl_exp import preemption
 from crl_exp.answerer import Answerer
 from crl_exp.code_state import note_code
 from crl_exp.config import Experiment
+from crl_exp.controllers.fixed import FixedFeatures
 from crl_exp.effects import cautions
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
@@ -30,6 +31,7 @@ from crl_exp.records import Record
 from crl_exp.run_status import RETRIED, HeldError
 from crl_exp.runs import RunDirectory, write_json
 from crl_exp.tracker import Tracker
+from crl_exp.warmup import LayerStatistics
 
 log = logging.getLogger(__name__)
 VERSIONS = ("crl_exp", "torch", "transformers", "sae-lens", "mlflow", "hydra-core")
@@ -156,7 +158,7 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
             lab.warn(few)
     with timed("evaluate"):
         figures, used = evaluate(lab, answerer)
-    write_json(run.path / "features.json", _features(lab, used))
+    write_json(run.path / "features.json", _features(lab, used, answerer))
     result = _identity(exp, layers, run, lab) | figures
     seconds = {phase: run.progress.seconds[phase] for phase in PHASES}
     result |= {"notes": lab.notes, "warnings": lab.warnings, "seconds": seconds}
@@ -191,29 +193,53 @@ def _identity(exp: Experiment, layers: list[int], run: RunDirectory, lab: Lab) -
     }
 
 
-def _features(lab: Lab, used: dict[int, dict[int, dict[str, float]]]) -> dict[str, Any]:
-    """features.json: by layer, the best found in stage 1 and those added on the test set."""
-    if not lab.exp.method.needs_statistics:
-        return {}
+def _features(
+    lab: Lab, used: dict[int, dict[int, dict[str, float]]], answerer: Answerer
+) -> dict[str, Any]:
+    """features.json: by layer, the best found in stage 1 and those added on the test set.
+
+    chosen: where they are fixed, with the coefficients that they are added with.
+    """
     layers: dict[str, Any] = {}
-    for layer, statistics in lab.statistics().items():
-        coefficient_F = lab.coefficients(layer).cpu()
-        columns = {**statistics.by_feature, "coefficient": coefficient_F}
-
-        def row(feature: int, more: dict, columns=columns, layer=layer) -> dict[str, Any]:
-            values = {name: float(columns[name][feature]) for name in FEATURE_COLUMNS}
-            sign = 1 if values["correlation"] >= 0 else -1
-            link = lab.saes[layer].link(feature)
-            return {"feature": feature, **values, "sign": sign, "neuronpedia": link, **more}
-
-        best = statistics.best(lab.exp.warmup.min_frequency, lab.exp.warmup.keep)
-        layers[str(layer)] = {
-            "n": statistics.n,
-            "allowed": len(statistics.allowed(lab.exp.warmup.min_frequency)),
-            "found": [row(feature, {}) for feature in best],
-            "used": [row(feature, more) for feature, more in used.get(layer, {}).items()],
-        }
+    chosen: dict[int, list[dict[str, Any]]] = {}
+    for steer in answerer.steers if isinstance(answerer, FixedFeatures) else []:
+        one = {"feature": steer.feature_idx, "coefficient": steer.coefficient}
+        chosen.setdefault(steer.layer, []).append(one)
+    measured = lab.statistics() if lab.exp.method.needs_statistics else {}
+    for layer in sorted({*measured, *used, *chosen}):
+        rows = used.get(layer, {})
+        if layer in measured:
+            layers[str(layer)] = _measured_features(lab, layer, measured[layer], rows)
+        else:
+            sae = lab.saes[layer]
+            layers[str(layer)] = {"n": None, "allowed": None, "found": [], "used": [
+                {"feature": feature, "neuronpedia": sae.link(feature), **more}
+                for feature, more in rows.items()
+            ]}  # fmt: skip
+        if layer in chosen:
+            layers[str(layer)]["chosen"] = chosen[layer]
     return layers
+
+
+def _measured_features(
+    lab: Lab, layer: int, statistics: LayerStatistics, used: dict[int, dict[str, float]]
+) -> dict[str, Any]:
+    coefficient_F = lab.coefficients(layer).cpu()
+    columns = {**statistics.by_feature, "coefficient": coefficient_F}
+
+    def row(feature: int, more: dict) -> dict[str, Any]:
+        values = {name: float(columns[name][feature]) for name in FEATURE_COLUMNS}
+        sign = 1 if values["correlation"] >= 0 else -1
+        link = lab.saes[layer].link(feature)
+        return {"feature": feature, **values, "sign": sign, "neuronpedia": link, **more}
+
+    best = statistics.best(lab.exp.warmup.min_frequency, lab.exp.warmup.keep)
+    return {
+        "n": statistics.n,
+        "allowed": len(statistics.allowed(lab.exp.warmup.min_frequency)),
+        "found": [row(feature, {}) for feature in best],
+        "used": [row(feature, more) for feature, more in used.items()],
+    }
 
 
 FEATURE_COLUMNS = (

@@ -96,11 +96,11 @@ def _of_csv(file: Path, name: str | None) -> FeatureList:
         )
     lists = list(dict.fromkeys(row["list"] for row in rows)) if "list" in there else []
     if name is None and len(lists) > 1:
-        raise UserError(f"{file} holds the lists {', '.join(lists)}; choose one: method.list=…")
+        raise UserError(f"{file} holds the lists {', '.join(lists)}; choose one: method.which=…")
     if name is not None and name not in lists:
         known = f"it has {', '.join(lists)}" if lists else "it has no column `list`"
         raise UserError(
-            f"method.list={name}: {file} holds no such list{did_you_mean(name, lists)} ({known})"
+            f"method.which={name}: {file} holds no such list{did_you_mean(name, lists)} ({known})"
         )
     chosen = [
         (number, row)
@@ -130,7 +130,7 @@ def _of_run(file: Path, name: str | None) -> FeatureList:
     """What a run steered by: its own coefficients where it added fixed features, else at each layer
     the feature that it added at the most tokens, with the mean of its coefficients there."""
     if name is not None:
-        raise UserError(f"method.list={name}: {file} holds one list; set method.list=null")
+        raise UserError(f"method.which={name}: {file} holds one list; set method.which=null")
     said = _json(file)
     if not isinstance(said, dict) or not all(isinstance(one, dict) for one in said.values()):
         raise UserError(f"{file} is not a run's features.json")

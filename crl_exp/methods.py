@@ -87,6 +87,30 @@ class NoSteering(Method):
         return Unsteered()
 
 
+def multiplier_faults(multipliers: list[float]) -> list[str]:
+    if multipliers and all(math.isfinite(m) and m >= 0 for m in multipliers):
+        return []
+    return [f"method.multipliers={multipliers}: must be finite numbers, 0 or more"]
+
+
+def best_scale(
+    lab: Lab, steers: list[Steer], multipliers: list[float]
+) -> tuple[list[Steer], float]:
+    """Scale by the multiplier that does best on validation; also returns its reward there.
+
+    Multiplied by 0 there are none.
+    """
+    tried = []
+    for multiplier in sorted(multipliers):
+        these = [
+            Steer(s.layer, s.feature_idx, s.coefficient * multiplier) for s in steers if multiplier
+        ]
+        tried.append((lab.validation_reward(lab.fixed(these)), these, multiplier))
+    reward, best, multiplier = max(tried, key=lambda t: t[0])
+    lab.note(f"multiplier for layers {[s.layer for s in steers]}", multiplier)
+    return best, reward
+
+
 @dataclass
 class CorrSteer(Method):
     """Fixed features by correlation (CorrSteer, arXiv 2508.12535).
@@ -103,12 +127,7 @@ class CorrSteer(Method):
     n_candidates: int
 
     def faults(self) -> list[str]:
-        found = []
-        bad = [m for m in self.multipliers if not (math.isfinite(m) and m >= 0)]
-        if bad or not self.multipliers:
-            found.append(
-                f"method.multipliers={self.multipliers}: must be finite numbers, 0 or more"
-            )
+        found = multiplier_faults(self.multipliers)
         if self.n_candidates < 1:
             found.append(f"method.n_candidates={self.n_candidates}: must be at least 1")
         cls = type(self)
@@ -154,21 +173,8 @@ class CorrSteer(Method):
         raise NotImplementedError
 
     def scaled(self, lab: Lab, steers: list[Steer]) -> tuple[list[Steer], float]:
-        """Scale by the multiplier that does best on validation; also returns its reward there.
-
-        Multiplied by 0 there are none.
-        """
-        tried = []
-        for multiplier in sorted(self.multipliers):
-            these = [
-                Steer(s.layer, s.feature_idx, s.coefficient * multiplier)
-                for s in steers
-                if multiplier
-            ]
-            tried.append((lab.validation_reward(lab.fixed(these)), these, multiplier))
-        reward, best, multiplier = max(tried, key=lambda t: t[0])
-        lab.note(f"multiplier for layers {[s.layer for s in steers]}", multiplier)
-        return best, reward
+        """As `best_scale`, by `multipliers`."""
+        return best_scale(lab, steers, self.multipliers)
 
     def pick(self, lab: Lab, steers: list[Steer]) -> Steer:
         """The one that does best alone on validation; a single one is taken as it is."""
@@ -229,17 +235,20 @@ class CorrSteerP(CorrSteer):
     candidates and multipliers are then chosen as A's are.
     """
 
+    label = "CorrSteer-P"
+
     @property
     def test_multiplier(self) -> float:
-        """The one that layers are tested with."""
-        return min(self.multipliers, key=lambda multiplier: (abs(math.log(multiplier)), multiplier))
+        """The one that layers are tested with; 0 where there is no other."""
+        adding = [multiplier for multiplier in self.multipliers if multiplier > 0]
+        return min(adding, key=lambda one: (abs(math.log(one)), one), default=0.0)
 
     def helps(self, lab: Lab, steer: Steer, floor: float) -> bool:
         """Whether steering with this alone beats the unsteered model: one comparison."""
+        if not self.test_multiplier:
+            return False
         tested = Steer(steer.layer, steer.feature_idx, steer.coefficient * self.test_multiplier)
         return lab.validation_reward(lab.fixed([tested])) > floor
-
-    label = "CorrSteer-P"
 
     def select(self, lab: Lab) -> list[Steer]:
         floor = lab.validation_reward(Unsteered())

@@ -33,6 +33,14 @@ NOT_RUN = {"model", "sae", "task", "tracking", "experiment", "sweep"}
 RUN = [pair for pair in OPTIONS if pair[0] not in NOT_RUN]
 BUILT = [pair for pair in OPTIONS if pair not in RUN]
 # Values without a default, which a person has to give; any other is given a word.
+# Lists belong to an SAE, of models that can't be had here: on a tiny one another is put in.
+OTHER_LISTS = {
+    "harmbench_lists": [
+        "model=tiny", "sae=tiny", "layers.first=17", "layers.last=18", "method=listed",
+        "method.path=null", "method.which=null", "method.features=[[17,3,2.0],[18,3,2.0]]",
+    ],
+}  # fmt: skip
+ALSO = {("method", "listed"): ["method.features=[[1,3,2.0]]"]}  # one of two keys has to be given
 GIVEN = {"sae.id_template": '"layer_{layer}"'}
 
 
@@ -57,7 +65,8 @@ def given(group: str, option: str) -> list[str]:
     """Overrides for what the option's file leaves open (`???`)."""
     values = OmegaConf.load(CONF / group / f"{option}.yaml")
     open_keys = [f"{group}.{key}" for key in values if OmegaConf.is_missing(values, key)]
-    return [f"{key}={GIVEN.get(key, 'given')}" for key in open_keys]
+    more = [f"{key}={GIVEN.get(key, 'given')}" for key in open_keys]
+    return more + ALSO.get((group, option), [])
 
 
 def build(group: str, config: DictConfig) -> None:
@@ -75,7 +84,8 @@ def test_every_option_composes_and_builds(group, option):
 @pytest.mark.parametrize(("group", "option"), RUN, ids=["/".join(pair) for pair in RUN])
 def test_every_option_runs_on_a_tiny_model(group, option, kind, tiny_files, tmp_path):
     """Stage 1, two updates and the evaluation, with the option and everything else as it comes."""
-    overrides = [*tiny_files.overrides(kind), choosing(group, option), f"output_dir={tmp_path}"]
+    asked = [choosing(group, option), *ALSO.get((group, option), [])]
+    overrides = [*tiny_files.overrides(kind), *asked, f"output_dir={tmp_path}"]
     build(group, quickly_composed(overrides))
     result, folder = run_small(overrides)
     assert result["n"] == 16 and result["p_value"] <= 1
@@ -139,7 +149,7 @@ def test_every_point_of_every_sweep_composes_and_builds(name):
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name not in OTHER_LISTS])
 def test_every_point_of_every_sweep_fits_its_model_and_saes(name):
     for point in sweep_points(name):
         exp = configs.experiment(quickly_composed(point))
@@ -183,7 +193,7 @@ def test_every_point_of_every_sweep_runs_on_a_tiny_model(name, tiny_cache):
     """By turns on Llama and Gemma-2. Points that differ in the seed alone are run once."""
     seen: set[str] = set()
     # A sweep over tasks would need their data; tests/test_task_runs.py runs every task.
-    tried = ["+debug=tiny", "task=tiny", f"output_dir={tiny_cache}"]
+    tried = ["+debug=tiny", "task=tiny", f"output_dir={tiny_cache}", *OTHER_LISTS.get(name, [])]
     for i, point in enumerate(sweep_points(name, *tried)):
         config = quickly_composed([*point, *TINY[["llama", "gemma2"][i % 2]]])
         key = run_key(OmegaConf.merge(config, {"seed": 0, **SAME}))  # type: ignore[arg-type]

@@ -101,7 +101,7 @@ def test_runs_side_by_side_add_their_own_rows(common):
     ]
     for controllers in (fixed, policies):
         jobs = [Job(one, range(6)) for one in controllers]
-        played = labs[0].engine.generate(prompts, jobs, 1, labs[0].choices, True)
+        played = labs[0].engine.generate(prompts, jobs, 1, labs[0].options, True)
         for lab, generation in zip(labs, played, strict=True):
             (step,) = generation.steps
             rows_BD = lab.saes[1].W_dec_FD[step.action.feature_idx_BK[:, 0]]
