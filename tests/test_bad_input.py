@@ -97,6 +97,7 @@ def refused(overrides: list[str]) -> str:
         ("output_dir='~nosuchuser/x'", r"output_dir=~nosuchuser/x: there is no home folder of"),
         ("sae.folder='~nosuchuser/x'", r"sae\.folder=~nosuchuser/x: there is no home folder of"),
         ("task.path='~nosuchuser/x'", r"task\.path=~nosuchuser/x: there is no home folder of"),
+        ("method=listed method.path='~nosuchuser/x'", r"method\.path=~nosuchuser/x: there is no"),
         ("model.path='~nosuchuser/x' model.revision=a", r"model\.path=~nosuchuser/x: there is no"),
         ("task.path=/dev/zero", r"task\.path=/dev/zero: /dev/zero is no file"),
         ("policy.k=0", r"policy\.k=0: must be at least 1"),

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from crl_exp import config as configs
 from crl_exp.cli import explain, people_errors, register
 from crl_exp.errors import UserError
 from crl_exp.experiment import run_experiment
+from crl_exp.launcher.typed import typed_sweep
 from crl_exp.runs import run_key
 from hydra_plugins.crl_exp_sweeper.grids import GridSweeper
 from tests.tiny_run import CONF, ROOT, composed, quickly_composed, run_small
@@ -108,6 +110,28 @@ def sweep_points(name: str, *arguments: str) -> list[list[str]]:
         return sweeper.jobs(chosen)
 
 
+def typed_points(*arguments: str) -> list[list[str]]:
+    with typed_sweep(arguments) as (_, _, points):
+        return points
+
+
+def test_what_is_typed_for_an_option_is_for_the_grids_whose_option_has_it():
+    """`layers=all` has no `layers.layer`; `method=none` at the default layers has."""
+    points = typed_points("+sweep=layerwise", "layers.layer=8,12", "seed=0")
+    layers = [
+        getattr(configs.experiment(quickly_composed(p)).layers, "layer", "all") for p in points
+    ]
+    assert Counter(layers) == {8: 4, 12: 4, "all": 3}
+    typed = typed_points("+sweep=layerwise", "layers=single", "layers.layer=8", "seed=0")
+    assert all("layers.layer=8" in point for point in typed) and len(typed) == 5
+
+
+def test_what_no_grid_sets_is_typed_for_all_of_them():
+    """So that a slip is told, rather than left out."""
+    points = typed_points("+sweep=paper_table", "layers.layer=8", "seed=0")
+    assert all("layers.layer=8" in point for point in points)
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_the_ends_of_every_sweep_compose_and_build(name):
     points = sweep_points(name)
@@ -128,7 +152,8 @@ def test_every_point_of_every_sweep_composes_and_builds(name):
 @pytest.mark.parametrize("name", [name for name in SWEEPS if name not in OTHER_LISTS])
 def test_every_point_of_every_sweep_fits_its_model_and_saes(name):
     for point in sweep_points(name):
-        assert configs.validate(configs.experiment(quickly_composed(point)))
+        exp = configs.experiment(quickly_composed(point))
+        assert bool(configs.validate(exp)) == exp.method.uses_layers
 
 
 # --- +debug=tiny: any run or sweep, offline ---

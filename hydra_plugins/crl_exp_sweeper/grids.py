@@ -1,7 +1,9 @@
 """A Hydra sweeper for what a comparison needs: several grids in one sweep.
 
 `hydra.sweeper.grids` is a list of grids; each is the product of its values, and the sweep is their
-union. Overrides on the command line go into every grid. One failed job doesn't stop the others.
+union. Overrides on the command line go into every grid; but a value that some grids set for their
+choice of an option (`layers: single, layers.layer: 8`) not into those that choose one without such
+a value (`layers: all`). One failed job doesn't stop the others.
 
 Every Hydra application of the environment imports this file: nothing heavy is imported at its top.
 """
@@ -12,10 +14,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.default_element import ConfigDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
@@ -60,15 +64,18 @@ class GridSweeper(Sweeper):
     def jobs(self, arguments: list[str]) -> list[list[str]]:
         """Every point's overrides, repeated points once. Raises `UserError` where there is none."""
         assert self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        given = {override.key_or_group for override in parser.parse_overrides(arguments)}
+        loader = self.hydra_context.config_loader
+        parser = OverridesParser.create(config_loader=loader)
+        typed = parser.parse_overrides(arguments)
+        given = {override.key_or_group for override in typed}
+        if any(not isinstance(grid, (dict, DictConfig)) for grid in self.grids):
+            raise UserError(
+                f"hydra.sweeper.grids={list(self.grids)}: each must hold overrides, as in "
+                "{seed: [0, 1], layers.layer: 12}"
+            )
+        named = {str(key) for grid in self.grids for key in grid}
         points = []
         for grid in self.grids:
-            if not isinstance(grid, (dict, DictConfig)):
-                raise UserError(
-                    f"hydra.sweeper.grids={list(self.grids)}: each must hold overrides, as in "
-                    "{seed: [0, 1], layers.layer: 12}"
-                )
             # What the command line sets replaces the grid's values, so that no point comes twice.
             asked = {k: v for k, v in {**self.params, **grid}.items() if k not in given}
             texts = [
@@ -76,7 +83,12 @@ class GridSweeper(Sweeper):
                 f"{key}={_choices(key, value) if key in grid else _raw(key, value)}"
                 for key, value in asked.items()
             ]
-            overrides = parser.parse_overrides([*texts, *arguments])
+            meant = [
+                str(one.input_line)
+                for one in typed
+                if one.key_or_group not in named or not _has_no_such(asked, one, loader)
+            ]
+            overrides = parser.parse_overrides([*texts, *meant])
             for one in overrides:
                 _check_values(one)
             points += BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
@@ -109,6 +121,26 @@ class GridSweeper(Sweeper):
                 f"output_dir={self.config.output_dir}: can't write to {folder} ({error}); "
                 "set output_dir=/a/folder/you/can/write"
             ) from error
+
+
+def _has_no_such(grid: dict[Any, Any], typed: Override, loader: ConfigLoader) -> bool:
+    """Whether the options that a grid chooses are known not to have the value that is typed."""
+    group, _, name = typed.key_or_group.partition(".")
+    if typed.type != OverrideType.CHANGE or not name or group not in grid:
+        return False
+    chosen = grid[group] if isinstance(grid[group], (list, ListConfig)) else [grid[group]]
+    assert isinstance(loader, ConfigLoaderImpl)
+    for option in chosen:
+        found = loader.repository.load_config(f"{group}/{option}")
+        if found is None:
+            return False
+        # One that begins as another of its group has that one's values too.
+        parts = [part for part in found.defaults_list or [] if isinstance(part, ConfigDefault)]
+        if any(not part.is_self() for part in parts):
+            return False
+        if name.partition(".")[0] in found.config:
+            return False
+    return True
 
 
 def _check_values(override: Override) -> None:
