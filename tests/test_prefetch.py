@@ -22,8 +22,8 @@ def test_what_lies_on_disk_is_looked_at_once(capsys):
     lines = capsys.readouterr().out.splitlines()
     kinds = sorted(line.split(":")[0] for line in lines)
     assert kinds == [
-        "SAEs tiny, layers [12]", "SAEs tiny, layers [8]", "model tiny-llama",
-        "task tiny (choice(yes|no))",
+        f"SAEs tiny, layers {[*range(24)]}", "SAEs tiny, layers [12]", "SAEs tiny, layers [8]",
+        "model tiny-llama", "task tiny (choice(yes|no))",
     ]  # fmt: skip
     assert all("on disk" in line for line in lines if not line.startswith("task"))
 

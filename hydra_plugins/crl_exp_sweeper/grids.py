@@ -3,6 +3,9 @@
 `hydra.sweeper.grids` is a list of grids; each is the product of its values, and the sweep is their
 union. Overrides on the command line go into every grid. One failed job doesn't stop the others.
 
+A typed value that stands in place of those of some grids (`layers.layer=4,8`) is left out, and said
+so, where a grid chooses an option that has no such key (`layers: all`).
+
 Every Hydra application of the environment imports this file: nothing heavy is imported at its top.
 """
 
@@ -46,6 +49,7 @@ class GridSweeper(Sweeper):
         super().__init__()
         self.grids = grids or [{}]
         self.params = params or {}
+        self._said: set[str] = set()
         self.launcher: Launcher | None = None
         self.hydra_context: HydraContext | None = None
 
@@ -62,6 +66,8 @@ class GridSweeper(Sweeper):
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         given = {override.key_or_group for override in parser.parse_overrides(arguments)}
+        replaced = {key for grid in self.grids if isinstance(grid, (dict, DictConfig))
+                    for key in map(str, grid) if key in given}  # fmt: skip
         points = []
         for grid in self.grids:
             if not isinstance(grid, (dict, DictConfig)):
@@ -79,8 +85,41 @@ class GridSweeper(Sweeper):
             overrides = parser.parse_overrides([*texts, *arguments])
             for one in overrides:
                 _check_values(one)
-            points += BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+            found = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+            points += [self._understood(point, replaced, set(asked)) for point in found]
         return list({" ".join(point): point for point in points}.values())
+
+    def _understood(self, point: list[str], replaced: set[str], asked: set[str]) -> list[str]:
+        """A point without typed values of keys that the option which its grid chose hasn't got.
+
+        replaced: keys that are typed and that some grid sets. asked: what this point's grid sets.
+        """
+        values = dict(override.split("=", 1) for override in point if "=" in override)
+        kept = []
+        for override in point:
+            key = override.split("=", 1)[0]
+            group, _, inside = key.partition(".")
+            if key in replaced and group in asked and not self._has(group, values[group], inside):
+                self._say_once(
+                    f"{key} is left out where {group}={values[group]}: it has no such key"
+                )
+            else:
+                kept.append(override)
+        return kept
+
+    def _has(self, group: str, option: str, key: str) -> bool:
+        """Whether the option's own file has the key; True where that can't be told from it."""
+        assert self.hydra_context is not None
+        repository = getattr(self.hydra_context.config_loader, "repository", None)
+        read = repository.load_config(f"{group}/{option}") if repository is not None else None
+        if read is None or read.defaults_list or not isinstance(read.config, DictConfig):
+            return True
+        return key.split(".")[0] in read.config
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning(text)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Compose and check all points first, so that no fault shows after hours; then launch."""
