@@ -118,7 +118,7 @@ def _list() -> None:
     for group in GROUPS:
         for figure in group.figures:
             sign = "at least" if figure.at_least else "at most"
-            console.print(f"{figure.name:<20} {figure.what}: {sign} {figure.goal:.3g}")
+            print(f"{figure.name:<20} {figure.what}: {sign} {figure.goal:.3g}")
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -61,7 +61,7 @@ def read_config(path: Path) -> DictConfig:
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         why = str(error).splitlines()[0]
     else:
-        if isinstance(config, DictConfig) and not config._is_none():
+        if isinstance(config, DictConfig) and not config._is_none() and len(config):
             return config
         why = "it holds no keys"
     raise UserError(

@@ -160,7 +160,8 @@ def harmful(sweep: SweepComparison) -> list[str]:
     """The methods that do worse than nothing where their choices were made, controls aside."""
     worse = []
     for row in sweep.rows:
-        was = float(np.mean([split(run, "validation")["accuracy_baseline"] for run in row.runs]))
+        each = [as_float(split(run, "validation")["accuracy_baseline"]) for run in row.runs]
+        was = float(np.mean(each))
         if not row.control and row.validation < was - 1e-9:
             where = f"{row.family}, {row_layers(row)}" if row.layers else row.family
             worse.append(f"{where} ({100 * was:.1f} → {100 * row.validation:.1f} %)")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from crl_exp.comparison import Row, SweepComparison
 from crl_exp.pairs import Difference, Pair, chosen_pairs, chosen_rows
 from crl_exp.power import (
@@ -86,8 +88,9 @@ SHOWS_NOTE = (
 
 
 def shows_rows(sweep: SweepComparison) -> list[Row]:
-    """The chosen row of each method whose items are known."""
-    return [row for row in chosen_rows(sweep) if row.estimates().samples is not None]
+    """The chosen row of each method whose items are known and have a reward each."""
+    known = [(row, row.estimates().samples) for row in chosen_rows(sweep)]
+    return [row for row, of in known if of is not None and np.isfinite(of.delta_SI).all()]
 
 
 def shows_cells(row: Row) -> list[str]:

@@ -48,7 +48,7 @@ class Tried:
             return None
         reward_MI = np.stack(self._rewards)
         (m, n), curse = reward_MI.shape, winners_curse(reward_MI)
-        if curse < NOTICEABLE:
+        if not curse >= NOTICEABLE:  # NaN of undefined rewards, which are warned of, too
             return None
         wanted = math.ceil(n * (curse / NOTICEABLE) ** 2)
         return (

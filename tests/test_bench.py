@@ -38,7 +38,7 @@ def test_a_figure_is_the_median_of_the_rounds_ratios() -> None:
 def test_rows_have_different_names_and_can_be_listed(capsys) -> None:
     assert len(set(NAMES)) == len(NAMES)
     assert bench.main(["--list"]) == 0
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert all(name in said for name in NAMES)
 
 

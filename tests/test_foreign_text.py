@@ -100,7 +100,8 @@ def test_mlflow_is_given_no_text_that_a_database_refuses(sweep):
     record = Record(next(sweep.glob("*/config.yaml")).parent)
     record.config["model"]["name"] = "".join(TEXTS)
     for text in [*tags(record).values(), *parameters(record.config).given.values()]:
-        assert text.encode() and not CONTROLS & set(text)
+        text.encode()  # it can be written at all
+        assert not CONTROLS & set(text)
 
 
 @pytest.mark.slow

@@ -22,7 +22,11 @@ from tests.test_packing import close, configs, forget, told
 
 def test_a_run_that_fails_ends_alone(tiny_files, tmp_path) -> None:
     """A loss that isn't finite, and a setting that can't work."""
-    variants = [["seed=0"], ["algorithm.lr_policy=1e37"], ["warmup.min_frequency=0.999999"]]
+    variants = [
+        ["seed=0"],
+        ["algorithm.lr_policy=1e9", "algorithm.weight_decay=1e9"],
+        ["warmup.min_frequency=0.999999"],
+    ]
     solo = configs(tiny_files, tmp_path / "solo", variants[:1])
     run_experiment(solo[0], skip_finished=False)
     packed = configs(tiny_files, tmp_path / "packed", variants)

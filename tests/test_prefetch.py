@@ -23,8 +23,7 @@ def test_what_lies_on_disk_is_looked_at_once(capsys):
     kinds = sorted(line.split(":")[0] for line in lines)
     assert kinds == [
         f"SAEs tiny, layers {[*range(24)]}", "SAEs tiny, layers [12]", "SAEs tiny, layers [8]",
-        "model tiny-llama",
-        "task tiny (choice(yes|no))",
+        "model tiny-llama", "task tiny (choice(yes|no))",
     ]  # fmt: skip
     assert all("on disk" in line for line in lines if not line.startswith("task"))
 

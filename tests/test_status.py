@@ -129,7 +129,7 @@ def test_a_run_is_found_by_folder_sweep_and_key(sweep, capsys):
     record = find_records(sweep)[0]
     for name in (str(record.path), f"demo/{record.key}", record.key, record.key[:8]):
         assert logs.find_run(name, sweep.parent).path == record.path
-    for name, words in (("demo", "is a sweep; which run"), ("", "could be"), ("zz", "no run")):
+    for name, words in (("demo", "is a sweep; which run"), ("", "is empty"), ("zz", "no run")):
         assert main(["logs", name, "--output-dir", str(sweep.parent)]) == 1
         assert words in capsys.readouterr().err
 

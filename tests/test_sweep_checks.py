@@ -28,6 +28,19 @@ FAULTS = [
 ]  # fmt: skip
 
 
+def test_a_typed_layer_is_not_for_the_runs_at_all_layers(tmp_path, caplog):
+    """It stands in place of other grids' layers; where no grid has any, it is a fault."""
+    grids = "[{layers: single, layers.layer: [1, 2]}, {layers: all}]"
+    typed = [f"hydra.sweeper.grids={grids}", "layers.layer=3,4", "method=corrsteer_s"]
+    with typed_sweep(tiny(tmp_path, *typed)) as (_, _, jobs):
+        where = [[one for one in job if one.startswith("layers")] for job in jobs]
+    single = ["layers=single"]
+    assert where == [[*single, "layers.layer=3"], [*single, "layers.layer=4"], ["layers=all"]]
+    assert "layers.layer is left out where layers=all" in caplog.text
+    with pytest.raises(UserError, match=r"Could not override 'layers\.layer'"):
+        points_of(*tiny(tmp_path, "layers=all", "layers.layer=3,4", "method=corrsteer_s"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:

@@ -1,9 +1,10 @@
 """A Hydra sweeper for what a comparison needs: several grids in one sweep.
 
 `hydra.sweeper.grids` is a list of grids; each is the product of its values, and the sweep is their
-union. Overrides on the command line go into every grid; but a value that some grids set for their
-choice of an option (`layers: single, layers.layer: 8`) not into those that choose one without such
-a value (`layers: all`). One failed job doesn't stop the others.
+union. Overrides on the command line go into every grid. One failed job doesn't stop the others.
+
+A typed value that stands in place of those of some grids (`layers.layer=4,8`) is left out, and said
+so, where a grid chooses an option that has no such key (`layers: all`).
 
 Every Hydra application of the environment imports this file: nothing heavy is imported at its top.
 """
@@ -14,12 +15,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.default_element import ConfigDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
@@ -50,6 +49,7 @@ class GridSweeper(Sweeper):
         super().__init__()
         self.grids = grids or [{}]
         self.params = params or {}
+        self._said: set[str] = set()
         self.launcher: Launcher | None = None
         self.hydra_context: HydraContext | None = None
 
@@ -64,18 +64,17 @@ class GridSweeper(Sweeper):
     def jobs(self, arguments: list[str]) -> list[list[str]]:
         """Every point's overrides, repeated points once. Raises `UserError` where there is none."""
         assert self.hydra_context is not None
-        loader = self.hydra_context.config_loader
-        parser = OverridesParser.create(config_loader=loader)
-        typed = parser.parse_overrides(arguments)
-        given = {override.key_or_group for override in typed}
-        if any(not isinstance(grid, (dict, DictConfig)) for grid in self.grids):
-            raise UserError(
-                f"hydra.sweeper.grids={list(self.grids)}: each must hold overrides, as in "
-                "{seed: [0, 1], layers.layer: 12}"
-            )
-        named = {str(key) for grid in self.grids for key in grid}
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        given = {override.key_or_group for override in parser.parse_overrides(arguments)}
+        replaced = {key for grid in self.grids if isinstance(grid, (dict, DictConfig))
+                    for key in map(str, grid) if key in given}  # fmt: skip
         points = []
         for grid in self.grids:
+            if not isinstance(grid, (dict, DictConfig)):
+                raise UserError(
+                    f"hydra.sweeper.grids={list(self.grids)}: each must hold overrides, as in "
+                    "{seed: [0, 1], layers.layer: 12}"
+                )
             # What the command line sets replaces the grid's values, so that no point comes twice.
             asked = {k: v for k, v in {**self.params, **grid}.items() if k not in given}
             texts = [
@@ -83,16 +82,44 @@ class GridSweeper(Sweeper):
                 f"{key}={_choices(key, value) if key in grid else _raw(key, value)}"
                 for key, value in asked.items()
             ]
-            meant = [
-                str(one.input_line)
-                for one in typed
-                if one.key_or_group not in named or not _has_no_such(asked, one, loader)
-            ]
-            overrides = parser.parse_overrides([*texts, *meant])
+            overrides = parser.parse_overrides([*texts, *arguments])
             for one in overrides:
                 _check_values(one)
-            points += BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+            found = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+            points += [self._understood(point, replaced, set(asked)) for point in found]
         return list({" ".join(point): point for point in points}.values())
+
+    def _understood(self, point: list[str], replaced: set[str], asked: set[str]) -> list[str]:
+        """A point without typed values of keys that the option which its grid chose hasn't got.
+
+        replaced: keys that are typed and that some grid sets. asked: what this point's grid sets.
+        """
+        values = dict(override.split("=", 1) for override in point if "=" in override)
+        kept = []
+        for override in point:
+            key = override.split("=", 1)[0]
+            group, _, inside = key.partition(".")
+            if key in replaced and group in asked and not self._has(group, values[group], inside):
+                self._say_once(
+                    f"{key} is left out where {group}={values[group]}: it has no such key"
+                )
+            else:
+                kept.append(override)
+        return kept
+
+    def _has(self, group: str, option: str, key: str) -> bool:
+        """Whether the option's own file has the key; True where that can't be told from it."""
+        assert self.hydra_context is not None
+        repository = getattr(self.hydra_context.config_loader, "repository", None)
+        read = repository.load_config(f"{group}/{option}") if repository is not None else None
+        if read is None or read.defaults_list or not isinstance(read.config, DictConfig):
+            return True
+        return key.split(".")[0] in read.config
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning(text)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Compose and check all points first, so that no fault shows after hours; then launch."""
@@ -121,26 +148,6 @@ class GridSweeper(Sweeper):
                 f"output_dir={self.config.output_dir}: can't write to {folder} ({error}); "
                 "set output_dir=/a/folder/you/can/write"
             ) from error
-
-
-def _has_no_such(grid: dict[Any, Any], typed: Override, loader: ConfigLoader) -> bool:
-    """Whether the options that a grid chooses are known not to have the value that is typed."""
-    group, _, name = typed.key_or_group.partition(".")
-    if typed.type != OverrideType.CHANGE or not name or group not in grid:
-        return False
-    chosen = grid[group] if isinstance(grid[group], (list, ListConfig)) else [grid[group]]
-    assert isinstance(loader, ConfigLoaderImpl)
-    for option in chosen:
-        found = loader.repository.load_config(f"{group}/{option}")
-        if found is None:
-            return False
-        # One that begins as another of its group has that one's values too.
-        parts = [part for part in found.defaults_list or [] if isinstance(part, ConfigDefault)]
-        if any(not part.is_self() for part in parts):
-            return False
-        if name.partition(".")[0] in found.config:
-            return False
-    return True
 
 
 def _check_values(override: Override) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, flag_override
 
 from crl_exp.errors import UserError
 
@@ -74,7 +74,7 @@ class TrialSweeper(Sweeper):
         self.impl = OptunaSweeperImpl(**self.values)
         mine = copy.deepcopy(config)
         self.folder = home(config.output_dir, "output_dir") / config.sweep_name
-        with open_dict(mine):
+        with flag_override(mine.hydra, ["readonly", "struct"], False):
             mine.hydra.sweep.dir = str(self.folder)  # where optimization_results.yaml goes
         self.impl.setup(hydra_context=hydra_context, task_function=task_function, config=mine)
         composes = getattr(self.impl.launcher, "composes", False)  # and checks what it takes itself
