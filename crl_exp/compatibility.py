@@ -157,6 +157,23 @@ def _gumbel_was_drawn_twice(plain: dict[str, Any]) -> bool:
     return _trains(plain) and free and _of_class(plain, "activation", "GumbelTopK")
 
 
+_ROWS = {("cais/mmlu", "validation"): 1531, ("TIGER-Lab/MMLU-Pro", "test"): 12032}
+"""Of splits that validation is drawn from without train, on the hub."""
+
+
+def _validation_may_be_filled_up(plain: dict[str, Any]) -> bool:
+    """Whether validation's own split isn't known to hold enough, so that train's may give more."""
+    task = plain.get("task") or {}
+    sources, files = task.get("sources"), task.get("data_files")
+    if not isinstance(sources, dict) or not (files is None or isinstance(files, dict)):
+        return False
+    own = sources["validation"]
+    asked = sum(task[f"n_{part}"] for part in ("validation", "test") if sources[part] == own)
+    whole = files is None and not task.get("groups")
+    enough = whole and asked <= _ROWS.get((task.get("hub_id"), own), 0)
+    return own != sources["train"] and not enough
+
+
 MENDED: tuple[Mended, ...] = (
     Mended("scores compared across layers as they are", _ranks_by_another_score),
     Mended("steered against by means over failures", _steers_against_by_means),
@@ -167,6 +184,7 @@ MENDED: tuple[Mended, ...] = (
     Mended("tokens of an answer counted in the whole rollout", _weighs_answers),
     Mended("gumbel_topk records the act's probability", _gumbel_was_drawn_twice),
     Mended("CorrSteer-P tests each layer once", _tests_a_layer_more_than_once),
+    Mended("validation filled up before train is drawn", _validation_may_be_filled_up),
     # Options of several tokens could never be right.
     Mended("options_of_several_tokens", _several_tokens),
     # "I must refuse", "Sorry, no." are refusals (refusal_rule_v2).

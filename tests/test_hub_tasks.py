@@ -292,6 +292,15 @@ def test_validation_is_filled_up_from_train(tmp_path):
         small_split(tmp_path, n_train=26, n_validation=25).splits()
 
 
+def test_what_is_filled_up_stays_with_other_training_items(tmp_path):
+    """Runs with several `train_seed` or `n_train` choose on the same items."""
+    first = small_split(tmp_path, n_train=20, n_validation=15).splits()
+    for changed in ({"n_train": 8}, {"train_seed": 1}, {"train_seed": 2}):
+        other = small_split(tmp_path, **({"n_train": 20, "n_validation": 15} | changed)).splits()
+        assert other.validation == first.validation and other.test == first.test
+        assert other.train != first.train
+
+
 @pytest.mark.parametrize("n_train", [60, 70])
 def test_the_training_size_that_fits_is_named(tmp_path, n_train):
     rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(100)]

@@ -46,8 +46,8 @@ class HubTask(Task):
     subsets: its configurations, all used together; null where it has but one.
     sources: which split of the data set train, validation and test are drawn from. Two drawn from
         the same split never share an item; an item of several splits is kept in the one nearest
-        to test. Where validation's split has fewer than `n_validation`, the rest is drawn from
-        train's, and the result says so.
+        to test. Where validation's split has fewer than `n_validation`, the rest is taken off
+        train's before train is drawn from it, and the result says so.
     data_files: null, or what is read instead of the hub: one parquet, csv or jsonl file (a pattern
         or a list) that everything is drawn from, or a mapping from splits of the data set to files.
     """
@@ -154,45 +154,59 @@ class HubTask(Task):
                 )
 
     def _cut(self, pools: dict[str, Pool], warnings: list[str]) -> dict[str, list[Question]]:
-        """Cut each pool into the parts that are drawn from it: test, then validation, train."""
+        """Cut each pool into the parts that are drawn from it: test, then validation, train.
+
+        What validation's own split lacks is the end of train's, as `split_seed` orders it, so that
+        neither `train_seed` nor `n_train` moves it.
+        """
         parts: dict[str, list[Question]] = {}
-        lacking = 0  # of validation, to be drawn from train's split
-        left: list[Question] = []  # there
+        sizes, lacking = {}, 0
         for split, pool in pools.items():
-            mine = [p for p in PARTS if self.source.split_name(self.sources[p]) == split]
-            sizes = {part: getattr(self, f"n_{part}") for part in mine}
+            sizes[split], lacks = self._sizes(split, pool, warnings)
+            lacking += lacks
+        filling: list[Question] = []
+        for split, pool in pools.items():
             order = shuffled(pool.questions, self.split_seed)
-            short = sum(sizes.values()) - len(order)
-            own = "train" not in mine and sizes.get("validation", 0) > short
-            if own and short > pool.n_left_out:
-                sizes["validation"] -= short
-                lacking = short
-            elif mine and short > 0:
-                largest = max(sizes, key=lambda part: sizes[part])
-                if short > pool.n_left_out or sizes[largest] <= short:
-                    raise _too_small(pool, sizes)
-                # Asked for all rows of a data set that holds some twice.
-                sizes[largest] -= short
-                warnings.append(
-                    f"{pool.where} holds {pool.n_left_out} items twice or in two splits; each is "
-                    f"used once, so {largest} has {sizes[largest]} items, not "
-                    f"task.n_{largest}={sizes[largest] + short}"
-                )
-            for part in mine:
-                if part == "train" and self.train_seed is not None:
-                    order = shuffled(order, self.train_seed)
-                parts[part], order = order[: sizes[part]], order[sizes[part] :]
-            left = order if "train" in mine else left
+            for part, size in sizes[split].items():
+                if part == "train":
+                    there = len(order) - lacking
+                    if size > there:
+                        raise _too_small(pool, {"train": size, "validation": lacking})
+                    order, filling = order[:there], order[there:]
+                    if self.train_seed is not None:
+                        order = shuffled(order, self.train_seed)
+                parts[part], order = order[:size], order[size:]
         if lacking:
-            pool = pools[self.source.split_name(self.sources["train"])]
-            if lacking > len(left):
-                raise _too_small(pool, {"train": len(parts["train"]), "validation": lacking})
             warnings.append(
                 f"validation's own split holds {len(parts['validation'])} items; {lacking} of "
-                f"{pool.where} are added to make task.n_validation={self.n_validation}"
+                f"{pools[self.source.split_name(self.sources['train'])].where} are added to make "
+                f"task.n_validation={self.n_validation}"
             )
-            parts["validation"] += left[:lacking]
+        parts["validation"] += filling
         return parts
+
+    def _sizes(self, split: str, pool: Pool, warnings: list[str]) -> tuple[dict[str, int], int]:
+        """Size of each part that is drawn from a pool, in the order of `PARTS`, and how many items
+        of validation it lacks, where those are to be drawn from train's."""
+        mine = [p for p in PARTS if self.source.split_name(self.sources[p]) == split]
+        sizes = {part: getattr(self, f"n_{part}") for part in mine}
+        short = sum(sizes.values()) - len(pool.questions)
+        own = "train" not in mine and sizes.get("validation", 0) > short
+        if own and short > pool.n_left_out:
+            sizes["validation"] -= short
+            return sizes, short
+        if mine and short > 0:
+            largest = max(sizes, key=lambda part: sizes[part])
+            if short > pool.n_left_out or sizes[largest] <= short:
+                raise _too_small(pool, sizes)
+            # Asked for all rows of a data set that holds some twice.
+            sizes[largest] -= short
+            warnings.append(
+                f"{pool.where} holds {pool.n_left_out} items twice or in two splits; each is "
+                f"used once, so {largest} has {sizes[largest]} items, not "
+                f"task.n_{largest}={sizes[largest] + short}"
+            )
+        return sizes, 0
 
 
 @dataclass
