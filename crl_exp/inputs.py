@@ -49,7 +49,7 @@ def inputs_of(exp: Reads, layers: Sequence[int]) -> Inputs:
     if isinstance(path := getattr(exp.method, "path", None), str):  # a list of features
         from crl_exp.feature_lists import list_file
 
-        found[f"method.path={path}"] = _digest([list_file(path)])
+        found[f"method.path={path}"] = _digest([list_file(path)], "method.path")
     for layer in layers:
         if digest := sae_digest(exp.sae, layer):
             found[f"sae.folder={exp.sae.folder}, layer {layer}"] = digest
