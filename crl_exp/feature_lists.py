@@ -64,12 +64,8 @@ def typed_list(rows: Sequence[Any]) -> FeatureList:
     return FeatureList("method.features", tuple(_features(rows, "method.features")))
 
 
-def read_list(path: str, name: str | None) -> FeatureList:
-    """A CSV file or a run's features.json; a relative path is looked for in the working directory,
-    then in the repository. name: of the list, in a CSV file that holds several.
-
-    Raises `UserError` where it can't be read, with what is wrong and where.
-    """
+def list_file(path: str) -> Path:
+    """The file that `method.path` names. Raises `UserError` where there is none."""
     file = home(path, "method.path")
     if not file.is_absolute() and not file.exists():
         file = REPO / file
@@ -77,6 +73,16 @@ def read_list(path: str, name: str | None) -> FeatureList:
         file = file / "features.json"
     if not file.is_file():
         raise UserError(f"method.path={path}: there is no such file")
+    return file
+
+
+def read_list(path: str, name: str | None) -> FeatureList:
+    """A CSV file or a run's features.json; a relative path is looked for in the working directory,
+    then in the repository. name: of the list, in a CSV file that holds several.
+
+    Raises `UserError` where it can't be read, with what is wrong and where.
+    """
+    file = list_file(path)
     try:
         if file.suffix == ".json":
             return _of_run(file, name)

@@ -25,7 +25,7 @@ _known: dict[tuple[str, int, int, int], str] = {}
 
 
 class Reads(Protocol):
-    """Of an experiment, what names files: `task` and `sae`."""
+    """Of an experiment, what names files: `task`, `sae` and `method`."""
 
     @property
     def task(self) -> Any: ...
@@ -33,13 +33,22 @@ class Reads(Protocol):
     @property
     def sae(self) -> Any: ...
 
+    @property
+    def method(self) -> Any: ...
+
 
 def inputs_of(exp: Reads, layers: Sequence[int]) -> Inputs:
-    """What the experiment would read now: the task's files, the SAEs of these layers.
+    """What the experiment would read now: the task's files, the SAEs of these layers, a list of
+    features.
 
     Raises `UserError` where one can't be read.
     """
+    from crl_exp.feature_lists import list_file
+
     found = task_inputs(exp.task)
+    if isinstance(path := getattr(exp.method, "path", None), str):
+        key = f"method.path={path}"
+        found[key] = _digest([list_file(path)], key)
     for layer in layers:
         if digest := sae_digest(exp.sae, layer):
             found[f"sae.folder={exp.sae.folder}, layer {layer}"] = digest
