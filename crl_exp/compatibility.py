@@ -170,7 +170,7 @@ def _validation_may_be_filled_up(plain: dict[str, Any]) -> bool:
     own = sources["validation"]
     asked = sum(task[f"n_{part}"] for part in ("validation", "test") if sources[part] == own)
     whole = files is None and not task.get("groups")
-    enough = whole and asked <= _ROWS.get((task.get("hub_id"), own), 0)
+    enough = whole and asked <= _ROWS.get((str(task.get("hub_id")), str(own)), 0)
     return own != sources["train"] and not enough
 
 

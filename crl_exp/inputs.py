@@ -31,17 +31,18 @@ class Reads(Protocol):
     """Of an experiment, what names files."""
 
     @property
-    def method(self) -> Any: ...
-
-    @property
     def task(self) -> Any: ...
 
     @property
     def sae(self) -> Any: ...
 
+    @property
+    def method(self) -> Any: ...
+
 
 def inputs_of(exp: Reads, layers: Sequence[int]) -> Inputs:
-    """What the experiment would read now: the task's files, the SAEs of these layers.
+    """What the experiment would read now: the task's files, the SAEs of these layers, a list of
+    features.
 
     Raises `UserError` where one can't be read.
     """

@@ -169,6 +169,20 @@ def test_keys_are_what_they_were(mine):
     assert RunDirectory(config).key == key
 
 
+def test_a_list_of_features_may_be_edited(mine):
+    """Its run is not gone on with, nor its result taken, for another list."""
+    path = mine.root / "list.csv"
+    path.write_text("layer,feature,coefficient\n1,3,2.0\n")
+    listed = ["method=listed", f"method.path={path}", "layers=single"]
+    run_small(typed(mine, *listed))
+    assert run_small(typed(mine, *listed), skip_finished=True)[0]
+    path.write_text("layer,feature,coefficient\n1,4,2.0\n")
+    with pytest.raises(
+        UserError, match=r"begun with something else in method\.path=.*resume=force"
+    ):
+        run_small(typed(mine, *listed), skip_finished=True)
+
+
 def test_a_digest_is_of_the_content(tmp_path: Path):
     for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
         (tmp_path / name).write_text(text)
