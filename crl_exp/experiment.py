@@ -73,7 +73,12 @@ def run_experiment(
         log.info("%s, left alone by resume=retry: %s", state, run.path)
         return None
     if run.anew or not run.result_path.exists():
-        _check_machine(exp)
+        try:
+            _check_machine(exp)
+        except UserError:
+            if run.path.exists():
+                refuse_changed_inputs(exp, layers, run)  # says more of a file that was edited
+            raise
     try:
         with preemption.guard(), run.held():
             # Only now: until here another process may have been at it.

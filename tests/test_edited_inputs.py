@@ -143,6 +143,11 @@ def test_a_queued_run_keeps_to_the_files_that_were_there(mine, monkeypatch):
     edit(mine)
     with pytest.raises(UserError, match=CHANGED):
         run_experiment(points[0].config, skip_finished=True)
+    whole = (mine.root / "task.jsonl").read_text()
+    (mine.root / "task.jsonl").write_text("no json\n")
+    with pytest.raises(UserError, match=CHANGED):  # rather than what is wrong with the new one
+        run_experiment(points[1].config, skip_finished=True)
+    (mine.root / "task.jsonl").write_text(whole)
     with pytest.raises(UserError, match=rf"2 of 2 runs[\s\S]*{CHANGED}"):
         points_of(
             *typed(mine, "+debug=tiny", "task=jsonl", "method=none", "layers.layer=1", "seed=0,1")
