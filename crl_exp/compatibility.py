@@ -184,6 +184,14 @@ MENDED: tuple[Mended, ...] = (
     Mended("tokens of an answer counted in the whole rollout", _weighs_answers),
     Mended("gumbel_topk records the act's probability", _gumbel_was_drawn_twice),
     Mended("CorrSteer-P tests each layer once", _tests_a_layer_more_than_once),
+    Mended(
+        "evaluations sample by item",
+        lambda plain: (
+            _of_class(plain, "activation", "AlwaysGumbel")
+            and _of_class(plain, "method", "CRL", "PublishedCRL")
+            and plain["method"].get("features") == "free"
+        ),
+    ),
     Mended("validation filled up before train is drawn", _validation_may_be_filled_up),
     # Options of several tokens could never be right.
     Mended("options_of_several_tokens", _several_tokens),

@@ -23,7 +23,8 @@ GOLDEN = 0x9E3779B97F4A7C15
 class Draws:
     """Numbers for one layer and token of a rollout; each call gives new ones.
 
-    seed: of the rollout. row_B: each row's position among its job's items.
+    seed: of the rollout. row_B: each row's position among its job's items; in an evaluation its
+    item's in the split, so that neither the parts a split is answered in nor their size matter.
     """
 
     def __init__(self, seed: int, row_B: Tensor, layer: int = 0, token_index: int | Tensor = 0):

@@ -253,7 +253,7 @@ class PolicyController(Controller):
 
     generator: of the training's exploration; one number is taken, the seed of this rollout. None:
         the top features, or where a stage samples always (`Stage.samples`) a draw by the run's
-        seed.
+        seed and the item.
     """
 
     def __init__(

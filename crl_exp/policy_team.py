@@ -72,7 +72,8 @@ class PolicyTeam(Team):
         rows = {"x_BD": x_ND, **held}
         if self.seeds[0] is not None:
             if memory.key_B is None:
-                memory.key_B = self._keys(context.row_B.to(x_ND.device), sizes)
+                place_N = context.row_B if self.explores else torch.tensor(context.items)
+                memory.key_B = self._keys(place_N.to(x_ND.device), sizes)
             rows["key_B"] = memory.key_B
             if context.option_B is not None:
                 rows["key_B"] = option_keys(memory.key_B, context.option_B)

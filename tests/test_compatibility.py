@@ -140,6 +140,8 @@ def test_rewards_said_to_be_0_or_1_are_so(as_it_is):
         (["method=corrsteer_s", "warmup.negative=steer", "coefficient=relative"], []),
         (["algorithm.flatten_tokens=false"], ["tokens of an answer counted in the whole rollout"]),
         (["algorithm.flatten_tokens=false", "algorithm.minibatches=1"], []),
+        (["activation=gumbel_topk_author"], ["evaluations sample by item"]),
+        (["activation=gumbel_topk_author", "method.features=fixed"], []),
         (["task=mmlu"], []), (["task=mmlu_pro"], []), (["task=gsm8k"], []),
         (["task=mmlu", "task.n_validation=2000"],
          ["validation filled up before train is drawn"]),

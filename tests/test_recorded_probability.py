@@ -161,3 +161,19 @@ def test_gumbel_always_samples_in_an_evaluation_and_by_the_seed() -> None:
     assert len(set(chosen("gumbel_topk_author", 0))) > 1
     assert chosen("gumbel_topk_author", 0) == chosen("gumbel_topk_author", 0)
     assert chosen("gumbel_topk_author", 0) != chosen("gumbel_topk_author", 1)
+
+
+def test_an_evaluation_samples_alike_in_whatever_parts_a_split_is_answered() -> None:
+    """By the item: not anew from the first number in each part, nor by the size of the parts."""
+    one, n = acting("activation", "gumbel_topk_author"), 60
+    x_ND = torch.randn(n, D_MODEL, generator=torch.Generator().manual_seed(1))
+
+    def chosen(size: int) -> list[int]:
+        found: list[int] = []
+        for items in torch.arange(n).split(size):
+            context = StepContext(0, items.tolist(), torch.ones(len(items), dtype=torch.bool))
+            action = PolicyController({2: one}, Decay(1.0)).act(2, x_ND[items], context)
+            found += action.feature_idx_BK[:, 0].tolist()
+        return found
+
+    assert chosen(n) == chosen(7) == chosen(20)
