@@ -44,8 +44,10 @@ def register() -> None:
 
 def _check_points(loader: ConfigLoader, master: DictConfig, jobs: list[list[str]]) -> None:
     from crl_exp.launcher.plan import check_all
+    from crl_exp.launcher.shows import shows_text
 
-    check_all(loader, master, jobs)
+    for line in shows_text(check_all(loader, master, jobs)):
+        print(line)
 
 
 def check_sweeper(hydra: Any) -> None:

@@ -11,7 +11,8 @@ from crl_exp.records import Record, flatten
 
 # Keys of the task that don't change what is asked and scored on the test items.
 NOT_THE_TEST = (
-    "task.shuffle_labels", "task.n_train", "task.n_train_benign",
+    "task.shuffle_labels", "task.n_train", "task.n_train_benign", "task.n_validation",
+    "task.n_validation_benign", "task.train_seed",
     "task.wording",  # a name; task.question has what it stands for
 )  # fmt: skip
 # Keys of models that change how they are run, not which they are.

@@ -21,8 +21,11 @@ from crl_exp.pairs import Difference, difference, right_shares, same_items
 from crl_exp.records import Record
 from crl_exp.row_names import find_rows
 from crl_exp.table_cells import p_text, points
+from crl_exp.wordings import FORMS, TEXTS
 
 ITEMS_SHOWN = 10
+WORDING = tuple(f"{key}:" for key in (*TEXTS, *FORMS))
+"""How lines on what differs begin that are about how the items were put."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,11 @@ def compared(ours: Row, theirs: Row, test_set: str | None) -> tuple[Difference, 
         for run in row.runs:
             _has_set(run, test_set)
     told = differences([*ours.runs, *theirs.runs])
-    # Another model may answer the same questions; what is asked must be the same.
-    other = [line for line in told if not line.strip().startswith("model.")]
+    # Another model may answer the same items, and they may be put in other words: both are told,
+    # and items are paired by id. The items themselves must be the same, as `same_items` checks.
+    other = [line for line in told if not line.strip().startswith(("model.", *WORDING))]
+    if _names(told) & set(WORDING):  # the digest holds the prompts
+        other = [line for line in other if not line.strip().startswith("data_digest:")]
     if other:
         raise UserError(
             "they weren't asked the same, so they can't be paired:\n" + "\n".join(other)
@@ -57,6 +63,10 @@ def compared(ours: Row, theirs: Row, test_set: str | None) -> tuple[Difference, 
     mine, their = same_items(ours, theirs, test_set)
     assert mine.samples is not None and their.samples is not None
     return difference(mine, their), _differing(mine.samples, their.samples)
+
+
+def _names(lines: list[str]) -> set[str]:
+    return {f"{line.strip().partition(':')[0]}:" for line in lines}
 
 
 def _has_set(run: Record, test_set: str | None) -> None:
@@ -102,6 +112,8 @@ def text(
 def _test(found: Difference) -> str:
     if found.test == "McNemar":
         return "McNemar's exact test; interval: paired bootstrap over items"
+    if found.test == "items":
+        return "over items, since rewards aren't all 0 or 1; interval: paired bootstrap over items"
     return "over items and the seeds of both, as the interval"
 
 

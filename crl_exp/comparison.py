@@ -18,7 +18,7 @@ from crl_exp.records import Record
 
 @dataclass(frozen=True)
 class Row:
-    """Runs that differ in nothing but their seed."""
+    """Runs that differ in nothing but their seed and the draw of their training items."""
 
     label: Label
     method: str
@@ -91,6 +91,10 @@ class Row:
     @property
     def control(self) -> bool:
         return is_control(self.runs[0])
+
+    @property
+    def train_seeds(self) -> set[int | None]:
+        return {_draw(run)[1] for run in self.runs}
 
     @property
     def seeds(self) -> list[int]:
@@ -184,10 +188,19 @@ def _row(key: tuple[Label, str, bool, tuple[int, ...]], runs: list[Record]) -> R
     label, method, shuffled, layers = key
     layers = layers or tuple(sorted({layer for run in runs for layer in run.layers or ()}))
     if not layers:  # a sweep over layers runs it again and again, each time the same
-        runs = list({run.config["seed"]: run for run in runs}.values())
+        runs = list({_draw(run): run for run in runs}.values())
     return Row(
-        label, method, shuffled, layers, tuple(sorted(runs, key=lambda run: run.config["seed"]))
+        label,
+        method,
+        shuffled,
+        layers,
+        tuple(sorted(runs, key=lambda run: (run.config["seed"], str(_draw(run))))),
     )
+
+
+def _draw(run: Record) -> tuple[int, int | None]:
+    """A run's seed and that of its training items."""
+    return run.config["seed"], run.config["task"].get("train_seed")
 
 
 def holm(p_values: list[float]) -> list[float]:

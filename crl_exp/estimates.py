@@ -14,7 +14,7 @@ import numpy as np
 
 from crl_exp.items import NoItemsError, aligned, item_rewards
 from crl_exp.records import Record
-from crl_exp.statistics import Crossed, Z, accuracy_interval, crossed, crossed_parts
+from crl_exp.statistics import Crossed, Z, accuracy_interval, all_or_nothing, crossed, crossed_parts
 
 
 def split(run: Record, name: str | None) -> dict[str, Any]:
@@ -112,9 +112,19 @@ class Estimates:
 
     @property
     def p_value(self) -> float:
-        """That the difference is none: McNemar's exact test for one seed, or where all got the
-        same; else over items and seeds, as the interval."""
-        return as_float(self.figures[0]["p_value"]) if self.alike else self.delta.p_value
+        """That the difference is none. One seed, or where all got the same: McNemar's exact test,
+        or over items where rewards are fractional; else over items and seeds, as the interval."""
+        if not self.alike:
+            return self.delta.p_value
+        if self.samples is not None and self.fractional:
+            return crossed(self.samples.delta_SI[:1]).p_value
+        return as_float(self.figures[0]["p_value"])
+
+    @property
+    def fractional(self) -> bool:
+        """Whether rewards are known not to be all 0 or 1."""
+        found = self.samples
+        return found is not None and not all_or_nothing(found.baseline_SI, found.steered_SI)
 
 
 def estimates(runs: Sequence[Record], name: str | None) -> Estimates:

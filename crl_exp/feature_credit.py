@@ -16,7 +16,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from crl_exp.comparison import Row
-from crl_exp.feature_use import layer_uses
+from crl_exp.feature_use import all_uses
 from crl_exp.records import Record
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, unseen by type checkers
@@ -27,7 +27,8 @@ RIGHT = 0.5  # as in `statistics.compare`
 
 @dataclass
 class FeatureCredit:
-    """A feature of one row's runs, summed over its seeds. rank: among those that stage 1 found.
+    """A feature of one row's runs, summed over its seeds. rank: among those that stage 1 found;
+    it and the correlation are None where there was no stage 1.
 
     fixed, broken: items that came right or went wrong and had the feature added at some token;
     None where the runs were made before interventions.parquet held rewards.
@@ -38,7 +39,7 @@ class FeatureCredit:
     feature: int
     link: str | None
     rank: int | None
-    correlation: float
+    correlation: float | None
     coefficient: float = 0.0
     runs: int = 0
     tokens: int = 0
@@ -56,7 +57,7 @@ class FeatureCredit:
 def credits_of(row: Row) -> list[FeatureCredit]:
     """Every feature that a row's runs added on test, most flipped items first."""
     found: dict[tuple[int, int], FeatureCredit] = {}
-    for layer, uses in layer_uses(row).items():
+    for layer, uses in all_uses(row).items():
         for use in uses:
             for used in use.used:
                 feature = used["feature"]
@@ -64,7 +65,7 @@ def credits_of(row: Row) -> list[FeatureCredit]:
                     (layer, feature),
                     FeatureCredit(
                         row, layer, feature, used.get("neuronpedia"), use.ranks.get(feature),
-                        used["correlation"],
+                        used.get("correlation") if use.found else None,
                     ),
                 )  # fmt: skip
                 # The mean over all additions, of all seeds.

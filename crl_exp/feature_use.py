@@ -73,11 +73,17 @@ class LayerUse:
 
 
 def layer_uses(row: Row) -> dict[int, list[LayerUse]]:
-    """By layer, a row's runs that added features there."""
+    """By layer, a row's runs that added features there, with those that stage 1 found."""
+    found = {la: [use for use in uses if use.found] for la, uses in all_uses(row).items()}
+    return {layer: uses for layer, uses in found.items() if uses}
+
+
+def all_uses(row: Row) -> dict[int, list[LayerUse]]:
+    """Likewise, with runs that have no stage 1, such as those of a given list of features."""
     found: dict[int, list[LayerUse]] = {}
     for run in row.runs:
         for layer, said in run.features.items():
-            if said["used"] and said["found"]:
+            if said["used"]:
                 use = LayerUse(
                     int(layer), run, tuple(said["found"]), tuple(said["used"]),
                     said.get("allowed", 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,24 +49,38 @@ def look(sweep: SweepComparison) -> dict[str, tuple[str, str]]:
 def look_of(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each family. A method's first family has the method's own, the others
     what is free; shuffled labels look like the method's first (and are drawn hollow)."""
-    of_method: dict[str, int] = {}
     families: dict[str, Row] = {}
     for row in rows:
         families.setdefault(row.family, row)
-        spare = [i for i in range(len(COLOURS)) if i not in FIXED_COLOURS.values()]
-        of_method.setdefault(row.method, FIXED_COLOURS.get(row.method, spare[0]))
-    free = [i for i in range(len(COLOURS)) if i not in of_method.values()]
-    looks, seen = {}, set()
+    # Kept for the methods that are there, whichever comes first.
+    kept = {row.method: FIXED_COLOURS[row.method] for row in families.values()
+            if row.method in FIXED_COLOURS}  # fmt: skip
+    free = _free_pairs(set(kept.values()))
+    firsts: dict[str, tuple[str, str]] = {}
+    looks: dict[str, tuple[str, str]] = {}
     for family, row in families.items():
-        method = row.method
-        number = of_method[method]
-        if method in seen and not row.shuffled:
-            number = free.pop(0) if free else number + len(looks)
-        seen.add(method)
-        # Once the colours are used up, the markers shift, so that no two families look alike.
-        marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
-        looks[family] = (COLOURS[number % len(COLOURS)], marker)
+        first = firsts.get(row.method)
+        if first is None and row.method in kept:
+            number = kept[row.method]
+            looks[family] = COLOURS[number], MARKERS[number]
+        elif first is not None and row.shuffled:
+            looks[family] = first
+        else:
+            looks[family] = next(free)
+        firsts.setdefault(row.method, looks[family])
     return looks
+
+
+def _free_pairs(taken: set[int]) -> Iterator[tuple[str, str]]:
+    """Pairs of colour and marker: each colour not taken with its own marker, then each colour with
+    each other marker: no two of 49 are the same."""
+    n = len(COLOURS)
+    # Other methods' colours last, so that what isn't here yet is rarely mistaken for them.
+    order = sorted(range(n), key=lambda number: number in FIXED_COLOURS.values())
+    for shift in count():
+        for number in order:
+            if shift or number not in taken:
+                yield COLOURS[number], MARKERS[(number + shift) % n]
 
 
 def wrapped(label: str, characters: int = LEGEND_CHARACTERS, indent: str = "  ") -> str:

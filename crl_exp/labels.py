@@ -25,9 +25,12 @@ NAMES = {
     "corrsteer_a": "CorrSteer-A",
     "corrsteer_p": "CorrSteer-P",
     "attribution": "attribution",
+    "listed": "listed features",
     "crl": "CRL",
+    "crl_published": "CRL as published",
     "prompting": "prompting",
     "calibration": "bias on the answer",
+    "bag_of_words": "bag of words (no model)",
     "probe": "linear probe (reads only)",
     "probe_steering": "probe that steers",
     "lora": "LoRA",
@@ -135,7 +138,7 @@ def best_on_validation(record: Record) -> bool:
 
 def _options(records: list[Record]) -> dict[str, dict[str, Any]]:
     """By run key: what of a config may set runs of one method apart. A part goes by its name."""
-    skipped = (*NOT_IN_KEY, "seed", "layers")
+    skipped = (*NOT_IN_KEY, "seed", "layers")  # and task.train_seed: draws are put together
     kept = {
         record.key: {k: v for k, v in as_compared(record.config).items() if k not in skipped}
         for record in records
@@ -146,7 +149,7 @@ def _options(records: list[Record]) -> dict[str, dict[str, Any]]:
         values = {
             name: value
             for name, value in flatten(sections).items()
-            if not name.endswith("_target_") and name not in IN_THE_NAME
+            if not name.endswith("_target_") and name not in (*IN_THE_NAME, "task.train_seed")
         }
         found[key] = {"method": sections["method"]["name"], **names, **values}
     return found

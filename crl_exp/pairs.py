@@ -10,7 +10,7 @@ import numpy as np
 from crl_exp.comparison import Row, SweepComparison, holm
 from crl_exp.estimates import Estimates, Samples
 from crl_exp.items import ItemRewards, aligned
-from crl_exp.statistics import Crossed, compare, crossed_difference
+from crl_exp.statistics import Crossed, all_or_nothing, compare, crossed_difference
 
 RIGHT = 0.5  # as in `statistics.compare`
 
@@ -20,7 +20,8 @@ class Difference:
     """Rewards of one side minus those of the other, on the same items.
 
     interval: 95 %. p_value, test: McNemar's exact test where each side has one seed, or seeds that
-    all got the same; else over items and seeds, as the interval.
+    all got the same (over items where rewards aren't all 0 or 1); else over items and seeds, as
+    the interval.
     better, worse: items that are right on the one side and wrong on the other, mean over all pairs
     of seeds. paired: False where some run has no rewards by item: the interval is then that of two
     unpaired samples, too wide, and better and worse are unknown.
@@ -49,7 +50,8 @@ def difference(ours: Estimates, theirs: Estimates) -> Difference:
     if _alike(a_SI) and _alike(b_SI):
         found = compare(b_SI[0], a_SI[0], a_SI[0] != b_SI[0])
         return Difference(
-            found.delta, found.delta_ci95, found.p_value, "McNemar", found.fixed, found.broken,
+            found.delta, found.delta_ci95, found.p_value,
+            "McNemar" if all_or_nothing(a_SI[0], b_SI[0]) else "items", found.fixed, found.broken,
             found.n, True, counts,
         )  # fmt: skip
     made = _crossed(crossed_difference(a_SI, b_SI), counts, paired=True)
@@ -67,7 +69,7 @@ def _crossed(found: Crossed, counts: tuple[int, int], paired: bool) -> Differenc
 
 
 def _alike(value_SI: np.ndarray) -> bool:
-    return bool((value_SI == value_SI[0]).all())
+    return all(np.array_equal(one, value_SI[0], equal_nan=True) for one in value_SI)
 
 
 def right_shares(samples: Samples) -> np.ndarray:
@@ -129,4 +131,6 @@ def chosen_pairs(sweep: SweepComparison) -> list[Pair]:
         pairs.append((ours, theirs, difference(*same_items(ours, theirs))))
     corrected = holm([found.p_value for *_, found in pairs])
     made = [Pair(a, b, d, p) for (a, b, d), p in zip(pairs, corrected, strict=True)]
-    return sorted(made, key=lambda pair: -pair.difference.value)
+    values = [pair.difference.value for pair in made]
+    order = np.argsort(-np.array(values), kind="stable")  # undefined ones last
+    return [made[i] for i in order]

@@ -77,7 +77,9 @@ def power(delta: float, spread: Spread, n: int, n_seeds: int) -> float:
 
 def smallest_difference(spread: Spread, n: int, n_seeds: int) -> float:
     """The difference that is found in four of five cases. One seed, differences of 0 and 1 of which
-    a share c isn't 0: (1.96 + 0.84)·√(c/n)."""
+    a share c isn't 0: (1.96 + 0.84)·√(c/n). NaN where a variance isn't finite."""
+    if not np.isfinite([spread.items, spread.seeds or 0.0, spread.noise]).all():
+        return float("nan")
     if power(1e-12, spread, n, n_seeds) >= POWER:
         return 0.0
     top = 0.001

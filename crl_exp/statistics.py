@@ -22,7 +22,8 @@ class Comparison:
     """Steered against baseline on the same n items.
 
     delta: difference of the mean rewards. delta_ci95: paired percentile bootstrap over items.
-    p_value: McNemar's exact test on the items whose right/wrong changed. fixed, broken: items that
+    p_value: McNemar's exact test on the items whose right/wrong changed; where rewards aren't all 0
+    or 1, of the mean difference over items (`p_of_items`). fixed, broken: items that
     became right or wrong. ser: side-effect ratio broken / (fixed + broken), null where neither.
     ser_all_changed: broken / all items whose output changed, null where none did.
     """
@@ -51,12 +52,26 @@ def compare(baseline: np.ndarray, steered: np.ndarray, changed: np.ndarray) -> C
         accuracy_steered=float(steered.mean()),
         delta=float((steered - baseline).mean()),
         delta_ci95=bootstrap_interval(steered - baseline),
-        p_value=mcnemar(fixed, broken),
+        p_value=p_of_items(baseline, steered),
         fixed=fixed,
         broken=broken,
         ser=broken / flips if flips else None,
         ser_all_changed=broken / n_changed if n_changed else None,
     )
+
+
+def all_or_nothing(*rewards: np.ndarray) -> bool:
+    """Whether all rewards are 0 or 1."""
+    return all(bool(np.isin(some, (0, 1)).all()) for some in rewards)
+
+
+def p_of_items(baseline: np.ndarray, steered: np.ndarray) -> float:
+    """That rewards [n] of the same items differ by nothing: McNemar's exact test where all are 0 or
+    1; else one minus the level of the normal interval of Δ that just reaches 0, since McNemar's
+    sees only which items cross .5. NaN where a reward isn't finite."""
+    if not all_or_nothing(baseline, steered):
+        return crossed((steered - baseline)[None]).p_value
+    return mcnemar(int((steered > baseline).sum()), int((steered < baseline).sum()))
 
 
 def mcnemar(fixed: int, broken: int) -> float:
@@ -114,7 +129,10 @@ class Crossed:
     @property
     def p_value(self) -> float:
         """Of no difference: one minus the level of the interval that just reaches 0, so that p and
-        interval never disagree. Where nothing varies: a sign test's, 2^(1 - n)."""
+        interval never disagree. Where nothing varies: a sign test's, 2^(1 - n). NaN where the mean
+        or a variance isn't finite."""
+        if not np.isfinite([self.mean, self.v_items, self.v_seeds]).all():
+            return float("nan")
         if self.mean == 0:
             return 1.0
         if self.v_items + self.v_seeds == 0:

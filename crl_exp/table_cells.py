@@ -142,13 +142,24 @@ def notes(sweep: SweepComparison) -> list[str]:
             )
     else:
         found.append("Intervals: paired bootstrap over items. p: McNemar's exact test.")
+    if any(row.estimates().fractional for row in sweep.rows):
+        found.append(
+            "Rewards aren't all 0 or 1: in place of McNemar's test, which sees only which items "
+            "cross .5, p is of the mean difference over items (normal)."
+        )
+    if any(len(row.train_seeds) > 1 for row in sweep.rows):
+        found.append(
+            "Runs that differ only in task.train_seed or seed are put together: each is a draw "
+            "(of training items, of a seed), and their number stands under seeds."
+        )
     found.append(f"{holm_note(sweep)} SER: broken / (fixed + broken).")
     if sweep.chosen:
         found.append(f"{CHOSEN} the layers that did best on validation; test was not looked at.")
     found += harmful(sweep)
     found += undefined_lines(sweep)
-    baselines = {row.mean("accuracy_baseline") for row in sweep.rows}
-    if np.ptp(list(baselines)) > 1e-9:
+    baselines = [row.mean("accuracy_baseline") for row in sweep.rows]
+    baselines = [share for share in baselines if np.isfinite(share)]
+    if baselines and np.ptp(baselines) > 1e-9:
         found.append(
             f"The unsteered model is not the same in all runs ({min(baselines):.4f} to "
             f"{max(baselines):.4f}): they ran on different hardware or library versions."
@@ -160,11 +171,11 @@ def harmful(sweep: SweepComparison) -> list[str]:
     """The methods that do worse than nothing where their choices were made, controls aside."""
     worse = []
     for row in sweep.rows:
-        each = [as_float(split(run, "validation")["accuracy_baseline"]) for run in row.runs]
-        was = float(np.mean(each))
-        if not row.control and row.validation < was - 1e-9:
+        was = row.mean("accuracy_baseline", "validation")
+        now = row.mean("accuracy_steered", "validation")
+        if not row.control and now < was - 1e-9:  # never where one of them is undefined
             where = f"{row.family}, {row_layers(row)}" if row.layers else row.family
-            worse.append(f"{where} ({100 * was:.1f} → {100 * row.validation:.1f} %)")
+            worse.append(f"{where} ({100 * was:.1f} → {100 * now:.1f} %)")
     if not worse:
         return []
     return [f"Worse than the unsteered model on validation, and steered all the same: "
@@ -197,20 +208,36 @@ def undefined_lines(sweep: SweepComparison) -> list[str]:
 
 
 def headline(sweep: SweepComparison) -> str | None:
-    """CRL at its chosen layer against the CorrSteer that does best on validation."""
-    learned = [row for row in sweep.rows if row.method == "crl" and not row.control]
-    fixed = [r for r in sweep.rows if r.method.startswith("corrsteer") and not r.control]
-    if not learned or not fixed:
+    """CRL at its best on validation, of all its variants, against the rival that does best there,
+    baselines included, and against the best CorrSteer where that is another."""
+    able = [row for row in sweep.rows if not row.control and row.method != "none"]
+    learned = [row for row in able if _is_crl(row)]
+    rivals = [row for row in able if not _is_crl(row)]
+    if not learned or not rivals:
         return None
     best = max(learned, key=lambda row: row.validation)
-    rival = max(fixed, key=lambda row: row.validation)
+    rival = max(rivals, key=lambda row: row.validation)
+    told = [f"Best on validation, measured on test: {_named(best)}; against the best of all other "
+            f"methods, baselines included: {_against(best, rival)}."]  # fmt: skip
+    fixed = [row for row in rivals if row.method.startswith("corrsteer")]
+    if fixed and not rival.method.startswith("corrsteer"):
+        corrsteer = max(fixed, key=lambda row: row.validation)
+        told.append(f"Against the best CorrSteer: {_against(best, corrsteer)}.")
+    return " ".join(told)
+
+
+def _is_crl(row: Row) -> bool:
+    """Whether a row's method is CRL or a variant of it, such as `crl_published`."""
+    return row.method.startswith("crl")
+
+
+def _against(best: Row, rival: Row) -> str:
     found = difference(*same_items(best, rival))
     seeds = " and ".join(map(str, found.n_seeds))
     paired = "paired by item" if found.paired else "not paired by item, so too wide"
     return (
-        f"Best on validation, measured on test: {_named(best)}; {_named(rival)}; difference "
-        f"{points(found.value, found.interval)} points ({paired}; seeds: {seeds}, "
-        f"n = {found.n})."
+        f"{_named(rival)}; difference {points(found.value, found.interval)} points ({paired}; "
+        f"seeds: {seeds}, n = {found.n})"
     )
 
 

@@ -16,6 +16,7 @@ from crl_exp.power import (
     seeds_needed,
     smallest_difference,
 )
+from crl_exp.shown import number
 from crl_exp.table_cells import FurtherTable, p_text, points, row_layers
 
 PAIR_TITLE = "Methods against each other, at what was chosen on validation"
@@ -44,7 +45,8 @@ def pair_notes(pairs: list[Pair]) -> list[str]:
     """What one must know to read the table of pairs."""
     told = [
         "Paired item by item on test; intervals and p over items and the seeds of both, McNemar's "
-        f"exact test where neither's seeds differ. Holm-corrected for these {len(pairs)} pairs. "
+        "exact test where neither's seeds differ (over items where rewards aren't all 0 or 1). "
+        f"Holm-corrected for these {len(pairs)} pairs. "
         "Better/worse: items right in the one and wrong in the other, mean over pairs of seeds."
     ]
     if not all(pair.difference.paired for pair in pairs):
@@ -99,11 +101,12 @@ def shows_cells(row: Row) -> list[str]:
     delta_SI = samples.delta_SI[:1] if row.estimates().alike else samples.delta_SI
     spread, (n_seeds, n) = Spread.measured(delta_SI), delta_SI.shape
     both = both_needed(spread, n_seeds) if spread.seeds is not None else None
+    changed = (delta_SI != 0).mean() if np.isfinite(delta_SI).all() else None
     return [
         row.family, row_layers(row), str(len(row.runs)), str(n),
-        f"{100 * (delta_SI != 0).mean():.1f}",
-        "–" if spread.seeds is None else f"{100 * spread.seeds**0.5:.1f}",
-        f"{100 * smallest_difference(spread, n, n_seeds):.1f}",
+        number(None if changed is None else 100 * changed, ".1f"),
+        number(None if spread.seeds is None else 100 * spread.seeds**0.5, ".1f"),
+        number(100 * smallest_difference(spread, n, n_seeds), ".1f"),
         _count(items_needed(spread, n_seeds)),
         _count(None if spread.seeds is None else seeds_needed(spread, n)),
         f"{both[0]:,} × {both[1]}" if both else "–",
@@ -121,5 +124,5 @@ def pair_tables(sweep: SweepComparison) -> list[FurtherTable]:
     return [table for table in found if table.lines]
 
 
-def _count(number: int | None) -> str:
-    return "–" if number is None else f"{number:,}"
+def _count(found: int | None) -> str:
+    return "–" if found is None else f"{found:,}"

@@ -26,7 +26,7 @@ def winners_curse(reward_MI: np.ndarray) -> float:
     """By how much the best of these options is expected to look better than it is, were all equally
     good; 0 for one option."""
     m, n = reward_MI.shape
-    if m < 2:
+    if m < 2 or n == 0:
         return 0.0
     apart_MI = reward_MI - reward_MI.mean(axis=0)
     variance = float(apart_MI.var(axis=1).sum()) / (m - 1)
@@ -47,6 +47,9 @@ class Tried:
         if len(self._rewards) < 2:
             return None
         reward_MI = np.stack(self._rewards)
+        reward_MI = reward_MI[
+            :, np.isfinite(reward_MI).all(axis=0)
+        ]  # undefined rewards say nothing
         (m, n), curse = reward_MI.shape, winners_curse(reward_MI)
         if not curse >= NOTICEABLE:  # NaN of undefined rewards, which are warned of, too
             return None

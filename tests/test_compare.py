@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from crl_exp.__main__ import main
+from crl_exp.comparison import compare_runs
+from crl_exp.records import find_records
+from crl_exp.runs import write_json
 from crl_exp.statistics import compare, crossed_difference
+from crl_exp.table_cells import notes
 from tests.synthetic import config, finished_run, run_of_items
 
 DRAW = np.random.default_rng(0)
@@ -66,6 +70,21 @@ def test_two_rows_hold_the_seeds_of_both(sweep, capsys):
     assert f"right in A and wrong in B: {better:.1f}" in told and "mean over pairs of seeds" in told
 
 
+def test_fractional_rewards_are_tested_as_they_are(sweep, capsys):
+    """All items gain, none crosses .5: p and Δ agree, and the test is named."""
+    folder, _ = sweep
+    was, gain = np.full(400, 0.6), 0.05 + 0.1 * np.random.default_rng(3).random(400)
+    made = [config(folder, method, sweep_name="f") for method in ("none", "corrsteer_s")]
+    run_of_items(made[0], was, was)
+    run_of_items(made[1], was, was + gain)
+    told = said(capsys, folder, "f:CorrSteer-S", "f:unsteered")
+    assert "p = < 0.001 (over items, since rewards aren't all 0 or 1" in told
+    comparison = compare_runs(find_records(folder / "f"))
+    (row,) = [row for row in comparison.rows if row.method != "none"]
+    assert row.p_value < 1e-6 and compare(was, was + gain, gain > 0).p_value == row.p_value
+    assert any("in place of McNemar's" in note for note in notes(comparison))
+
+
 def test_a_run_against_itself_differs_by_nothing(sweep, capsys):
     folder, runs = sweep
     told = said(capsys, folder, runs["s"].key, runs["s"].key)
@@ -100,6 +119,16 @@ def test_runs_that_were_asked_something_else_are_refused(sweep, capsys):
     run = run_of_items(odd, WAS, FIXED)
     told = refused(capsys, folder, "demo:CRL@18", f"odd/{run.key}")
     assert "weren't asked the same" in told and "task.name" in told and "gsm8k" in told
+
+
+def test_two_wordings_of_the_same_items_are_paired_and_told(sweep, capsys):
+    folder, runs = sweep
+    more = {"task.question": "Is it good? {text}", "task.wording": "good"}
+    run = run_of_items(config(folder, "corrsteer_s", sweep_name="odd", more=more), WAS, FIXED)
+    write_json(run.result_path, {**(run.result() or {}), "data_digest": "of other prompts"})
+    told = said(capsys, folder, runs["s"].key, f"odd/{run.key}")
+    assert "task.question: " in told and "Is it good? {text}" in told
+    assert "items that differ: 0 of 400" in told
 
 
 def test_other_items_under_the_same_config_are_refused_with_counts(sweep, capsys):

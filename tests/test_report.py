@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from crl_exp import table_cells, tables
 from crl_exp.comparison import SweepComparison, compare_runs
 from crl_exp.errors import UserError
+from crl_exp.figure_style import look
 from crl_exp.records import find_records, find_sweep
 from crl_exp.report import main, next_lines
 from crl_exp.runs import RunDirectory
@@ -40,6 +42,49 @@ def test_headline_compares_the_chosen_ones(tmp_path):
         "+12.0 [-1.0, 25.0] points (not paired by item, so too wide; seeds: 2 and 1, n = 1500)"
         in told
     )
+
+
+def test_headline_has_the_best_rival_and_the_best_corrsteer(tmp_path):
+    """Of CRL's variants the best on validation; controls are no rivals."""
+    finished_run(config(tmp_path), 0.1)
+    finished_run(config(tmp_path, "crl_published"), 0.11, validation=0.2)
+    finished_run(config(tmp_path, "corrsteer_s"), 0.05)
+    finished_run(config(tmp_path, "lora"), 0.14)
+    finished_run(config(tmp_path, "random"), 0.3)
+    told = table_cells.headline(compared(tmp_path))
+    assert told is not None and "CRL as published, layer 18: 79.0 %" in told
+    assert "best of all other methods, baselines included: LoRA, layer 18: 82.0 %" in told
+    assert "difference -3.0 [" in told
+    assert "best CorrSteer: CorrSteer-S, layer 18: 73.0 %; difference +6.0 [" in told
+
+
+def test_no_two_methods_look_alike(tmp_path):
+    methods = (
+        "none", "crl", "crl_published", "attribution", "prompting", "calibration", "probe",
+        "probe_steering", "lora", "bag_of_words", "listed", "a_users", "corrsteer_s",
+    )  # fmt: skip
+    for method in methods:
+        finished_run(config(tmp_path, method), 0.1)
+    finished_run(config(tmp_path, more=SHUFFLED), 0.1)
+    sweep = compared(tmp_path)
+    looks = look(sweep)
+    assert looks["CRL"] == ("#0072B2", "o") == looks.pop("CRL (shuffled labels)")
+    assert len(set(looks.values())) == len(looks) == len(methods)
+    order = [row.family for row in sweep.rows]
+    assert order.index("listed features") < order.index("CRL") < order.index("CRL as published")
+    assert order.index("bag of words (no model)") < order.index("LoRA") < order.index("a_users")
+
+
+@pytest.mark.parametrize("key", ["train_seed", "n_validation", "n_validation_benign"])
+def test_training_items_drawn_anew_are_compared(tmp_path, key):
+    for value in (5, 6):
+        run = finished_run(config(tmp_path, more={f"task.{key}": value}), 0.1)
+        written = {**run.result(), "data_digest": f"digest{value}"}
+        run.result_path.write_text(json.dumps(written))
+    sweep = compared(tmp_path)
+    rows = 1 if key == "train_seed" else 2
+    assert len(sweep.rows) == rows
+    assert any("task.train_seed" in note for note in table_cells.notes(sweep)) == (rows == 1)
 
 
 @pytest.mark.usefixtures("quick_reports")

@@ -18,6 +18,7 @@ from crl_exp.feature_use import layer_uses, learned
 from crl_exp.records import Record, find_records
 from crl_exp.report import main
 from crl_exp.runs import RunDirectory, write_json
+from crl_exp.table_cells import feature_cells
 from tests.synthetic import config, finished_run
 from tests.tiny_run import run_small
 
@@ -65,6 +66,17 @@ def with_interventions(run: RunDirectory, rewards: bool = True) -> RunDirectory:
 def only_row(folder: Path):
     (row,) = compare_runs(find_records(folder / "demo")).rows
     return row
+
+
+def test_a_list_without_a_stage_1_has_its_credits(tmp_path):
+    run = with_interventions(with_features(finished_run(config(tmp_path, "listed"), 0.1)))
+    layer = Record(run.path).features["18"]
+    write_json(run.path / "features.json", {"18": {**layer, "found": []}})
+    nine, two = credits_of(only_row(tmp_path))
+    assert (nine.feature, nine.items, nine.fixed, nine.broken) == (9, 3, 1, 1)
+    assert (two.feature, two.correlation, two.rank, two.coefficient) == (2, None, None, 10.0)
+    assert feature_cells(two)[5:7] == ["–", "–"]
+    assert not layer_uses(only_row(tmp_path))
 
 
 def test_overlap_diversity_and_correlation_by_hand(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from omegaconf import DictConfig
 
-from crl_exp.cli import check_alone
+from crl_exp.cli import _check_points, check_alone
 from crl_exp.errors import UserError
 from crl_exp.launcher import plan
 from crl_exp.launcher.plan import check_all
@@ -67,6 +67,12 @@ def test_points_that_are_one_run_by_other_words_are_one(tmp_path):
     grids = "hydra.sweeper.grids=[{seed: [0, 1]}, {seed: 0, decay: none}]"
     points = checked_here(*tiny(tmp_path, grids))
     assert len(points) == 3 and len({point.key for point in points}) == 2
+
+
+def test_what_a_sweep_can_show_is_said_once(tmp_path, capsys):
+    with typed_sweep(tiny(tmp_path, "method=corrsteer_s", "seed=0,1")) as (loader, master, jobs):
+        _check_points(loader, master, jobs)
+    assert capsys.readouterr().out.count("can show, with 16 test items, 2 seeds: ") == 1
 
 
 def test_what_is_done_is_not_checked_again(tmp_path):

@@ -20,7 +20,8 @@ from crl_exp.status import lines_of
 from crl_exp.tasks.base import Score
 from crl_exp.tasks.jsonl import JsonLines
 from crl_exp.tracking_content import final_points, points
-from tests.synthetic import config, finished_run
+from crl_exp.winners_curse import Tried
+from tests.synthetic import config, finished_run, run_of_items
 from tests.tiny_run import run_small
 
 
@@ -129,3 +130,31 @@ def test_a_row_with_an_undefined_seed_isnt_chosen(tmp_path, quick_reports):
     holm = {row.layers: p for row, p in part.sweep.p_holm.items()}
     assert holm[(3,)] == pytest.approx(0.001) and math.isnan(holm[(9,)])
     write_report(compare_parts(find_records(tmp_path / "demo")), tmp_path / "report")
+
+
+def test_one_undefined_reward_leaves_the_rest_of_a_report(tmp_path, quick_reports):
+    """Of two methods, one with seeds that differ; validation undefined too."""
+    draw = np.random.default_rng(0)
+    was = draw.integers(0, 2, 40).astype(float)
+    for method, layer, seed in (("crl", 3, 0), ("crl", 3, 1), ("corrsteer_s", 9, 0)):
+        now = np.where(draw.random(40) < 0.3, 1.0, was)
+        now[5] = math.nan
+        run = run_of_items(config(tmp_path, method, (layer,), seed=seed), was, now)
+        result = json.loads(json.dumps(run.result()))
+        for key in ("accuracy_baseline", "accuracy_steered", "delta"):
+            result["validation"][key] = None
+        run.result_path.write_text(json.dumps(result))
+    write_report(compare_parts(find_records(tmp_path / "demo")), tmp_path / "report")
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert "nan" not in table.lower() and "| CorrSteer-S @ 9 | CRL @ 3 | 1 / 2 | – | – |" in table
+
+
+def test_an_undefined_reward_on_validation_doesnt_end_a_run():
+    tried, draw = Tried(), np.random.default_rng(0)
+    for _ in range(26):
+        rewards = (draw.random(13) < 0.5).astype(float)
+        rewards[0] = math.nan
+        tried.add(rewards)
+    assert "12 validation items are few" in str(tried.warning())
+    tried.add(np.full(13, math.nan))
+    assert tried.warning() is None
