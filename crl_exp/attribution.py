@@ -80,7 +80,8 @@ def ranked(lab: Lab, objective: str) -> list[tuple[Steer, float]]:
     """All allowed features of the lab's layers with their coefficients and scores, best first.
 
     The sign of `warmup.negative=steer` is the score's: a feature that lowers the objective is then
-    taken away. Raises `UserError` where no feature may be steered.
+    taken away, by the coefficient for what is steered against, and its score is that of taking it
+    away. Raises `UserError` where no feature may be steered.
     """
     gradient_SD = mean_gradient(lab, objective)
     found: list[tuple[Steer, float]] = []
@@ -89,7 +90,12 @@ def ranked(lab: Lab, objective: str) -> list[tuple[Steer, float]]:
         coefficient_F = lab.exp.coefficient.values(statistics, sae)
         score_F = scores(gradient_SD[sae.site + 1], sae.W_dec_FD, coefficient_F)
         if lab.exp.warmup.negative == "steer":
-            coefficient_F = torch.where(score_F.to(coefficient_F.device) < 0, -1, 1) * coefficient_F
+            size_F = lab.exp.coefficient.values(statistics, sae, against=True).abs()
+            lowers_F = score_F.to(coefficient_F.device) < 0
+            against_F = torch.where(coefficient_F < 0, size_F, -size_F)
+            coefficient_F = torch.where(lowers_F, against_F, coefficient_F)
+            score_F = scores(gradient_SD[sae.site + 1], sae.W_dec_FD, coefficient_F)
+            lab.signed_by_method[layer] = coefficient_F
         score_F = handle_negative(score_F, lab.exp.warmup.negative)
         for feature in allowed_C.tolist():
             steer = Steer(layer, feature, float(coefficient_F[feature]))

@@ -128,15 +128,34 @@ def _trains(plain: dict[str, Any]) -> bool:
     return _of_class(plain, "method", "CRL") and bool(plain["method"].get("stage2"))
 
 
+def _without_stage_1(plain: dict[str, Any]) -> bool:
+    """Whether a method's result hangs on no feature that stage 1 found."""
+    method = plain.get("method") or {}
+    by_itself = _of_class(plain, "method", "RawResidual") and not method.get("norm_match")
+    return by_itself or _of_class(plain, "method", "NoSteering", "Listed", *_ADD_NO_FEATURE)
+
+
+_ADD_NO_FEATURE = (  # that stage 1 knows of
+    "BagOfWords", "Calibration", "Lora", "Probe", "ProbeSteering", "Prompting",
+)  # fmt: skip
+
+
 def _ranks_by_another_score(plain: dict[str, Any]) -> bool:
+    """By one that was scaled in each layer: CorrSteer-S compares layers by it, a policy has it in
+    its logits. At each layer by itself it ranked as it does now."""
     another = (plain.get("warmup") or {}).get("score", "pearson") != "pearson"
-    return another and not _of_class(plain, "method", "NoSteering")
+    return another and _of_class(plain, "method", "CRL", "PublishedCRL", "CorrSteerS")
 
 
 def _steers_against_by_means(plain: dict[str, Any]) -> bool:
     against = (plain.get("warmup") or {}).get("negative") == "steer"
     by_means = _of_class(plain, "coefficient", "FromWarmup")
-    return against and by_means and plain["coefficient"].get("statistic") != "contrastive"
+    means = by_means and plain["coefficient"].get("statistic") != "contrastive"
+    return against and means and not _without_stage_1(plain)
+
+
+def _attributes(plain: dict[str, Any]) -> bool:
+    return _of_class(plain, "method", "Attribution")
 
 
 def _weighs_answers(plain: dict[str, Any]) -> bool:
@@ -176,7 +195,14 @@ def _validation_may_be_filled_up(plain: dict[str, Any]) -> bool:
 
 MENDED: tuple[Mended, ...] = (
     Mended("scores compared across layers as they are", _ranks_by_another_score),
-    Mended("steered against by means over failures", _steers_against_by_means),
+    Mended(
+        "steered against by means over failures",
+        lambda plain: _steers_against_by_means(plain) and not _attributes(plain),
+    ),
+    Mended(
+        "attribution takes away means over failures",
+        lambda plain: _steers_against_by_means(plain) and _attributes(plain),
+    ),
     Mended(
         "directions and features drawn by layer",
         lambda plain: _of_class(plain, "method", "RandomDirection", "RandomFeatures"),

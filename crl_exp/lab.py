@@ -78,6 +78,7 @@ class Lab:
         if warning:
             self.warn(warning)
         self._statistics: dict[int, LayerStatistics] | None = None
+        self.signed_by_method: dict[int, Tensor] = {}  # coefficients [F] whose signs aren't r's
         self.tried = Tried()  # on validation, at all layers
         self._asked = 0  # times that a controller was tried on validation
 
@@ -325,6 +326,8 @@ class Lab:
 
     def coefficients(self, layer: int) -> Tensor:
         """Coefficient of every feature [F]; below 0 where `warmup.negative=steer` says so."""
+        if layer in self.signed_by_method:
+            return self.signed_by_method[layer]
         statistics, coefficient = self.statistics()[layer], self.exp.coefficient
         value_F = coefficient.values(statistics, self.saes[layer])
         if self.exp.warmup.negative != "steer":

@@ -111,6 +111,11 @@ def best_scale(
     return best, reward
 
 
+def warn_of_nothing(lab: Lab, layer: int) -> None:
+    """Say that `warmup.negative=drop` leaves a layer out."""
+    lab.warn(f"layer {layer}: no feature with r > 0 may be steered; nothing is added there")
+
+
 @dataclass
 class CorrSteer(Method):
     """Fixed features by correlation (CorrSteer, arXiv 2508.12535).
@@ -159,7 +164,7 @@ class CorrSteer(Method):
         statistics = lab.statistics()[layer]
         best = self.best_features(lab, statistics)
         if not best and lab.exp.warmup.negative == "drop":
-            lab.warn(f"layer {layer}: no feature with r > 0 may be steered; nothing is added there")
+            warn_of_nothing(lab, layer)
         elif not best:
             raise UserError(
                 f"layer {layer}: no feature is active in {lab.exp.warmup.min_frequency:.0%} "
@@ -323,8 +328,11 @@ class CRL(CorrSteer):
         agents = {}
         for layer, statistics in lab.statistics().items():
             allowed_C = statistics.allowed(lab.exp.warmup.min_frequency)
+            drops = lab.exp.warmup.negative == "drop"
+            if drops and not len(allowed_C):
+                warn_of_nothing(lab, layer)
+                continue
             if len(allowed_C) < lab.exp.policy.k:
-                drops = lab.exp.warmup.negative == "drop"
                 keep = ", or set warmup.negative=keep" if drops else ""
                 raise UserError(
                     f"layer {layer}: only {len(allowed_C)} features may be steered, but "

@@ -218,13 +218,28 @@ def test_the_feature_of_the_steepest_rise_is_steered(common):
 
 
 def test_a_feature_that_lowers_it_is_taken_away(common):
-    """warmup.negative=steer: ranked by the size, the sign being the score's and not r's."""
+    """warmup.negative=steer: ranked by the size, the sign being the score's and not r's; as much is
+    taken away as there is in failure."""
+    common = [*common, "coefficient=mean_positive"]
     kept = ranked(lab_of(common), "auto")
-    steered = ranked(lab_of([*common, "warmup.negative=steer"]), "auto")
-    signed = {(s.layer, s.feature_idx): score for s, score in kept}
-    assert [score for _, score in steered] == sorted(map(abs, signed.values()), reverse=True)
-    for steer, _ in steered:
-        assert (steer.coefficient < 0) == (signed[steer.layer, steer.feature_idx] < 0)
+    lab = lab_of([*common, "warmup.negative=steer"])
+    steered = ranked(lab, "auto")
+    signed = {(s.layer, s.feature_idx): (s, score) for s, score in kept}
+    assert [score for _, score in steered] == sorted((x for _, x in steered), reverse=True)
+    differ = 0
+    for steer, score in steered:
+        before, predicted = signed[steer.layer, steer.feature_idx]
+        listed = float(lab.coefficients(steer.layer)[steer.feature_idx])  # in features.json
+        assert listed == steer.coefficient
+        if predicted >= 0:
+            assert (steer, score) == (before, predicted)
+            continue
+        failing = lab.statistics()[steer.layer].by_feature["mean_unrewarded"]
+        assert steer.coefficient == pytest.approx(-float(failing[steer.feature_idx]), abs=1e-6)
+        by = steer.coefficient / before.coefficient
+        assert score == pytest.approx(by * predicted, rel=1e-5, abs=1e-7)
+        differ += abs(by + 1) > 0.01
+    assert differ
 
 
 def test_free_text_goes_by_the_reward(common):

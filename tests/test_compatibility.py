@@ -142,6 +142,12 @@ def test_rewards_said_to_be_0_or_1_are_so(as_it_is):
         (["algorithm.flatten_tokens=false", "algorithm.minibatches=1"], []),
         (["activation=gumbel_topk_author"], ["evaluations sample by item"]),
         (["activation=gumbel_topk_author", "method.features=fixed"], []),
+        (["method=corrsteer_a", "warmup.score=fisher"], []),
+        (["method=raw_residual", "method.norm_match=false", "warmup.score=fisher",
+          "warmup.negative=steer"], []),
+        (["method=probe", "warmup.negative=steer"], []),
+        (["method=attribution", "warmup.negative=steer", "coefficient=mean_positive"],
+         ["attribution takes away means over failures"]),
         (["task=mmlu"], []), (["task=mmlu_pro"], []), (["task=gsm8k"], []),
         (["task=mmlu", "task.n_validation=2000"],
          ["validation filled up before train is drawn"]),
@@ -172,12 +178,13 @@ def test_how_first_weights_are_drawn_matters_where_some_are(overrides, hashed_in
 def test_a_run_of_before_is_known_by_its_key(as_it_is):
     """Whatever it lacks of the faults mended since."""
     steered = {
-        "method": {"_target_": "crl_exp.controls.RandomFeatures"},
-        "warmup": {"score": "fisher"},
+        "method": {"_target_": "crl_exp.methods.CorrSteerS"},
+        "warmup": {"score": "fisher", "negative": "steer"},
+        "coefficient": {"_target_": "crl_exp.coefficients.FromWarmup", "statistic": "mean_active"},
     }
-    whole = hashed(steered)
-    scores, draws = whole["mended"][1], whole["mended"][0]
-    for known, missing in (([], [draws, scores]), ([draws], [scores]), ([draws, scores], [])):
+    first, second = (whole := hashed(steered))["mended"]
+    assert whole["mended"] == sorted(whole["mended"])
+    for known, missing in (([], [first, second]), ([first], [second]), ([first, second], [])):
         of_then = {**steered, "mended": known} if known else steered
         got = compatibility.mended_since(steered, content_key(of_then), content_key)
         assert got == missing

@@ -119,3 +119,11 @@ def test_where_no_layer_is_left_nothing_is_steered(common):
         [*common, "method=corrsteer_s", "warmup.negative=drop", "layers=single", "layers.layer=1"]
     )
     assert isinstance(lab.exp.method.prepare(lab), Unsteered)
+
+
+def test_crl_leaves_layers_without_an_allowed_feature_out(common):
+    """As CorrSteer does; the others are steered."""
+    lab = without_success([*common, "method=crl", "warmup.negative=drop"])
+    assert sorted(lab.exp.method.free_agents(lab)) == [la for la in LAYERS if la != 1]  # type: ignore[attr-defined]
+    (said,) = [text for text in lab.warnings if "nothing is added there" in text]
+    assert said.startswith("layer 1:")
