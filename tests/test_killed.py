@@ -62,6 +62,7 @@ class Killing:
 
     def __init__(self, home: Path, common: list[str]):
         self.home, self.common = home, common
+        self._straight: dict[str, dict[str, Any]] = {}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.disturbed"], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -84,6 +85,12 @@ class Killing:
         assert told["code"] == 0 and set(told["states"][-1]) == {"done"}, told["output"]
         return told
 
+    def straight(self, method: str) -> dict[str, Any]:
+        """A run that nobody kills; made once."""
+        if method not in self._straight:
+            self._straight[method] = self.run(f"straight_{method}", METHODS[method], [])
+        return self._straight[method]
+
 
 @pytest.fixture(scope="module")
 def killing(tiny_files, tmp_path_factory) -> Iterator[Killing]:
@@ -98,7 +105,7 @@ def killing(tiny_files, tmp_path_factory) -> Iterator[Killing]:
 def test_killed_anywhere_it_ends_as_if_nothing_had_happened(killing, method):
     """Loading, warm-up, updates, checkpoints half written and half renamed, choices on validation,
     evaluation, the last files."""
-    straight = killing.run(f"straight_{method}", METHODS[method], [])
+    straight = killing.straight(method)
     broken = killing.run(f"broken_{method}", METHODS[method], GATES[method])
     expected, found = (outcome(Path(one["folders"][0])) for one in (straight, broken))
     assert found == expected
@@ -140,7 +147,7 @@ def test_killed_while_mlflow_is_locked(killing):
     gates = [("learning", 3), ("after:checkpoint.pt", 3), ("answered", 1)]
     tracked = [*METHODS["crl"], "tracking=mlflow", "tracking.sync_seconds=0.05"]
     broken = killing.run("locked", tracked, gates, locked=str(database))
-    straight = killing.run("straight_locked", METHODS["crl"], [])
+    straight = killing.straight("crl")
     expected, found = (outcome(Path(one["folders"][0])) for one in (straight, broken))
     assert found == expected
     (child,) = children(f"sqlite:///{database}")
