@@ -50,8 +50,13 @@ _WITHOUT_A_POLICY = (
 
 
 def starts_at_zero(plain: dict[str, Any]) -> bool:
-    """Whether it is known that no first weight matters: networks are linear, or not trained."""
+    """Whether it is known that no first weight matters: networks are linear, or not trained, and no
+    stage has weights of its own that start at random."""
     policy = plain.get("policy") or {}
+    if _of_class(plain, "method", "CRL", "PublishedCRL") and _of_class(
+        plain, "activation", "ReplacingAttention"
+    ):
+        return False
     untrained = _of_class(plain, "method", *_WITHOUT_A_POLICY) or (
         _of_class(plain, "method", "CRL") and not _trains(plain)
     )
@@ -95,7 +100,7 @@ _ONE_TOKEN = {"yes", "no", "true", "false", "positive", "negative"}
 """Words of one token each, capital or not, of every tokenizer of conf/model but GPT-2's."""
 
 
-def _several_tokens(plain: dict[str, Any]) -> bool:
+def several_tokens(plain: dict[str, Any]) -> bool:
     """Whether answers are restricted to options that may be several tokens.
 
     Which are is known to the tokenizer alone: what isn't sure to be one token counts.
@@ -220,7 +225,7 @@ MENDED: tuple[Mended, ...] = (
     ),
     Mended("validation filled up before train is drawn", _validation_may_be_filled_up),
     # Options of several tokens could never be right.
-    Mended("options_of_several_tokens", _several_tokens),
+    Mended("options_ofseveral_tokens", several_tokens),
     # "I must refuse", "Sorry, no." are refusals (refusal_rule_v2).
     Mended("refusal_rule_v2", lambda plain: _get(plain, "task", "scorer") == "phrases"),
 )

@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from crl_exp import selection
+from crl_exp.compatibility import several_tokens
 from crl_exp.draws import Draws
 from crl_exp.errors import UserError
 from crl_exp.stages.activation import Identity
@@ -30,7 +31,8 @@ PLAIN: Mapping[str, type[Stage]] = {"noise": NoNoise, "activation": Identity, "m
 
 @dataclass
 class Setting:
-    """The stages of one experiment and what they are made for. n_tokens: as in `Shape`."""
+    """The stages of one experiment and what they are made for. n_tokens: as in `Shape`; before a
+    run, `TOKENS` where the tokenizer alone knows how many an option has."""
 
     stages: dict[str, Stage]
     order: Sequence[str]
@@ -39,8 +41,10 @@ class Setting:
     trained: bool
 
     @staticmethod
-    def of(exp: Experiment) -> Setting:
-        n_tokens = 1 if exp.task.choices else exp.task.max_new_tokens
+    def of(exp: Experiment, n_tokens: int | None = None) -> Setting:
+        """n_tokens: `Lab.n_tokens`, where there is a lab."""
+        if n_tokens is None:
+            n_tokens = TOKENS if several_tokens(_plainly(exp)) else exp.task.max_new_tokens
         trained = bool(getattr(exp.method, "stage2", False))
         return Setting(exp.stages, exp.order, n_tokens, exp.policy.k, trained)
 
@@ -72,6 +76,12 @@ class Setting:
                 for parameter in made.parameters() if disturbed else ():
                     parameter.add_(torch.randn(parameter.shape))
         return made
+
+
+def _plainly(exp: Experiment) -> dict[str, Any]:
+    """What `several_tokens` asks for, as a resolved config has it."""
+    task = {"_target_": f".{type(exp.task).__name__}", "choices": exp.task.choices}
+    return {"task": task, "model": {"path": exp.model.path}}
 
 
 class _Spread(Draws):
@@ -182,13 +192,13 @@ def follows_correlation(setting: Setting) -> bool:
     return chosen[0] == chosen[1]
 
 
-def cautions(exp: Experiment) -> list[str]:
+def cautions(exp: Experiment, n_tokens: int | None = None) -> list[str]:
     """What of the config is no fault, but does nothing, the same as a plainer option, or something
     that is easily overlooked.
 
-    Each line names the option and what it equals.
+    Each line names the option and what it equals. n_tokens: as of `Setting.of`.
     """
-    setting = Setting.of(exp)
+    setting = Setting.of(exp, n_tokens)
     found = exp.decay.cautions(setting.n_tokens)
     if setting.n_tokens == 1 and exp.warmup.pooling != "max":
         found.append(f"warmup.pooling={exp.warmup.pooling}: in answers of one token it is max")

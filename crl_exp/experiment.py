@@ -149,7 +149,7 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
     timed = run.progress.timed
     with timed("load"):
         lab = Lab(exp, layers, run, place.engine)
-        for caution in cautions(exp):
+        for caution in cautions(exp, lab.n_tokens):
             lab.warn(caution)
         preemption.check()
     note_data(run, lab.splits, lab.lm, lab.fed)

@@ -166,7 +166,9 @@ def test_keys_of_configs_that_no_fault_concerns_stay(overrides, mended, as_it_is
     ("overrides", "hashed_in"),
     [([], False), (["policy.first_weights=by_layer"], True),
      (["policy=linear", "policy.first_weights=by_layer"], False),
-     (["method.stage2=false", "policy.first_weights=by_layer"], False)],
+     (["method.stage2=false", "policy.first_weights=by_layer"], False),
+     (["policy=linear", "policy.first_weights=by_layer", "activation=sparse_attention_author"],
+      True)],
 )  # fmt: skip
 def test_how_first_weights_are_drawn_matters_where_some_are(overrides, hashed_in, as_it_is):
     from tests.tiny_run import quickly_composed

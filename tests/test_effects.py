@@ -116,6 +116,16 @@ def test_what_does_something_is_left_alone(overrides) -> None:
     assert cautions(experiment(*overrides)) == []
 
 
+@pytest.mark.parametrize(
+    "option", ["decay=exponential", "warmup.pooling=mean", "fusion=attention", "mask=generation"]
+)
+def test_with_options_that_may_be_several_tokens_a_plan_says_nothing_of_one_token(option) -> None:
+    """The run knows how many an option has."""
+    exp = experiment("task=sentiment", "model.path=openai-community/gpt2", option)
+    assert cautions(exp) == [] == cautions(exp, 4)
+    assert any("answers of one token" in line for line in cautions(exp, 1))
+
+
 # --- an untrained policy ---
 
 
