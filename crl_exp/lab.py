@@ -251,7 +251,8 @@ class Lab:
 
     def depends_on(self, split: str) -> list[Any]:
         """What answers to a split depend on besides the controller."""
-        task = [asdict(self.exp.task), self.splits.asked(), self.fed(split)]
+        kind = type(self.exp.task).__qualname__  # which scores answers, whatever its fields
+        task = [kind, asdict(self.exp.task), self.splits.asked(), self.fed(split)]
         return [self.engine_key, self.lm.fingerprint(), *task]
 
     def play(self, controller: Controller, items: list[int]) -> tuple[Generation, Tensor]:

@@ -33,7 +33,8 @@ def shared(kind: str, key: Any, make: Callable[[], Any], keep: int) -> Any:
 
 def shared_splits(task: Task) -> Splits:
     """A task's splits, drawn again where its files have changed."""
-    return shared("splits", [asdict(task), task_inputs(task)], task.splits, keep=4)
+    kind = type(task).__qualname__
+    return shared("splits", [kind, asdict(task), task_inputs(task)], task.splits, keep=4)
 
 
 def shared_model(key: Any, make: Callable[[], LanguageModel]) -> LanguageModel:

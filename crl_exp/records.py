@@ -210,16 +210,24 @@ def _silent_seconds(run: Path) -> float:
     The times of a file that it wrote and of one written now are told by the same clock; those that
     another machine writes into its files are told by its own, which may be minutes off.
     """
-    files = [run / name for name in ("heartbeat.json", "status.json")]
-    last = max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
     probe = run / f".now-{socket.gethostname()}-{os.getpid()}"
     try:
-        probe.touch()
+        probe.touch()  # first: it also makes a network disk look at the folder anew
         now = probe.stat().st_mtime
         probe.unlink(missing_ok=True)
     except OSError:  # read-only here
         now = time.time()
+    last = max(_written_at(run / name) for name in ("heartbeat.json", "status.json"))
     return now - last
+
+
+def _written_at(path: Path) -> float:
+    """A file's time, of the opened file, which a network disk doesn't tell from memory."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _held(lock: Path) -> bool:

@@ -225,6 +225,14 @@ def test_a_run_begun_by_hand_in_a_session_is_ended_by_its_process(submitted, mon
     assert submitted.told == [], "job 99 isn't ours"
 
 
+def test_one_begun_by_hand_elsewhere_keeps_no_other_from_being_ended(submitted):
+    submitted.a.set_status("running", slurm_job_id=None, host="another", pid=1)
+    with pytest.raises(UserError, match=f"{submitted.a.key} runs on another: cancel it there"):
+        cancel(submitted.folder, now=False)
+    assert submitted.told == [(["7_0", "7_1"], None)]
+    assert submitted.states() == ["running", "cancelled", "cancelled"]
+
+
 ENVIRONMENT = """#!/bin/sh
 env | grep -E '^(SLURM|SBATCH)' | sort > {told}
 echo Submitted batch job 7

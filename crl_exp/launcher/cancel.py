@@ -117,7 +117,7 @@ def _end(endings: list[Ending], now: bool) -> None:
                 f"{one.record.path} shares its process with {', '.join(one.others)}, which --now "
                 "would kill too: cancel it without --now"
             )
-    warned, over, pids = set(), set(), set()
+    warned, over, pids, elsewhere = set(), set(), set(), []
     for one in endings:
         record = one.record
         RunStatus(record.path, anew=False).cancel_path.touch()
@@ -125,8 +125,10 @@ def _end(endings: list[Ending], now: bool) -> None:
             continue
         if one.job:
             (warned if one.job_runs and not now else over).add(one.job)
+        elif one.running and record.status.get("host") != socket.gethostname():
+            elsewhere.append(f"{record.path} runs on {record.status.get('host')}: cancel it there")
         elif one.running:
-            pids.add(_pid_here(record))
+            pids.add(record.status["pid"])
     slurm_jobs.cancel(sorted(warned), "TERM")
     slurm_jobs.cancel(sorted(over))
     for pid in pids:
@@ -134,14 +136,8 @@ def _end(endings: list[Ending], now: bool) -> None:
     for one in endings:
         if not one.running:
             _say_cancelled(one.record)
-
-
-def _pid_here(record: Record) -> int:
-    """The process of a run that isn't SLURM's."""
-    host = record.status.get("host")
-    if host != socket.gethostname():
-        raise UserError(f"{record.path} runs on {host}: cancel it there")
-    return record.status["pid"]
+    if elsewhere:  # the others are told all the same
+        raise UserError("\n".join(elsewhere))
 
 
 def _say_cancelled(record: Record) -> None:

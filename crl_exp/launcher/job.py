@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -69,16 +70,23 @@ def _tell_runs_apart() -> None:
 def _queued(list_path: Path) -> Iterator[list[Path]]:
     """Packs of a list, each for one process only; runs cancelled meanwhile are left out."""
     while (job := next_job(list_path)) is not None:
-        yield [
-            path for path in job if RunStatus(path, anew=False).status().get("state") == "queued"
-        ]
+        yield [path for path in job if _status(path).get("state") == "queued"]
+
+
+def _status(path: Path) -> dict[str, Any]:
+    """A run's status; of a damaged one it is told, and the others go on."""
+    try:
+        return RunStatus(path, anew=False).status()
+    except UserError as error:
+        log.error("left out: %s", error)
+        return {}
 
 
 def _run_own(directories: Sequence[Path]) -> int:
     """This SLURM job's runs that are still its own to run."""
     wanted, code = [], 0
     for path in directories:
-        status = RunStatus(path, anew=False).status()
+        status = _status(path)
         state, own = status.get("state"), status.get("slurm_job_id") == slurm.job_id()
         if own and state in ("queued", "preempted", "running"):  # running: its node was lost
             wanted.append(path)
