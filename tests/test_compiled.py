@@ -82,6 +82,7 @@ def captured(monkeypatch) -> Graphs:
 
 def learned(seed: int = 0, explore: bool = True, layers=(2,), **options) -> PolicyController:
     stages = {group: built(group, options.pop(group, PLAIN[group])) for group in PLAIN}
+    torch.manual_seed(seed)  # a stage may have first weights of its own
     agents = {
         layer: agent(SAES[layer], tiny.D_MODEL, pipeline(**stages), seed=seed + layer, **options)
         for layer in layers

@@ -33,8 +33,10 @@ NOT_RUN = {"model", "sae", "task", "tracking", "experiment", "sweep"}
 RUN = [pair for pair in OPTIONS if pair[0] not in NOT_RUN]
 BUILT = [pair for pair in OPTIONS if pair not in RUN]
 # Values without a default, which a person has to give; any other is given a word.
-# Lists belong to an SAE, of models that can't be had here: on a tiny one another is put in.
-OTHER_LISTS = {
+# Lists belong to an SAE, here of a model that can't be had: on a tiny one another is put in.
+GATED = ("harmbench_lists",)
+PUT_IN = {
+    "demo_one_sentence": ["method.tokens=null"],  # for free text alone
     "harmbench_lists": [
         "model=tiny", "sae=tiny", "layers.first=17", "layers.last=18", "method=listed",
         "method.path=null", "method.which=null", "method.features=[[17,3,2.0],[18,3,2.0]]",
@@ -149,7 +151,7 @@ def test_every_point_of_every_sweep_composes_and_builds(name):
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", [name for name in SWEEPS if name not in OTHER_LISTS])
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name not in GATED])
 def test_every_point_of_every_sweep_fits_its_model_and_saes(name):
     for point in sweep_points(name):
         exp = configs.experiment(quickly_composed(point))
@@ -193,7 +195,7 @@ def test_every_point_of_every_sweep_runs_on_a_tiny_model(name, tiny_cache):
     """By turns on Llama and Gemma-2. Points that differ in the seed alone are run once."""
     seen: set[str] = set()
     # A sweep over tasks would need their data; tests/test_task_runs.py runs every task.
-    tried = ["+debug=tiny", "task=tiny", f"output_dir={tiny_cache}", *OTHER_LISTS.get(name, [])]
+    tried = ["+debug=tiny", "task=tiny", f"output_dir={tiny_cache}", *PUT_IN.get(name, [])]
     for i, point in enumerate(sweep_points(name, *tried)):
         config = quickly_composed([*point, *TINY[["llama", "gemma2"][i % 2]]])
         key = run_key(OmegaConf.merge(config, {"seed": 0, **SAME}))  # type: ignore[arg-type]

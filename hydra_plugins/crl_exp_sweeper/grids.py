@@ -86,20 +86,25 @@ class GridSweeper(Sweeper):
             for one in overrides:
                 _check_values(one)
             found = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
-            points += [self._understood(point, replaced, set(asked)) for point in found]
+            points += [self._understood(point, replaced, set(asked), given) for point in found]
         return list({" ".join(point): point for point in points}.values())
 
-    def _understood(self, point: list[str], replaced: set[str], asked: set[str]) -> list[str]:
-        """A point without typed values of keys that the option which its grid chose hasn't got.
+    def _understood(
+        self, point: list[str], replaced: set[str], asked: set[str], given: set[str]
+    ) -> list[str]:
+        """A point without values of keys that the option isn't known to have: typed ones where its
+        grid chose the option, and its grid's where the option was typed (`+sweep=demo task=tiny`).
 
         replaced: keys that are typed and that some grid sets. asked: what this point's grid sets.
+        given: what is typed.
         """
         values = dict(override.split("=", 1) for override in point if "=" in override)
         kept = []
         for override in point:
             key = override.split("=", 1)[0]
             group, _, inside = key.partition(".")
-            if key in replaced and group in asked and not self._has(group, values[group], inside):
+            elsewhere = (key in replaced and group in asked) or (key in asked and group in given)
+            if inside and elsewhere and not self._has(group, values[group], inside):
                 self._say_once(
                     f"{key} is left out where {group}={values[group]}: it has no such key"
                 )

@@ -11,9 +11,11 @@ from crl_exp.preemption import guard
 
 if __name__ == "__main__":
     with guard():  # as `python -m crl_exp run` does, before anything heavy is imported
+        from crl_exp import slurm
         from crl_exp.__main__ import main
         from tests.disturbed import watch_generation, write_freely
 
+        slurm.claim()  # it stands for a job that the launcher submitted
         write_freely()
         watch_generation(Path(os.environ["DISTURBED_EVENTS"]))
         code = main(["run", *sys.argv[1:]])

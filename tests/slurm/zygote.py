@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 
@@ -60,6 +61,9 @@ def serve(path: str) -> None:
         if child == 0:
             for number, fd in enumerate(fds, start=1):
                 os.dup2(fd, number)
+            # Files of their own: these were made for what the parent writes to.
+            sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+            sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
             os.environ.clear()
             os.environ.update(asked["environ"])
             watch_generation(Path(os.environ["DISTURBED_EVENTS"]))
@@ -71,14 +75,19 @@ def serve(path: str) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    """What `python -m crl_exp run` does, in the fork."""
+    """What a job that the launcher submitted does, in the fork."""
+    from crl_exp import slurm
     from crl_exp.__main__ import main
+
+    slurm.claim()
 
     code = 1
     try:
         code = main(["run", *arguments])
     except SystemExit as ended:
         code = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()  # the fork ends here, and with it who would print it
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
