@@ -39,7 +39,7 @@ def alone(keys: set[str], folder: Path, *overrides: str) -> dict[str, Path]:
 
 GRIDS = (
     "[{method: crl, layers.layer: [3, 12], seed: [0, 1]}, {method: [corrsteer_a, none]},"
-    " {seed: 5, algorithm.lr_policy: 1e37, algorithm.n_updates: 8}]"
+    " {seed: 5, algorithm.lr_policy: 1e9, algorithm.weight_decay: 1e9, algorithm.n_updates: 8}]"
 )
 
 

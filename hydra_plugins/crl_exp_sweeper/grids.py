@@ -117,8 +117,10 @@ class GridSweeper(Sweeper):
         assert self.hydra_context is not None
         repository = getattr(self.hydra_context.config_loader, "repository", None)
         read = repository.load_config(f"{group}/{option}") if repository is not None else None
-        if read is None or read.defaults_list or not isinstance(read.config, DictConfig):
+        if read is None or not isinstance(read.config, DictConfig):
             return True
+        if any(not (part.is_self() or part.is_override()) for part in read.defaults_list or []):
+            return True  # it begins as another one, whose keys it has too
         return key.split(".")[0] in read.config
 
     def _say_once(self, text: str) -> None:
