@@ -132,14 +132,16 @@ def test_ctrl_c_is_answered_in_one_line(capsys):
 AT_AN_IMPORT = """
 import importlib.abc, os, runpy, signal, sys
 
+at, how, what = sys.argv[1:4]
+sys.argv = sys.argv[3:]
+
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == sys.argv[1] and self in sys.meta_path:
+        if name == at and self in sys.meta_path:
             sys.meta_path.remove(self)
-            os.kill(os.getpid(), signal.Signals[sys.argv[2]])
+            os.kill(os.getpid(), signal.Signals[how])
 
 sys.meta_path.insert(0, Finder())
-what, sys.argv = sys.argv[3], sys.argv[3:]
 if what.endswith(".py"):
     runpy.run_path(what, run_name="__main__")
 else:
@@ -160,6 +162,7 @@ def test_who_is_asked_while_it_imports_ends_in_good_order(tmp_path, monkeypatch)
     """Saved and put back into the queue, as later on; the handler comes before the imports."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv(slurm.OURS, "5")
     monkeypatch.setenv("CRL_EXP_CACHE", str(tmp_path / "cache"))
     program(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/asked')
     common = ["+debug=tiny", "method=none", f"output_dir={tmp_path / 'out'}"]
