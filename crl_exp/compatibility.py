@@ -225,7 +225,7 @@ MENDED: tuple[Mended, ...] = (
     ),
     Mended("validation filled up before train is drawn", _validation_may_be_filled_up),
     # Options of several tokens could never be right.
-    Mended("options_ofseveral_tokens", several_tokens),
+    Mended("options_of_several_tokens", several_tokens),
     # "I must refuse", "Sorry, no." are refusals (refusal_rule_v2).
     Mended("refusal_rule_v2", lambda plain: _get(plain, "task", "scorer") == "phrases"),
 )
