@@ -21,6 +21,9 @@ LOCK_SECONDS = 60.0
 # A write that another process' write was in the way of is tried again for so long.
 BUSY_SECONDS = 60.0
 BUSY = ("database is locked", "TEMPORARILY_UNAVAILABLE")
+# MLflow looks for a data set and then makes it; another process may have made it in between. In
+# SQLite's, PostgreSQL's and MySQL's words.
+MADE_BY_ANOTHER = ("UNIQUE constraint failed: datasets.", '"dataset_pk"', "'datasets.PRIMARY'")
 LOGIN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 SIGNS = {
     "Invalid Host header": "it refuses to be called by this name; start it with "
@@ -101,8 +104,8 @@ def _has_tables(path: Path) -> bool:
 
 
 class PatientClient:
-    """MLflow's client, method by method. While the database is busy a request is tried again:
-    each is one that may be sent twice.
+    """MLflow's client, method by method. While the database is busy, or where another process was
+    quicker to make the same, a request is tried again: each is one that may be sent twice.
 
     deadline: on `time.monotonic()`'s clock; `TimeoutError` is raised once it has passed.
     """
@@ -123,7 +126,7 @@ class PatientClient:
             try:
                 return call()
             except outside_faults() as error:
-                busy = any(sign in str(error) for sign in BUSY)
+                busy = any(sign in str(error) for sign in (*BUSY, *MADE_BY_ANOTHER))
                 if not busy or time.monotonic() - begun > BUSY_SECONDS:
                     raise
             time.sleep(self._random.uniform(0.02, 0.5))

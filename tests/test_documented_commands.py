@@ -47,6 +47,7 @@ NOT_RUN = {
     "sweep_name=tuned": "tests/test_optuna.py",
     "python launch.py … || { [ $? = 75 ] && scontrol requeue $SLURM_JOB_ID; }": "of a batch script",
     "python -m crl_exp compare demo:CRL@22 demo:CorrSteer-S@18": "tests/test_compare.py",
+    "python -m crl_exp compare demo:CRL@22 'demo:bias on the answer'": "tests/test_compare.py",
     "python -m crl_exp compare demo:CRL demo:CorrSteer-S --items 50": "tests/test_compare.py",
     "python -m crl_exp compare demo/0123456789ab other/ba9876543210": "tests/test_compare.py",
     "python -m tests.simulated": f"{LONG}, and writes into docs/; tests/test_simulated.py",

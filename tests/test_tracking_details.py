@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -270,3 +272,28 @@ def test_a_busy_database_is_asked_again_and_nothing_else_is():
     assert refusing.answers == ["yes"]
     with pytest.raises(TimeoutError, match="too slow"):
         PatientClient(Server("yes"), time.monotonic() - 1).ask()
+
+
+def test_a_data_set_that_another_process_makes_first_is_taken(folder):
+    """MLflow looks for it, finds none, and is too late with its own."""
+    from sqlalchemy import Engine, event
+
+    others: list[int] = []
+
+    def quicker(connection, cursor, statement, parameters, context, executemany):
+        if statement.startswith("INSERT INTO datasets") and not others:
+            with closing(sqlite3.connect(folder / "mlflow.db")) as other:
+                others.append(other.execute(statement, parameters).rowcount)
+                other.commit()
+
+    event.listen(Engine, "before_cursor_execute", quicker)
+    try:
+        sync(finished_run(config(folder), 0.1))
+    finally:
+        event.remove(Engine, "before_cursor_execute", quicker)
+    assert others == [1]
+    (child,) = children(resolved_uri(None, folder))
+    (used,) = child.inputs.dataset_inputs
+    assert (
+        used.dataset.digest == data_set(Record(next(folder.glob("*/*/result.json")).parent)).digest
+    )
