@@ -43,6 +43,7 @@ class Schema:
     seed: int = MISSING
     output_dir: str = MISSING
     resume: str = MISSING
+    rung: int | None = None
     order: list[str] = MISSING
     model: ModelConfig = MISSING
     sae: SAEConfig = MISSING
@@ -88,12 +89,16 @@ TYPED: dict[str, type] = {
 
 @dataclass
 class Experiment:
-    """A config whose every section is an object of its class; see `Schema` for the keys."""
+    """A config whose every section is an object of its class; see `Schema` for the keys.
+
+    rung: place on a ladder of runs that a report sets against each other (`crl_exp.ladder`).
+    """
 
     sweep_name: str
     seed: int
     output_dir: str
     resume: str
+    rung: int | None
     order: list[str]
     model: ModelConfig
     sae: SAEConfig
@@ -152,7 +157,7 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
     faults += number_faults("seed", config.seed)
     if faults:
         raise UserError("\n".join(faults))
-    top = {key: config[key] for key in ("sweep_name", "seed", "output_dir", "resume")}
+    top = {key: config.get(key) for key in ("sweep_name", "seed", "output_dir", "resume", "rung")}
     return Experiment(**top, order=list(config.order), **made)
 
 

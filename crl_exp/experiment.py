@@ -124,6 +124,7 @@ def _already(run: RunDirectory, skip_finished: bool) -> None:
             f"this run is already finished: {run.result_path}. "
             "Add resume=force to run it again from the start"
         )
+    run.renumber()
     log.info("already finished, skipped: %s", run.path)
 
 

@@ -163,17 +163,23 @@ class Lab:
     def prompts(self, split: str) -> Prompts:
         """The split's prompts, read when first asked for."""
         ids, _ = self._prompt_ids(split)
+        key = [self.engine_key, self.fed(split)]
+        return shared("prompts", key, lambda: self._read(f"reading {split} prompts", ids), keep=6)
 
-        def read() -> Prompts:
-            with self.bar(f"reading {split} prompts", len(ids)) as advance:
+    def read(self, split: str, ids: list[list[int]]) -> Prompts:
+        """These token ids in place of the split's own prompts; where they are the same, its own."""
+        if ids == self._prompt_ids(split)[0]:
+            return self.prompts(split)
+        return self._read(f"reading {split} prompts", ids)
 
-                def progress(n: int) -> None:
-                    advance(n)
-                    preemption.check()  # prompts are read anew by every attempt
+    def _read(self, what: str, ids: list[list[int]]) -> Prompts:
+        with self.bar(what, len(ids)) as advance:
 
-                return self.engine.read(ids, progress)
+            def progress(n: int) -> None:
+                advance(n)
+                preemption.check()  # prompts are read anew by every attempt
 
-        return shared("prompts", [self.engine_key, self.fed(split)], read, keep=6)
+            return self.engine.read(ids, progress)
 
     def fed(self, split: str) -> str:
         """Hash of what the model is really fed for a split; see `crl_exp.fed`."""

@@ -65,7 +65,7 @@ def labels(records: list[Record]) -> dict[str, Label]:
     A part (`decay=exponential`) is said even then where one of its own keys (`decay.gamma`) has no
     such usual value.
     """
-    options = _options(records)
+    options = options_of(records)
     counts: dict[tuple, Counter[str]] = defaultdict(Counter)
     for mine in options.values():
         for name, value in mine.items():
@@ -136,7 +136,9 @@ def best_on_validation(record: Record) -> bool:
     return record.layers != [] and target.endswith(".BestOnValidation")
 
 
-def _options(records: list[Record]) -> dict[str, dict[str, Any]]:
+def options_of(
+    records: list[Record], leave_out: tuple[str, ...] = IN_THE_NAME
+) -> dict[str, dict[str, Any]]:
     """By run key: what of a config may set runs of one method apart. A part goes by its name."""
     skipped = (*NOT_IN_KEY, "seed", "layers")  # and task.train_seed: draws are put together
     kept = {
@@ -149,7 +151,8 @@ def _options(records: list[Record]) -> dict[str, dict[str, Any]]:
         values = {
             name: value
             for name, value in flatten(sections).items()
-            if not name.endswith("_target_") and name not in (*IN_THE_NAME, "task.train_seed")
+            if not name.endswith("_target_")
+            and name not in (*leave_out, "method.name", "task.train_seed")
         }
         found[key] = {"method": sections["method"]["name"], **names, **values}
     return found

@@ -10,7 +10,17 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from crl_exp import curves, feature_figures, figures, heat_map, table_csv, table_latex, tables
+from crl_exp import (
+    curves,
+    feature_figures,
+    figures,
+    heat_map,
+    ladder_figure,
+    table_csv,
+    table_ladder,
+    table_latex,
+    tables,
+)
 from crl_exp.comparison import SweepComparison
 from crl_exp.feature_credit import (
     CREDIT_COLUMNS,
@@ -48,6 +58,7 @@ CHANGED = {
 WIDTH = 130
 # Each draws into a file, or returns False where the sweep has nothing of the kind.
 FIGURES = {
+    "ladder": ladder_figure.ladder,
     "by_layer": figures.by_layer,
     "by_option": figures.by_option,
     "heat_map": heat_map.heat_map,
@@ -96,6 +107,8 @@ def write_texts(part: Part, files: Files) -> list[FeatureCredit]:
     files.text("table.tex", table_latex.latex(sweep, label))
     if pairs := chosen_pairs(sweep):
         files.text("pairs.csv", table_csv.as_csv(PAIR_CSV, [pair_line(pair) for pair in pairs]))
+    if steps := table_ladder.ladder_lines(sweep):
+        files.text("ladder.csv", table_csv.as_csv(table_ladder.CSV, steps))
     if credits:
         files.text("features.csv", table_csv.as_csv(CREDIT_COLUMNS, credit_lines(credits)))
         files.text("by_layer.csv", table_csv.as_csv(*metric_lines(sweep)))

@@ -38,6 +38,8 @@ FEATURES_SHOWN = 300
 CAPTIONS = {
     "overview": "Difference to the unsteered model by task and method, with 95 % intervals; where "
     "a method was tried at several layers, at the one that did best on validation.",
+    "ladder": "Difference to the unsteered model at each rung, with 95 % intervals; small dots are "
+    "seeds. A rung differs from the one above it in what is named.",
     "by_layer": "Difference to the unsteered model by steered layer, with 95 % intervals; small "
     "dots are seeds.",
     "by_option": "Difference to the unsteered model by option, with 95 % intervals; small dots are "

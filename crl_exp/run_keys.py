@@ -15,8 +15,9 @@ from crl_exp import compatibility
 from crl_exp.errors import UserError
 from crl_exp.files import write_atomic
 
-# Where a run is written and logged, and how it is asked for, don't change what it computes.
-NOT_IN_KEY = ("hydra", "output_dir", "sweep_name", "tracking", "resume", "checkpoint")
+# Where a run is written and logged, how it is asked for, and where a report puts it, don't change
+# what it computes.
+NOT_IN_KEY = ("hydra", "output_dir", "sweep_name", "tracking", "resume", "checkpoint", "rung")
 RESUME = ("new", "retry", "force")
 
 

@@ -25,7 +25,15 @@ from crl_exp.heartbeat import Progress, read_heartbeat
 from crl_exp.inputs import DATA, INPUTS, Inputs
 from crl_exp.names import check_sweep
 from crl_exp.preemption import Preempted
-from crl_exp.run_keys import NOT_IN_KEY, RESUME, content_key, freeze, frozen_config, run_key
+from crl_exp.run_keys import (
+    NOT_IN_KEY,
+    RESUME,
+    content_key,
+    freeze,
+    frozen_config,
+    read_config,
+    run_key,
+)
 from crl_exp.run_status import ANEW, RunStatus
 from crl_exp.shown import undefined
 
@@ -123,6 +131,15 @@ class RunDirectory(RunStatus):
                 self.anew = False
             freeze(self.config, self.path / "config.yaml")
             self.note_inputs()
+
+    def renumber(self) -> None:
+        """Have a finished run say the rung that it is asked for now: its place on a ladder may have
+        changed since, and what it computed hasn't."""
+        path, rung = self.path / "config.yaml", self.config.get("rung")
+        frozen = read_config(path)
+        if frozen.get("rung") != rung:
+            frozen.rung = rung
+            freeze(frozen, path)
 
     def note_inputs(self) -> None:
         """Keep the digests of what the run reads, unless an earlier attempt has read it."""

@@ -33,6 +33,7 @@ def test_the_tasks_own_wording_is_the_unsteered_model_item_by_item(common):
         assert made.wording == "{user}" and made.n_shots == 0
         mine, plain = (lab.answer(one, "test").generation for one in (made, Unsteered()))
         assert mine.tokens == plain.tokens and mine.texts == plain.texts
+        assert made.read[1] is lab.prompts("test"), "they aren't read twice"
 
 
 def test_no_prompt_shows_its_own_question():

@@ -21,6 +21,7 @@ FAULTS = [
     ("seed=interval(0,1)", r"seed=interval\(0,1\): Can only enumerate"),
     ("resume=new,force", r"resume can't differ within a sweep: it doesn't change what a run"),
     ("tracking=none,mlflow", r"tracking can't differ within a sweep"),
+    ("rung=1,2", r"rung can't differ within a sweep"),
     ("checkpoint.updates=1,2", r"checkpoint can't differ within a sweep"),
     ("layers.layer=3,99", r"1 of 2 runs can't be submitted; none was:\n- layer 99 is out of range"),
     ("model.device=cpu,cuda:99", r"no CUDA device here|there are \d+ CUDA devices here"),

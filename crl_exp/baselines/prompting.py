@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from crl_exp import preemption
 from crl_exp.answerer import Answerer
 from crl_exp.baselines.demonstrations import Demonstration, demonstrations, in_turns
 from crl_exp.controllers.base import Unsteered
@@ -45,13 +44,7 @@ class OtherWords(Answerer):
             return
         self.read = None  # its memory is free before the next is read
         ids = [self.ids(lab, item) for item in lab.splits.named()[split]]
-        with lab.bar(f"reading {split} prompts", len(ids)) as advance:
-
-            def progress(n: int) -> None:
-                advance(n)
-                preemption.check()
-
-            self.read = split, lab.engine.read(ids, progress)
+        self.read = split, lab.read(split, ids)
 
     def ids(self, lab: Lab, item: Item) -> list[int]:
         before, user = self.turns(item)

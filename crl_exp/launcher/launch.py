@@ -75,6 +75,9 @@ def launch(
         abandon_unreleased(sweep)
         states = look(unique, sweep)
         starting = [p for p in missing if _is_started(p, states[p.key][0])]
+        for point in unique.values():
+            if states[point.key][0] == "done" and point not in starting:
+                point.run.renumber()
         print(plan_text(list(unique.values()), starting, states, folder))
         if cautions:
             print(cautions_text(cautions))
