@@ -43,18 +43,14 @@ def ladders(sweep: SweepComparison) -> list[list[Step]]:
 
     Raises `UserError` where two rows of a ladder have the same rung.
     """
-    rungs = {row: _rung(row) for row in sweep.rows}
-    on_it = [row for row in sweep.rows if rungs[row] is not None]
-    steering = [row for row in on_it if row.method != "none"]
+    rungs = {row: rung for row in sweep.rows if (rung := _rung(row)) is not None}
+    steering = [row for row in rungs if row.method != "none"]
     sets = list(dict.fromkeys(row.layers for row in steering if row.layers)) or [()]
     found = []
     for layers in sets:
-        rows = sorted(
-            (row for row in on_it if row.layers in ((), layers) or row.method == "none"),
-            key=lambda r: rungs[r],
-        )
+        rows = [row for row in rungs if row.layers in ((), layers) or row.method == "none"]
         if len(rows) > 1:
-            found.append(_steps(rows, [rungs[row] for row in rows]))  # type: ignore[misc]
+            found.append(_steps({row: rungs[row] for row in sorted(rows, key=rungs.__getitem__)}))
     return found
 
 
@@ -63,11 +59,11 @@ def _rung(row: Row) -> int | None:
     return min((rung for run in row.runs if (rung := rung_of(run)) is not None), default=None)
 
 
-def _steps(rows: list[Row], rungs: list[int]) -> list[Step]:
+def _steps(of: dict[Row, int]) -> list[Step]:
+    """of: each row's rung, in order."""
+    rows, rungs = list(of), list(of.values())
     if twice := sorted({rung for rung in rungs if rungs.count(rung) > 1}):
-        names = "; ".join(
-            row.family for row, rung in zip(rows, rungs, strict=True) if rung in twice
-        )
+        names = "; ".join(row.family for row, rung in of.items() if rung in twice)
         raise UserError(
             f"rung={twice[0]} is that of several rows ({names}): give each a number of its own, "
             "in the order in which they are to be set side by side"
