@@ -152,7 +152,7 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
         for caution in cautions(exp, lab.n_tokens):
             lab.warn(caution)
         preemption.check()
-    note_data(run, lab.splits, lab.lm, lab.fed)
+    noted = note_data(run, lab.splits, lab.lm, lab.fed)
     with timed("warmup"):
         if exp.method.needs_statistics:
             place.warming_up(lab)
@@ -164,7 +164,7 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
     with timed("evaluate"):
         figures, used = evaluate(lab, answerer)
     write_json(run.path / "features.json", _features(lab, used, answerer))
-    result = _identity(exp, layers, run, lab) | figures
+    result = _identity(exp, layers, run, lab) | noted | figures
     seconds = {phase: run.progress.seconds[phase] for phase in PHASES}
     result |= {"notes": lab.notes, "warnings": lab.warnings, "seconds": seconds}
     result["peak_memory_bytes"] = peak_memory_bytes()
