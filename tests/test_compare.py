@@ -10,7 +10,7 @@ from crl_exp.comparison import compare_runs
 from crl_exp.records import find_records
 from crl_exp.runs import write_json
 from crl_exp.statistics import compare, crossed_difference
-from crl_exp.table_cells import notes
+from crl_exp.table_notes import notes
 from tests.synthetic import config, finished_run, run_of_items
 
 DRAW = np.random.default_rng(0)
