@@ -20,14 +20,15 @@ def run(config: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from crl_exp.cli import check_alone, check_sweeper
+    from crl_exp.cli import check_alone, check_sweeper, people_errors
     from crl_exp.experiment import run_experiment
     from crl_exp.runs import objective
     from crl_exp.written import check_written
 
     hydra_node = HydraConfig.get()
     in_sweep = hydra_node.mode == RunMode.MULTIRUN
-    check_sweeper(hydra_node)
+    with people_errors():  # ends the process: a sweeper would go on to its next point
+        check_sweeper(hydra_node)
     if not in_sweep:
         check_alone(hydra_node)
         check_written(hydra_node, [config])

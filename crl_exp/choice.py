@@ -9,7 +9,7 @@ options.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
 
@@ -18,10 +18,25 @@ from crl_exp.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """Token ids of each option. length_normalised: scores are divided by the number of tokens."""
+    """Token ids of each option. length_normalised: scores are divided by the number of tokens.
+
+    texts: as the task gives them; none where only the tokens are known.
+    """
 
     ids: tuple[tuple[int, ...], ...]
     length_normalised: bool = False
+    texts: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What of them the model is asked by, for the keys of what is kept."""
+        return {"ids": self.ids, "length_normalised": self.length_normalised}
+
+    def texts_of(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        """The options that these tokens are, letter by letter: read back by a tokenizer they may
+        lose a space, a mark or a special token."""
+        text = dict(zip(self.ids, self.texts, strict=True))
+        return [text[tuple(tokens)] for tokens in answers]
 
     @property
     def one_token(self) -> list[int] | None:
@@ -65,7 +80,7 @@ def options_of(
                 "likely; set task.length_normalised=true, which compares options by token, or "
                 "reword one"
             )
-    return Options(ids, length_normalised)
+    return Options(ids, length_normalised, tuple(texts))
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -51,8 +51,16 @@ def _check_points(loader: ConfigLoader, master: DictConfig, jobs: list[list[str]
 
 
 def check_sweeper(hydra: Any) -> None:
-    """Raise `UserError` for Optuna's own sweeper, which minimises and ends at a failed trial."""
-    if "hydra_optuna_sweeper" in str(hydra.sweeper.get("_target_")):
+    """Raise `UserError` for Optuna's own sweeper, which minimises and ends at a failed trial, and
+    for Hydra's basic one, which starts before all points have been looked at."""
+    sweeper = str(hydra.sweeper.get("_target_"))
+    if sweeper.startswith("hydra._internal.core_plugins."):
+        raise UserError(
+            "hydra/sweeper=basic starts the first run before the others are checked, so that a "
+            "fault may show after hours: leave it out. The sweeper that is used then "
+            "(hydra/sweeper=grids) takes the same line"
+        )
+    if "hydra_optuna_sweeper" in sweeper:
         raise UserError(
             "hydra/sweeper=optuna minimises the figure and ends at the first trial that fails: "
             "take hydra/sweeper=trials, which is Optuna too"

@@ -49,7 +49,8 @@ def compared(ours: Row, theirs: Row, test_set: str | None) -> tuple[Difference, 
     told = differences([*ours.runs, *theirs.runs])
     # Another model may answer the same items, and they may be put in other words: both are told,
     # and items are paired by id. The items themselves must be the same, as `same_items` checks.
-    other = [line for line in told if not line.strip().startswith(("model.", *WORDING))]
+    allowed = ("model.", "weights:", "fed.", *WORDING)
+    other = [line for line in told if not line.strip().startswith(allowed)]
     if _names(told) & set(WORDING):  # the digest holds the prompts
         other = [line for line in other if not line.strip().startswith("data_digest:")]
     if other:

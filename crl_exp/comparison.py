@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from crl_exp.comparable import refuse_unfinished, refuse_unlike
 from crl_exp.estimates import Estimates, estimates, split
+from crl_exp.items import NoItemsError, item_rewards
 from crl_exp.labels import NAMES, Label, best_on_validation, is_control, labels
 from crl_exp.records import Record
+from crl_exp.winners_curse import Tried
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,24 @@ class SweepComparison:
             rows for rows in self.families.values() if len(rows) > 1 and not rows[0].control
         ]
         return {max(rows, key=lambda row: row.validation) for rows in families}
+
+    @cached_property
+    def choices(self) -> list[dict[str, Any]]:
+        """As in a result: the choices among layers that `chosen` makes, on the means over seeds.
+        Nothing of runs without rewards by item, or with other validation items."""
+        tried = Tried()
+        for family in {row.family: None for row in self.rows if row in self.chosen}:
+            runs = [run for row in self.families[family] for run in row.runs]
+            try:
+                ids = {item_rewards(run, "validation").ids for run in runs}
+            except NoItemsError:
+                continue
+            if len(ids) > 1:
+                continue
+            for row in self.families[family]:
+                rewards = [item_rewards(run, "validation").steered for run in row.runs]
+                tried.add(np.mean(rewards, axis=0), f"layers of {family}")
+        return tried.choices()
 
 
 def compare_runs(records: list[Record]) -> SweepComparison:

@@ -80,6 +80,10 @@ class RandomDirection(CorrSteer):
     label = "random directions"
     control = True
 
+    @property
+    def uses_dictionary(self) -> bool:
+        return chooses(self)
+
     def prepare(self, lab: Lab) -> Controller:
         vectors = {}
         for steer in self.each_layer(lab):
@@ -107,6 +111,10 @@ class RawResidual(CorrSteer):
     label = "raw residual"
     control = True
 
+    @property
+    def uses_dictionary(self) -> bool:
+        return self.norm_match and chooses(self)
+
     def prepare(self, lab: Lab) -> Controller:
         contrast = {la: self._contrast(la, means) for la, means in residual_means(lab).items()}
         if self.norm_match:
@@ -130,6 +138,11 @@ class RawResidual(CorrSteer):
                 "more items (task.n_train=…)"
             )
         return means.contrast_D
+
+
+def chooses(method: CorrSteer) -> bool:
+    """Whether CorrSteer-A's features are tried, so that lengths depend on what they do."""
+    return len(method.multipliers) > 1 or method.n_candidates > 1
 
 
 def length(lab: Lab, steer: Steer) -> float:

@@ -47,9 +47,12 @@ class Decoding:
         self.alive_R = torch.ones(n_rows, dtype=torch.bool, device=lm.device)
         self.tokens: list[list[int]] = [[] for _ in range(n_rows)]
         self.steps: list[list[Step]] = [[] for _ in parts]
+        self.ends = lm.eos_ids
 
     def run(self, max_new_tokens: int, choices: Sequence[int] | None) -> None:
         """Answer every row, greedily. Raises `UserError` where the model can't take that many."""
+        if choices:  # an option is an answer, whatever it is
+            self.ends = set()
         now = self._begin(max_new_tokens)
         for index in range(max_new_tokens):
             token_R = self._step(index, now, choices)
@@ -205,11 +208,11 @@ class Decoding:
                 if step.token_index != token_index:
                     break
                 step.token_B = token_R[rows]
-        ended, eos_ids = torch.zeros_like(self.alive_R), self.lm.eos_ids
+        ended = torch.zeros_like(self.alive_R)
         for row, (token, alive) in enumerate(
             zip(token_R.tolist(), self.alive_R.tolist(), strict=True)
         ):
-            if alive and token in eos_ids:
+            if alive and token in self.ends:
                 ended[row] = True
             elif alive:
                 self.tokens[self.place_R[row]].append(token)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crl_exp import selection
-from crl_exp.compatibility import several_tokens
+from crl_exp.compatibility import several_tokens, starts_at_zero
 from crl_exp.draws import Draws
 from crl_exp.errors import UserError
 from crl_exp.stages.activation import Identity
@@ -82,6 +82,16 @@ def _plainly(exp: Experiment) -> dict[str, Any]:
     """What `several_tokens` asks for, as a resolved config has it."""
     task = {"_target_": f".{type(exp.task).__name__}", "choices": exp.task.choices}
     return {"task": task, "model": {"path": exp.model.path}}
+
+
+def _learned(exp: Experiment) -> dict[str, Any]:
+    """What `starts_at_zero` asks for."""
+    policy = {"policy_depth": exp.policy.policy_depth, "critic_depth": 0}
+    if exp.algorithm.uses_critic:
+        policy["critic_depth"] = exp.policy.critic_depth
+    method = {"_target_": f".{type(exp.method).__name__}", "stage2": exp.method.stage2}  # type: ignore[attr-defined]
+    activation = {"_target_": f".{type(exp.activation).__name__}"}
+    return {"policy": policy, "method": method, "activation": activation}
 
 
 class _Spread(Draws):
@@ -200,11 +210,21 @@ def cautions(exp: Experiment, n_tokens: int | None = None) -> list[str]:
     """
     setting = Setting.of(exp, n_tokens)
     found = exp.decay.cautions(setting.n_tokens)
+    if exp.sae.dictionary != "sae" and not exp.method.uses_dictionary:
+        found.append(
+            f"sae.dictionary={exp.sae.dictionary}: does nothing, as method={exp.method.name} adds "
+            "no feature of the SAE; as well sae.dictionary=sae"
+        )
     if setting.n_tokens == 1 and exp.warmup.pooling != "max":
         found.append(f"warmup.pooling={exp.warmup.pooling}: in answers of one token it is max")
     if not hasattr(exp.method, "stage2"):
         return found
     found += exp.policy.cautions(exp.algorithm.uses_critic)
+    if exp.policy.first_weights == "by_layer" and starts_at_zero(_learned(exp)):
+        found.append(
+            "policy.first_weights=by_layer: does nothing, as no weight that is trained here starts "
+            "at random; as well policy.first_weights=by_seed"
+        )
     for name in STAGES:
         stage = setting.stages[name]
         if name == "noise" and not (setting.trained or stage.plain):

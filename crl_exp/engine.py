@@ -162,8 +162,9 @@ class Engine:
         assert max_new_tokens >= 1
         if any(len(job.items) == 0 for job in jobs):
             raise UserError("nothing to generate: a job has no items")
-        if isinstance(choices, Options):
-            choices = choices.one_token or choices
+        options = choices if isinstance(choices, Options) else None
+        if options is not None:
+            choices = options.one_token or options
         several = choices if isinstance(choices, Options) else None
         new_tokens = 1 if choices else max_new_tokens
         if several is not None:
@@ -194,10 +195,17 @@ class Engine:
         enough = ENOUGH_ROWS.get(self.lm.device.type, ENOUGH_ROWS["cuda"])
         self.batch_size.play(batches(lengths, size, starts, enough), play)
         for result in results:
-            texts = self.lm.tokenizer.batch_decode(result.tokens, skip_special_tokens=True)
-            result.texts = [cut_at(text, stop) for text in texts]
+            result.texts = self._texts(result.tokens, options, stop)
             result.steps, result.others = joined(result.steps), joined(result.others)
         return results
+
+    def _texts(
+        self, answers: list[list[int]], options: Options | None, stop: Sequence[str]
+    ) -> list[str]:
+        if options is not None and options.texts:
+            return options.texts_of(answers)
+        texts = self.lm.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [cut_at(text, stop) for text in texts]
 
     def _play(
         self,

@@ -119,11 +119,11 @@ def _warn_of_harm(lab: Lab, validation: dict[str, Any]) -> None:
     """What did best there is kept: where it does worse than nothing all that was tried did."""
     was, now = validation["accuracy_baseline"], validation["accuracy_steered"]
     if now < was:
-        grid = getattr(lab.exp.method, "multipliers", None)
-        way_out = "" if grid is None else "; with 0 in method.multipliers nothing would be added"
+        way_out = lab.exp.method.nothing_instead
         lab.warn(
             f"on validation this does worse than the unsteered model, {100 * was:.1f} → "
-            f"{100 * now:.1f} % of {validation['n']} items, and it steers all the same{way_out}"
+            f"{100 * now:.1f} % of {validation['n']} items, and it is used all the same"
+            f"{f'; {way_out}' if way_out else ''}"
         )
 
 

@@ -32,6 +32,7 @@ from crl_exp.run_status import RETRIED, HeldError
 from crl_exp.runs import RunDirectory, write_json
 from crl_exp.tracker import Tracker
 from crl_exp.warmup import LayerStatistics
+from crl_exp.winners_curse import warnings
 
 log = logging.getLogger(__name__)
 VERSIONS = ("crl_exp", "torch", "transformers", "sae-lens", "mlflow", "hydra-core")
@@ -98,12 +99,11 @@ def run_experiment(
 def _check_machine(exp: Experiment) -> None:
     """What only the machine that runs it can tell, before there is a run directory.
 
-    Raises `UserError` for a device that isn't here, and data that lies here and doesn't do.
+    Raises `UserError` for a device that isn't here, and data that isn't to be had or doesn't do.
     """
     if found := exp.model.machine_faults():
         raise UserError("\n".join(found))
-    if exp.task.is_local:
-        shared_splits(exp.task)
+    shared_splits(exp.task)
 
 
 def refuse_changed_inputs(exp: Experiment, layers: list[int], run: RunDirectory) -> None:
@@ -153,21 +153,23 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
         for caution in cautions(exp, lab.n_tokens):
             lab.warn(caution)
         preemption.check()
-    note_data(run, lab.splits, lab.lm, lab.fed)
+    noted = note_data(run, lab.splits, lab.lm, lab.fed)
     with timed("warmup"):
         if exp.method.needs_statistics:
             place.warming_up(lab)
             lab.statistics()
     with timed("train"):
         answerer, layers = prepared(lab)
-        if few := lab.tried.warning():
+        choices = lab.tried.choices()
+        for few in warnings(choices):
             lab.warn(few)
     with timed("evaluate"):
         figures, used = evaluate(lab, answerer)
     write_json(run.path / "features.json", _features(lab, used, answerer))
-    result = _identity(exp, layers, run, lab) | figures
+    result = _identity(exp, layers, run, lab) | noted | figures
     seconds = {phase: run.progress.seconds[phase] for phase in PHASES}
     result |= {"notes": lab.notes, "warnings": lab.warnings, "seconds": seconds}
+    result["choices"] = choices
     result["peak_memory_bytes"] = peak_memory_bytes()
     result["versions"] = {name: version(name) for name in VERSIONS}
     return result

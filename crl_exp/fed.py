@@ -68,10 +68,12 @@ def prompt_ids(lm: LanguageModel, users: Sequence[str], chat: bool) -> tuple[lis
 
 def note_data(
     run: RunDirectory, splits: Splits, lm: LanguageModel, fed: Callable[[str], str]
-) -> None:
+) -> dict[str, Any]:
     """Write data.json. fed: hash of what the model is fed for a split.
 
-    Raises `UserError` where a part of this run is done and the model or its input was another.
+    Returns for the result what of it a config can't tell: `weights`, hash of the model's, and by
+    split what it is `fed`. Raises `UserError` where a part of this run is done and the model or its
+    input was another.
     """
     facts = splits.facts()
     now: dict[str, Any] = {
@@ -95,6 +97,7 @@ def note_data(
             f"the date: see model.chat_template_args); restore them, or {ANEW}"
         )
     write_json(path, facts | now)
+    return now
 
 
 def _noted(path: Path) -> dict[str, Any]:

@@ -7,10 +7,8 @@ Shapes: B answers.
 from __future__ import annotations
 
 import copy
-import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -21,103 +19,23 @@ from torch import Tensor
 from crl_exp import preemption
 from crl_exp.answerer import Answerer
 from crl_exp.answers import AnswerBook, Answers, batches
-from crl_exp.config import Experiment
 from crl_exp.controllers.base import Controller, Unsteered
-from crl_exp.controllers.fixed import FixedFeatures, Steer
-from crl_exp.controllers.vector import FixedVectors
-from crl_exp.dictionaries import with_dictionary
-from crl_exp.engine import Engine, EngineConfig, Prompts
-from crl_exp.fed import look_at, options_for, prompt_ids
+from crl_exp.controllers.fixed import FixedFeatures
+from crl_exp.engine import Prompts
+from crl_exp.fed import prompt_ids
 from crl_exp.files import home
 from crl_exp.generation import Generation, Job
-from crl_exp.inputs import sae_digest
-from crl_exp.loaded import shared, shared_model, shared_sae, shared_splits
+from crl_exp.lab_setup import LabSetup
+from crl_exp.loaded import shared
 from crl_exp.measuring import measure_of, warn_of_one_outcome
-from crl_exp.models import LanguageModel, load_model
 from crl_exp.preemption import Pace
-from crl_exp.probe import checked
-from crl_exp.runs import RunDirectory, content_key
-from crl_exp.saes import LayerSAE, load_saes
+from crl_exp.runs import content_key
 from crl_exp.scores import KEPT
-from crl_exp.tasks.base import Splits
-from crl_exp.terminal import progress_bar
 from crl_exp.warmup import STATISTICS_FORMAT, LayerStatistics, shared_statistics
-from crl_exp.winners_curse import Tried
-
-log = logging.getLogger(__name__)
 
 
-class Lab:
+class Lab(LabSetup):
     """Everything that a method and the evaluation need of one experiment."""
-
-    def __init__(
-        self,
-        exp: Experiment,
-        layers: list[int],
-        run: RunDirectory,
-        make_engine: Callable[[LanguageModel, EngineConfig], Engine] = Engine,
-    ):
-        self.exp, self.run = exp, run
-        self.notes: dict[str, Any] = {}
-        self.warnings: list[str] = []
-        self.splits: Splits = shared_splits(exp.task)
-        self.model_key = asdict(exp.model)
-        self.engine_key = [self.model_key, asdict(exp.engine)]
-        self.lm = shared_model(self.model_key, lambda: checked(load_model(exp.model)))
-        self.engine = make_engine(self.lm, exp.engine)
-        self.saes: dict[int, LayerSAE] = {layer: self._sae(layer) for layer in layers}
-        for sae in self.saes.values():
-            for warning in sae.warnings:
-                self.warn(warning)
-        for warning in self.splits.warnings:
-            self.warn(warning)
-        self.options = options_for(exp.task, self.lm)
-        lengths, warning = look_at(exp.task, self.lm, self.options, self.splits.test[0].user)
-        if lengths:
-            self.note("option_tokens", lengths)
-        if warning:
-            self.warn(warning)
-        self._statistics: dict[int, LayerStatistics] | None = None
-        self.signed_by_method: dict[int, Tensor] = {}  # coefficients [F] whose signs aren't r's
-        self.tried = Tried()  # on validation, at all layers
-        self._asked = 0  # times that a controller was tried on validation
-
-    def _sae(self, layer: int) -> LayerSAE:
-        exp, lm = self.exp, self.lm
-
-        def load() -> LayerSAE:
-            return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
-
-        kind, own = exp.sae.dictionary, asdict(exp.sae) | {"dictionary": "sae"}
-        key = [self.model_key, own, layer, sae_digest(exp.sae, layer)]
-        sae = shared_sae(key, load)
-        if kind == "sae":
-            return sae
-        return shared_sae([*key, kind, exp.seed], lambda: with_dictionary(sae, kind, exp.seed))
-
-    @property
-    def n_tokens(self) -> int:
-        """Steered tokens that an answer has at most."""
-        return self.exp.task.max_new_tokens if self.options is None else self.options.longest
-
-    def warn(self, message: str) -> None:
-        """Say it now and keep it in the result."""
-        log.warning(message)
-        self.warnings.append(message)
-
-    def warn_of_undefined(self, answers: Answers, split: str) -> None:
-        """Say how many rewards of a split are no numbers, which makes its mean none."""
-        n = int((~answers.reward_B.isfinite()).sum())
-        message = (
-            f"{n} of {len(answers.scores)} rewards on {split} aren't finite: their mean is "
-            f"undefined. They come from the scorer ({self.exp.task.scorer_name})"
-        )
-        if n and message not in self.warnings:
-            self.warn(message)
-
-    def note(self, name: str, value: Any) -> None:
-        """Keep something found on the way (a chosen multiplier, say) in the result."""
-        self.notes[name] = value
 
     def alone(self, layer: int) -> Lab:
         """This lab with one of its layers only, notes and a folder of its own for checkpoints.
@@ -132,31 +50,15 @@ class Lab:
         part._asked = 0
         return part
 
-    @contextmanager
-    def bar(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """A progress bar, told by the heartbeat too. done: steps of an earlier attempt."""
-        told = self.run.progress
-        with told.bar(what, total), progress_bar(what, total) as bar:
-
-            def advance(n: int) -> None:
-                told.advance(n)
-                bar(n)
-
-            advance(done)
-            told.known(done)
-            yield advance
-
-    def fixed(self, steers: list[Steer]) -> Controller:
-        """Adds these features; none of them: the unsteered model itself."""
-        return FixedFeatures(steers, self.saes, self.exp.decay) if steers else Unsteered()
-
-    def vectors(self, vector_D: dict[int, Tensor]) -> Controller:
-        """Adds these; none of them: the unsteered model itself."""
-        if not vector_D:
-            return Unsteered()
-        sites = {layer: sae.site for layer, sae in self.saes.items()}
-        there = {layer: vector.to(self.lm.device) for layer, vector in vector_D.items()}
-        return FixedVectors(there, sites, self.exp.decay)
+    def warn_of_undefined(self, answers: Answers, split: str) -> None:
+        """Say how many rewards of a split are no numbers, which makes its mean none."""
+        n = int((~answers.reward_B.isfinite()).sum())
+        message = (
+            f"{n} of {len(answers.scores)} rewards on {split} aren't finite: their mean is "
+            f"undefined. They come from the scorer ({self.exp.task.scorer_name})"
+        )
+        if n and message not in self.warnings:
+            self.warn(message)
 
     # --- prompts and answers ---
 
@@ -183,7 +85,7 @@ class Lab:
 
     def fed(self, split: str) -> str:
         """Hash of what the model is really fed for a split; see `crl_exp.fed`."""
-        options = None if self.options is None else asdict(self.options)
+        options = None if self.options is None else self.options.asked
         return content_key([self._prompt_ids(split)[1], options])
 
     def _prompt_ids(self, split: str) -> tuple[list[list[int]], str]:

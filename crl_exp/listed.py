@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from crl_exp.controllers.base import Controller
 from crl_exp.controllers.fixed import Steer
+from crl_exp.corrsteer import NOTHING_BY_0, best_scale, multiplier_faults
 from crl_exp.errors import UserError
 from crl_exp.feature_lists import FeatureList, read_list, typed_list
-from crl_exp.methods import Method, best_scale, multiplier_faults
+from crl_exp.method_base import Method
 
 if TYPE_CHECKING:
     from crl_exp.config import Experiment
@@ -37,6 +38,10 @@ class Listed(Method):
     @property
     def needs_statistics(self) -> bool:
         return False
+
+    @property
+    def nothing_instead(self) -> str:
+        return NOTHING_BY_0
 
     def faults(self) -> list[str]:
         found = multiplier_faults(self.multipliers)

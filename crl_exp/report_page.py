@@ -19,10 +19,8 @@ from crl_exp.table_cells import (
     OVERVIEW_NOTE,
     RUN_COLUMNS,
     feature_cells,
-    headline,
     main_cells,
     matrix,
-    notes,
     overview_cells,
     overview_columns,
     run_cells,
@@ -32,6 +30,7 @@ from crl_exp.table_cells import (
     title,
     unfinished,
 )
+from crl_exp.table_notes import headline, notes
 
 ASSETS = Path(__file__).parent / "report_assets"
 FEATURES_SHOWN = 300

@@ -13,7 +13,6 @@ from crl_exp.table_cells import (
     OVERVIEW_NOTE,
     main_cells,
     matrix,
-    notes,
     overview_cells,
     overview_columns,
     set_cells,
@@ -21,6 +20,7 @@ from crl_exp.table_cells import (
     set_title,
     title,
 )
+from crl_exp.table_notes import notes
 
 HEAD = "% Needs \\usepackage{booktabs,graphicx}. Made by `python -m crl_exp report`.\n"
 SPECIAL = {

@@ -23,10 +23,8 @@ from crl_exp.table_cells import (
     OVERVIEW_NOTE,
     RUN_COLUMNS,
     feature_cells,
-    headline,
     main_cells,
     matrix,
-    notes,
     overview_cells,
     overview_columns,
     run_cells,
@@ -36,6 +34,7 @@ from crl_exp.table_cells import (
     title,
     unfinished,
 )
+from crl_exp.table_notes import headline, notes
 
 # A terminal narrower than this is shown fewer columns.
 FULL_WIDTH = 112

@@ -54,6 +54,7 @@ class Trainer:
         self.step = 0
         self.unvalidated = False
         self.validated: list[float] = []  # rewards of a validation that isn't at its end
+        self.tried: list[Tensor] = []  # rewards [I] of each validation that is
         self.best_score = float("-inf")
         self.best_step = 0
         self.best_agents = self._averaged_states()
@@ -124,6 +125,7 @@ class Trainer:
             return
         averaged = {layer: learner.averaged for layer, learner in self.learners.items()}
         score = validate(PolicyController(averaged, self.decay), self.validated)
+        self.tried.append(torch.tensor(self.validated))
         self.run.log(self.step, {"validation_reward": score})
         if score > self.best_score:
             self.best_score, self.best_step = score, self.step
@@ -140,6 +142,7 @@ class Trainer:
             "step": self.step,
             "unvalidated": self.unvalidated,
             "validated": self.validated,
+            "tried": self.tried,
             "learners": {layer: learner.state() for layer, learner in self.learners.items()},
             "best": {
                 "score": self.best_score, "step": self.best_step, "agents": self.best_agents,
@@ -152,6 +155,7 @@ class Trainer:
     def _restore(self, state: dict) -> None:
         self.step, self.queue = state["step"], state["queue"]
         self.unvalidated, self.validated = state["unvalidated"], state["validated"]
+        self.tried = state.get("tried", [])  # earlier versions kept none
         for layer, learner in self.learners.items():
             learner.load(state["learners"][layer])
         best = state["best"]

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from crl_exp.baselines.calibration import END, OutputBias, best_bias
+from crl_exp.baselines.calibration import END, OutputBias, best_bias, tried_rewards
 from crl_exp.baselines.options import option_rewards, option_scores, right_options
 from crl_exp.config import experiment, validate
 from crl_exp.controllers.base import Unsteered
@@ -161,3 +161,18 @@ def test_steering_and_bias_in_one_lab_share_the_prompts(common):
     before = lab.answer(steer, "test").generation.tokens
     lab.answer(OutputBias({1: 5.0}), "test")
     assert lab.answer(steer, "test").generation.tokens == before
+
+
+def test_every_bias_that_answers_differently_is_counted_as_tried():
+    draw = torch.Generator().manual_seed(0)
+    score_NO = torch.randn(40, 3, generator=draw, dtype=torch.float64)
+    reward_NO = torch.nn.functional.one_hot(torch.randint(3, (40,), generator=draw), 3).double()
+    bias_O = best_bias(score_NO, reward_NO)
+    tried_MN = tried_rewards(score_NO, reward_NO, bias_O)
+    assert len(tried_MN) == 2 * 41
+    taken_N = (score_NO + bias_O).argmax(dim=1)
+    best = float(reward_NO.gather(1, taken_N[:, None]).mean())
+    assert float(tried_MN.mean(dim=1).max()) == best, "the one chosen is the best of them"
+    for row_N in (tried_MN[0], tried_MN[41 - 1]):  # the second option nowhere, and everywhere
+        assert not torch.equal(row_N, tried_MN[20])
+    assert torch.equal(tried_MN[40], reward_NO[:, 1])

@@ -10,7 +10,7 @@ from crl_exp.comparison import compare_runs
 from crl_exp.records import find_records
 from crl_exp.runs import write_json
 from crl_exp.statistics import compare, crossed_difference
-from crl_exp.table_cells import notes
+from crl_exp.table_notes import notes
 from tests.synthetic import config, finished_run, run_of_items
 
 DRAW = np.random.default_rng(0)
@@ -128,6 +128,23 @@ def test_two_wordings_of_the_same_items_are_paired_and_told(sweep, capsys):
     write_json(run.result_path, {**(run.result() or {}), "data_digest": "of other prompts"})
     told = said(capsys, folder, runs["s"].key, f"odd/{run.key}")
     assert "task.question: " in told and "Is it good? {text}" in told
+    assert "items that differ: 0 of 400" in told
+
+
+def test_runs_of_one_key_with_other_weights_or_tokens_are_paired_and_told(sweep, capsys):
+    """They are of several sweeps, and their config is the same to the last letter."""
+    folder, runs = sweep
+    write_json(runs["s"].result_path,
+               {**(runs["s"].result() or {}), "weights": "aa", "fed": {"test": "x"}})  # fmt: skip
+    twin = run_of_items(config(folder, "corrsteer_s", sweep_name="more"), WAS, FIXED)
+    assert twin.key == runs["s"].key
+    one, other = f"demo/{twin.key}", f"more/{twin.key}"
+    assert "weights" not in said(capsys, folder, one, other), "it doesn't say"
+    write_json(twin.result_path,
+               {**(twin.result() or {}), "weights": "bb", "fed": {"test": "y"}})  # fmt: skip
+    told = said(capsys, folder, one, other)
+    assert f'weights: "aa" in 1 ({one}); "bb" in 1 ({other}) (hashes of' in told
+    assert f'fed.test: "x" in 1 ({one}); "y" in 1 ({other}) (hashes of' in told
     assert "items that differ: 0 of 400" in told
 
 

@@ -114,11 +114,17 @@ def found(path: Path) -> list[tuple[int, float]]:
 
 def test_an_edited_chat_template_has_statistics_of_its_own(own_model, tmp_path) -> None:
     folder, common = own_model
-    before = found(run_small([*common, f"output_dir={tmp_path / 'out'}"])[1])
+    here = [*common, f"output_dir={tmp_path / 'out'}"]
+    first, first_path = run_small(here)
+    before = found(first_path)
     edit_template(folder, "w7 w8 w9 " + tiny.CHAT)
-    there = found(run_small([*common, f"output_dir={tmp_path / 'out'}", "sweep_name=again"])[1])
+    second, path = run_small([*here, "sweep_name=again"])
+    there = found(path)
     fresh = found(run_small([*common, f"output_dir={tmp_path / 'fresh'}"])[1])
     assert there == fresh != before
+    # The config and its key are the same, so the result has to say it.
+    assert first["run_key"] == second["run_key"] and first["weights"] == second["weights"]
+    assert all(first["fed"][split] != second["fed"][split] for split in ("train", "test"))
 
 
 def test_answers_of_a_process_are_of_the_tokens_fed(own_model, tmp_path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from crl_exp.controllers.base import Unsteered
 from crl_exp.errors import UserError
+from crl_exp.evaluation import _warn_of_harm
 from tests.tiny_run import lab_of, run_small
 
 SIZES = ["task.n_train=24", "task.n_validation=32", "task.n_test=16"]
@@ -39,6 +40,38 @@ def test_it_is_said_where_it_does_and_0_among_the_multipliers_ends_it(common):
     assert ended["delta"] == 0 and ended["unique_features"] == 0
     assert pq.read_table(folder / "interventions.parquet").num_rows == 0
     assert ended["notes"]["multiplier for layers [0]"] == 0
+
+
+WAYS_OUT = {
+    "crl": None,
+    "crl method.features=fixed": "0 in method.multipliers",
+    "lora": None,
+    "attribution": "0 in method.multipliers",
+    "raw_residual": "0 in method.multipliers",
+    "probe": None,
+    "probe_steering": "0 in method.doses",
+    "prompting method.shots=[0,2]": None,
+    "prompting method.shots=[2]": "0 in method.shots",
+    "calibration": None,
+    "calibration method.chosen_on=train": "chosen_on=validation",
+    "bag_of_words": None,
+}
+
+
+@pytest.mark.parametrize(("method", "way_out"), WAYS_OUT.items())
+def test_it_is_said_of_every_method_with_what_would_have_done_nothing(method, way_out, common):
+    """CRL's multipliers are of fixed features alone: 0 among them would change nothing."""
+    name, *more = method.split()
+    lab = lab_of([*common, f"method={name}", *more])
+    _warn_of_harm(lab, {"accuracy_baseline": 0.5, "accuracy_steered": 0.4, "n": 32})
+    (warning,) = said({"warnings": lab.warnings})
+    assert "50.0 → 40.0 % of 32 items, and it is used all the same" in warning
+    assert way_out in warning if way_out else warning.endswith("all the same")
+
+
+def test_a_dose_of_0_adds_nothing_where_nothing_helps(common):
+    lab = lab_of([*common, "method=probe_steering", "method.doses=[0]"])
+    assert isinstance(lab.exp.method.prepare(lab), Unsteered)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from crl_exp.errors import UserError
 from crl_exp.tasks.base import Item, Splits
 from tests.hub_data import SCHEMAS, TASKS, made, on_files, rows_of, save
+from tests.tiny_run import run_small
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,31 @@ def test_a_hub_out_of_reach_names_the_data_set_and_the_offline_way(monkeypatch):
     says = r"task\.hub_id=walledai/XSTest: can't load .*hf auth login.*task\.data_files=FILE"
     with pytest.raises(UserError, match=says):
         made("xstest").splits()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_run_whose_data_is_not_to_be_had_leaves_nothing(name, tiny_files, tmp_path, monkeypatch):
+    """Neither a run directory nor a failed run in MLflow: it hasn't begun."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    kept = [o for o in tiny_files.overrides() if not o.startswith(("task", "tracking"))]
+    with pytest.raises(UserError, match=r"task\.(hub_id|classifier|cross_encoder)"):
+        run_small([*kept, f"task={name}", "method=none", f"output_dir={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_wants_more_items_than_the_hub_has_leaves_nothing(
+    tiny_files, tmp_path, monkeypatch
+):
+    def hub(self, subset, split):
+        return "the hub", list(rows_of(self.hub_id, subset, range(60)))
+
+    monkeypatch.setattr("crl_exp.tasks.rows.Source._from_hub", hub)
+    kept = [o for o in tiny_files.overrides() if not o.startswith(("task", "tracking"))]
+    typed = [*kept, "task=gsm8k", "task.n_test=1000", f"output_dir={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match=r"has 60 different items, but .*task\.n_test"):
+        run_small([*typed, "method=none"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_many_examples(tmp_path):

@@ -354,3 +354,31 @@ def test_options_that_one_token_cannot_tell_apart_are_refused(several) -> None:
     assert "task.length_normalised=true" in refused(
         [*several, "task.length_normalised=false", "task.choices=[w1 w2,w3,w1 w5 w6,w1]"]
     )
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [(" yes", "<eos>"), (" w5", " w6"), ("yes  w5", "no\tw6", "<eos> w7"), ("w5 w9 ", " w6  w7")],
+)
+def test_answers_are_the_options_letter_by_letter(texts: tuple[str, ...]) -> None:
+    """Read back from their tokens they lose spaces, and a special token altogether."""
+    lm, made = model("llama"), engine("llama")
+    options = options_of(lm.tokenizer, texts, False, "tiny")
+    assert options == Options(options.ids), "what is kept of the same tokens stays"
+    store, seen = made.read(PROMPTS), set()
+    for seed in range(8):
+        job = Job(AddVector(vectors(seed, 2)), range(len(PROMPTS)))
+        answers = made.generate(store, [job], 1, options, stop=["w6", "s"])[0]
+        taken = [options.ids.index(tuple(tokens)) for tokens in answers.tokens]
+        assert answers.texts == [texts[option] for option in taken]
+        seen |= set(taken)
+    assert seen == set(range(len(texts))), "each was taken once"
+
+
+def test_an_option_that_is_read_off_is_its_text(tiny_files, tmp_path) -> None:
+    from crl_exp.baselines.options import answered
+
+    common = [*tiny_files.overrides(), f"output_dir={tmp_path}", "task.choice_prefix=' '"]
+    lab = lab_of(common)
+    assert answered(lab, [1, 0]).texts == [" no", " yes"]
+    assert set(lab.baseline("test").generation.texts) <= {" no", " yes"}

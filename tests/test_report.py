@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from crl_exp import table_cells, tables
+from crl_exp import table_notes, tables
 from crl_exp.comparison import SweepComparison, compare_runs
 from crl_exp.errors import UserError
 from crl_exp.figure_style import look
@@ -33,7 +33,7 @@ def test_headline_compares_the_chosen_ones(tmp_path):
         finished_run(config(tmp_path, seed=seed), delta)
     finished_run(config(tmp_path, "corrsteer_s"), 0.09, validation=0.01)
     finished_run(config(tmp_path, "corrsteer_a", (8, 18)), 0.05, validation=0.06)
-    told = table_cells.headline(compared(tmp_path))
+    told = table_notes.headline(compared(tmp_path))
     # 12 points over A; t(1) = 12.7062, half width 12.7062 * 1.41421 / sqrt(2) = 12.7 points for the
     # seeds; 1.96 * sqrt(.85 * .15 + .73 * .27) / sqrt(1500) = 2.9 for the items, unpaired
     assert told is not None
@@ -51,7 +51,7 @@ def test_headline_has_the_best_rival_and_the_best_corrsteer(tmp_path):
     finished_run(config(tmp_path, "corrsteer_s"), 0.05)
     finished_run(config(tmp_path, "lora"), 0.14)
     finished_run(config(tmp_path, "random"), 0.3)
-    told = table_cells.headline(compared(tmp_path))
+    told = table_notes.headline(compared(tmp_path))
     assert told is not None and "CRL as published, layer 18: 79.0 %" in told
     assert "best of all other methods, baselines included: LoRA, layer 18: 82.0 %" in told
     assert "difference -3.0 [" in told
@@ -84,7 +84,7 @@ def test_training_items_drawn_anew_are_compared(tmp_path, key):
     sweep = compared(tmp_path)
     rows = 1 if key == "train_seed" else 2
     assert len(sweep.rows) == rows
-    assert any("task.train_seed" in note for note in table_cells.notes(sweep)) == (rows == 1)
+    assert any("task.train_seed" in note for note in table_notes.notes(sweep)) == (rows == 1)
 
 
 @pytest.mark.usefixtures("quick_reports")

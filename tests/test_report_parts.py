@@ -165,6 +165,45 @@ def test_data_that_changed_on_disk_is_refused(tmp_path):
         parts_of(tmp_path)
 
 
+def said_of_itself(run, **more) -> None:
+    write_json(run.result_path, {**(run.result() or {}), **more})
+
+
+def test_other_weights_and_other_tokens_under_one_config_are_refused(tmp_path):
+    """Not those of the items that are trained on, which n_train changes; nor what isn't known."""
+    fed = {"train": "t", "validation": "v", "test": "x"}
+    first = finished_run(config(tmp_path), 0.1)
+    said_of_itself(first, weights="aaaa", fed=fed)
+    finished_run(config(tmp_path, seed=1), 0.1)  # of an earlier version, which said neither
+    more = finished_run(config(tmp_path, more={"task.n_train": 50}), 0.1)
+    said_of_itself(more, weights="aaaa", fed=fed | {"train": "other"})
+    assert len(parts_of(tmp_path).parts[0].sweep.rows) == 2
+    assert refused(tmp_path, more, fed=fed | {"test": "y"}).startswith("fed.test: ")
+    assert refused(tmp_path, more, fed=fed, weights="bbbb").startswith("weights: ")
+    alike = finished_run(config(tmp_path, seed=2), 0.1)
+    said_of_itself(more, weights="aaaa")
+    assert refused(tmp_path, alike, fed=fed | {"train": "other"}).startswith("fed.train: ")
+
+
+def refused(folder, run, **more) -> str:
+    """The line on what differs, which names the run that says something else."""
+    said_of_itself(run, **more)
+    with pytest.raises(UserError) as told:
+        parts_of(folder)
+    (line,) = [line.strip() for line in str(told.value).splitlines() if run.key in line]
+    return line
+
+
+def test_another_model_has_other_weights_and_reads_other_tokens(tmp_path):
+    for name in ("a", "b"):
+        run = finished_run(config(tmp_path, more={"model.path": name}), 0.1)
+        said_of_itself(run, weights=name, fed={"test": name})
+    with pytest.raises(UserError) as told:
+        parts_of(tmp_path)
+    assert "model.path" in str(told.value)
+    assert "weights" not in str(told.value) and "fed" not in str(told.value)
+
+
 def test_an_unknown_key_names_the_near_ones(tmp_path):
     finished_run(config(tmp_path), 0.1)
     with pytest.raises(UserError, match=r"--by model\.dtpe: .*did you mean 'model\.dtype'"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from omegaconf import DictConfig
 
@@ -11,9 +15,14 @@ from crl_exp.launcher import plan
 from crl_exp.launcher.plan import check_all
 from crl_exp.launcher.typed import typed_sweep
 from tests.launching import launched, points_of, tiny
+from tests.tiny_run import ROOT
 
 FAULTS = [
     ("hydra.sweeper.grids=[3]", r"hydra\.sweeper\.grids=\[3\]: each must hold overrides"),
+    ("hydra.sweeper.grids=3", r"hydra\.sweeper\.grids=3: must be a list of grids, as in"),
+    ("hydra.sweeper.grids=0", r"hydra\.sweeper\.grids=0: must be a list of grids"),
+    ("hydra.sweeper.grids=abc", r"hydra\.sweeper\.grids=abc: must be a list of grids"),
+    ("hydra.sweeper.params=3", r"hydra\.sweeper\.params=3: must hold overrides"),
     ("hydra.sweeper.grids=[{seed: []}]", r"grids: seed: \[\]: gives no value"),
     ("seed=range(0)", r"seed=range\(0\): gives no value, so the sweep would have no run"),
     ("seed=glob(*)", r"seed=glob\(\*\): gives no value"),
@@ -62,6 +71,19 @@ def test_a_fault_of_any_point_is_told_before_the_first(kind, override, says, tmp
     with pytest.raises(UserError, match=says):
         checked_here(*overrides) if kind == "basic" else launched(kind, overrides)
     assert not (tmp_path / "out").exists(), "nothing was begun"
+
+
+def test_hydras_own_sweeper_is_refused_before_its_first_point(tmp_path):
+    """It would run that before the second, which has a fault, is looked at."""
+    typed = tiny(tmp_path / "out", "hydra/sweeper=basic", "method=none", "task.n_test=8,100000")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), "-m", f"hydra.sweep.dir={tmp_path}", *typed],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "error: hydra/sweeper=basic starts the first run" in done.stderr
+    assert done.stdout.count("output_dir=") == 1, "no second point was begun"
+    assert not (tmp_path / "out").exists()
 
 
 def test_points_that_are_one_run_by_other_words_are_one(tmp_path):

@@ -20,7 +20,7 @@ from crl_exp.status import lines_of
 from crl_exp.tasks.base import Score
 from crl_exp.tasks.jsonl import JsonLines
 from crl_exp.tracking_content import final_points, points
-from crl_exp.winners_curse import Tried
+from crl_exp.winners_curse import Tried, warnings
 from tests.synthetic import config, finished_run, run_of_items
 from tests.tiny_run import run_small
 
@@ -155,6 +155,6 @@ def test_an_undefined_reward_on_validation_doesnt_end_a_run():
         rewards = (draw.random(13) < 0.5).astype(float)
         rewards[0] = math.nan
         tried.add(rewards)
-    assert "12 validation items are few" in str(tried.warning())
+    assert "12 validation items are few" in str(warnings(tried.choices()))
     tried.add(np.full(13, math.nan))
-    assert tried.warning() is None
+    assert tried.choices() == []

@@ -11,7 +11,7 @@ from crl_exp.answerer import Answerer
 from crl_exp.baselines.options import answered, needs_options, right_options
 from crl_exp.errors import UserError
 from crl_exp.generation import Generation
-from crl_exp.methods import Method
+from crl_exp.method_base import WithoutLayers
 
 if TYPE_CHECKING:
     from crl_exp.config import Experiment
@@ -43,7 +43,7 @@ class WordReader(Answerer):
 
 
 @dataclass
-class BagOfWords(Method):
+class BagOfWords(WithoutLayers):
     """Reference: logistic regression on the counts of each item's words, lower-cased, in sklearn's
     own reading of a word. Fitted on the training items' right options; it doesn't steer.
 
@@ -54,14 +54,6 @@ class BagOfWords(Method):
     label: ClassVar[str] = "bag of words (no model)"
 
     strengths: list[float]
-
-    @property
-    def needs_statistics(self) -> bool:
-        return False
-
-    @property
-    def uses_layers(self) -> bool:
-        return False
 
     def faults(self) -> list[str]:
         ok = self.strengths and all(math.isfinite(c) and c > 0 for c in self.strengths)

@@ -1,6 +1,6 @@
 """A bias on the answer: the cheapest explanation of a vector that is the same at every prompt.
 
-Shapes: N items, B rows, O options, X candidates for the next token.
+Shapes: N items, B rows, O options, X candidates for the next token, M biases, E edges, I intervals.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor
 from crl_exp.baselines.options import option_rewards, option_scores
 from crl_exp.controllers.base import Controller, StepContext
 from crl_exp.errors import UserError
-from crl_exp.methods import Method
+from crl_exp.method_base import WithoutLayers
 
 if TYPE_CHECKING:
     from crl_exp.config import Experiment
     from crl_exp.lab import Lab
 
+KEPT = 400
 END = "<end>"
 """Among `tokens`: whatever ends an answer of this model."""
 
@@ -46,7 +47,7 @@ class OutputBias(Controller):
 
 
 @dataclass
-class Calibration(Method):
+class Calibration(WithoutLayers):
     """Baseline: a bias on the answer, nothing else (Zhao et al., arXiv 2102.09690, with labels).
 
     With options, one bias for each but the first, that makes the mean reward on `chosen_on` the
@@ -64,14 +65,6 @@ class Calibration(Method):
     tokens: list[str] | None
     grid: list[float]
     chosen_on: str
-
-    @property
-    def needs_statistics(self) -> bool:
-        return False
-
-    @property
-    def uses_layers(self) -> bool:
-        return False
 
     def faults(self) -> list[str]:
         found = []
@@ -98,12 +91,20 @@ class Calibration(Method):
             found.append("method=calibration can't be compiled; set engine.decode=eager")
         return found
 
+    @property
+    def nothing_instead(self) -> str:
+        on_train = self.chosen_on == "train"
+        return "method.chosen_on=validation leaves out what does harm there" if on_train else ""
+
     def prepare(self, lab: Lab) -> OutputBias:
         return self._of_options(lab) if lab.options else self._of_tokens(lab)
 
     def _of_options(self, lab: Lab) -> OutputBias:
         split = self.chosen_on
-        bias_O = best_bias(option_scores(lab, split), option_rewards(lab, split))
+        score_NO, reward_NO = option_scores(lab, split), option_rewards(lab, split)
+        bias_O = best_bias(score_NO, reward_NO)
+        for reward_N in tried_rewards(score_NO, reward_NO, bias_O):
+            lab.tried.add(reward_N.numpy(), "biases between the options", split)
         named = zip(lab.exp.task.choices or [], bias_O.tolist(), strict=True)
         lab.note(f"bias of each option, chosen on {split}", dict(named))
         return OutputBias(dict(enumerate(bias_O.tolist())))
@@ -157,6 +158,24 @@ def best_bias(score_NO: Tensor, reward_NO: Tensor) -> Tensor:
     return bias_O
 
 
+def tried_rewards(score_NO: Tensor, reward_NO: Tensor, bias_O: Tensor) -> Tensor:
+    """What each item gets [M, N] at every bias of one option, the others' as they were chosen.
+
+    Of more than `KEPT` that answer differently so many are taken, evenly: neighbours differ in an
+    item or two.
+    """
+    found = []
+    for option in range(1, len(bias_O)):
+        rival_N, margin_N = _rivals(score_NO + bias_O, option)
+        edge_E = margin_N.unique()
+        at_I = torch.cat([edge_E[:1] - 1, (edge_E[1:] + edge_E[:-1]) / 2, edge_E[-1:] + 1])
+        kept_M = torch.linspace(0, len(at_I) - 1, min(KEPT, len(at_I))).round().long()
+        taken_MN = at_I[kept_M][:, None] > margin_N
+        other_N = reward_NO.gather(1, rival_N[:, None])[:, 0]
+        found.append(torch.where(taken_MN, reward_NO[:, option], other_N))
+    return torch.cat(found)
+
+
 def _mean_reward(score_NO: Tensor, reward_NO: Tensor, bias_O: Tensor) -> float:
     taken_N = (score_NO + bias_O).argmax(dim=1)
     return float(reward_NO.gather(1, taken_N[:, None]).mean())
@@ -164,11 +183,8 @@ def _mean_reward(score_NO: Tensor, reward_NO: Tensor, bias_O: Tensor) -> float:
 
 def _best_alone(score_NO: Tensor, reward_NO: Tensor, option: int) -> float:
     """What is best added to one option's scores: an item takes it once that exceeds its margin."""
-    others_NO = score_NO.clone()
-    others_NO[:, option] = -torch.inf
-    rival_N = others_NO.max(dim=1)
-    margin_N = rival_N.values - score_NO[:, option]
-    gain_N = reward_NO[:, option] - reward_NO.gather(1, rival_N.indices[:, None])[:, 0]
+    rival_N, margin_N = _rivals(score_NO, option)
+    gain_N = reward_NO[:, option] - reward_NO.gather(1, rival_N[:, None])[:, 0]
     edge_E, group_N = margin_N.unique(return_inverse=True)
     gain_E = torch.zeros(len(edge_E), dtype=torch.float64).index_add_(0, group_N, gain_N.double())
     total_I = torch.cat([gain_E.new_zeros(1), gain_E.cumsum(0)])  # of the intervals between edges
@@ -178,3 +194,11 @@ def _best_alone(score_NO: Tensor, reward_NO: Tensor, option: int) -> float:
     at_I = torch.where((low_I < 0) & (high_I > 0), 0.0, (low_I + high_I) / 2)
     best_I = (total_I >= total_I.max() - 1e-12).nonzero()[:, 0]
     return float(at_I[best_I][at_I[best_I].abs().argmin()])
+
+
+def _rivals(score_NO: Tensor, option: int) -> tuple[Tensor, Tensor]:
+    """Of each item the best other option [N], and by how much that is ahead of this one [N]."""
+    others_NO = score_NO.clone()
+    others_NO[:, option] = -torch.inf
+    rival_N = others_NO.max(dim=1)
+    return rival_N.indices, rival_N.values - score_NO[:, option]

@@ -22,7 +22,7 @@ from crl_exp.controllers.base import Unsteered
 from crl_exp.engine import Prompts
 from crl_exp.errors import UserError
 from crl_exp.generation import Generation
-from crl_exp.methods import Method
+from crl_exp.method_base import WithoutFeatures
 from crl_exp.networks import mlp
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class AdaptedModel(Answerer):
 
 
 @dataclass
-class Lora(Method):
+class Lora(WithoutFeatures):
     """Baseline: low-rank adaptation of the steered layers (LoRA, arXiv 2106.09685), by peft.
 
     Trained on the training items' right options by their cross-entropy among the options, or in
@@ -133,7 +133,9 @@ class Lora(Method):
             )
         recipe = Recipe(self.epochs, self.batch_size, self.lr, self.weight_decay, lab.exp.seed)
         trainer = LoraTrainer(lab, adapter, taught, recipe)
-        rewards = trainer.train(lambda: lab.training_reward(AdaptedModel(adapter), []))
+        rewards = trainer.train(lambda own: lab.training_reward(AdaptedModel(adapter), own))
+        for reward_I in trainer.tried:
+            lab.tried.add(reward_I.numpy(), "epochs of the adapter")
         if unmoved := adapter.unmoved():
             raise UserError(
                 f"method=lora learned nothing at {', '.join(unmoved)}; raise method.lr or "

@@ -179,14 +179,18 @@ class LoraTrainer:
         )
         self.step = 0
         self.rewards: list[float] = []  # on validation, of each epoch
+        self.tried: list[Tensor] = []  # the same by item [I]
         self.best: dict[str, Tensor] = adapter.state()
 
     @property
     def per_epoch(self) -> int:
         return -(-len(self.taught) // self.recipe.batch_size)
 
-    def train(self, validate: Callable[[], float]) -> list[float]:
-        """Returns the reward on validation after each epoch."""
+    def train(self, validate: Callable[[list[float]], float]) -> list[float]:
+        """Returns the reward on validation after each epoch.
+
+        validate: the mean reward now; adds the items' to the list that it is given.
+        """
         state = self.lab.run.load_checkpoint()
         if state is not None:
             self._load(state)
@@ -196,7 +200,9 @@ class LoraTrainer:
             while self.step < total or len(self.rewards) < self.recipe.epochs:
                 if self.step == self.per_epoch * (len(self.rewards) + 1):
                     self._save()  # whoever is asked to end meanwhile goes on from here
-                    self._end_epoch(validate())
+                    by_item: list[float] = []
+                    self._end_epoch(validate(by_item))
+                    self.tried.append(torch.tensor(by_item))
                     continue
                 loss = self._update()
                 self.lab.run.log(self.step, {"loss": loss})
@@ -231,11 +237,12 @@ class LoraTrainer:
 
     def _save(self) -> None:
         self.lab.run.save_checkpoint({
-            "step": self.step, "rewards": self.rewards, "best": self.best,
+            "step": self.step, "rewards": self.rewards, "tried": self.tried, "best": self.best,
             "adapter": self.adapter.state(), "optimizer": self.optimizer.state_dict(),
         })  # fmt: skip
 
     def _load(self, state: dict[str, Any]) -> None:
         self.step, self.rewards, self.best = state["step"], state["rewards"], state["best"]
+        self.tried = state.get("tried", [])  # earlier versions kept none
         self.adapter.load(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])

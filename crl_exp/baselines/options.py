@@ -66,7 +66,7 @@ def answered(lab: Lab, option_B: Sequence[int]) -> Generation:
     """These options as answers, as the engine gives them."""
     assert lab.options is not None
     tokens = [list(lab.options.ids[option]) for option in option_B]
-    return Generation(tokens, lab.lm.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+    return Generation(tokens, lab.options.texts_of(tokens))
 
 
 def needs_options(exp: Experiment, name: str, instead: str) -> str:

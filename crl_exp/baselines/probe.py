@@ -19,7 +19,7 @@ from crl_exp.baselines.options import answered, needs_options, right_options
 from crl_exp.baselines.regression import Regression, fit
 from crl_exp.errors import UserError
 from crl_exp.generation import Generation
-from crl_exp.methods import Method
+from crl_exp.method_base import WithoutFeatures
 
 if TYPE_CHECKING:
     from crl_exp.config import Experiment
@@ -61,7 +61,7 @@ class ProbeReader(Answerer):
 
 
 @dataclass
-class Probe(Method):
+class Probe(WithoutFeatures):
     """Baseline: logistic regression on the last prompt token's residual (Alain & Bengio,
     arXiv 1610.01644). It reads and doesn't steer: the option that it predicts is the answer.
 
@@ -74,10 +74,6 @@ class Probe(Method):
     label: ClassVar[str] = "linear probe (reads only)"
 
     penalties: list[float]
-
-    @property
-    def needs_statistics(self) -> bool:
-        return False
 
     def faults(self) -> list[str]:
         ok = self.penalties and all(math.isfinite(p) and p > 0 for p in self.penalties)
@@ -112,12 +108,13 @@ class Probe(Method):
             all_last_residuals(lab, "validation", sites),
             classes(lab, "validation"),
         )
-        right = {
-            penalty: float((probe.classes(asked_ND) == wanted_N).double().mean())
-            for penalty, probe in found.items()
-        }
-        penalty = max(sorted(right, reverse=True), key=lambda p: right[p])
         where = sorted(lab.saes) if len(sites) > 1 else f"site {sites[0]}"
+        right = {}
+        for penalty, probe in found.items():
+            right_N = (probe.classes(asked_ND) == wanted_N).double()
+            right[penalty] = float(right_N.mean())
+            lab.tried.add(right_N.numpy(), f"penalties of the probe of {where}")
+        penalty = max(sorted(right, reverse=True), key=lambda p: right[p])
         lab.note(f"validation accuracy by penalty, {where}", {str(p): r for p, r in right.items()})
         lab.note(f"penalty, {where}", penalty)
         return found[penalty]

@@ -15,7 +15,7 @@ from crl_exp.baselines.options import right_options
 from crl_exp.baselines.probe import Probe, all_last_residuals
 from crl_exp.baselines.regression import Regression
 from crl_exp.coefficients import Decay
-from crl_exp.controllers.base import Action, Controller, StepContext
+from crl_exp.controllers.base import Action, Controller, StepContext, Unsteered
 from crl_exp.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class ProbeSteering(Probe):
         of the class's score.
     doses: length of the vectors as a share of the median residual's, at the last prompt tokens of
         the training items; the one that does best on validation is taken (the smallest of equals).
+        With 0 among them nothing is added where none does better than the unsteered model.
     """
 
     label: ClassVar[str] = "probe that steers"
@@ -91,16 +92,20 @@ class ProbeSteering(Probe):
                 f"method.direction={self.direction}: must be one of {', '.join(DIRECTIONS)}{near}"
             )
         # A negative one leads away from what was read.
-        if not self.doses or not all(0 < abs(dose) <= 100 for dose in self.doses):
-            found.append(f"method.doses={self.doses}: must be from -100 to 100, and not 0")
+        if not self.doses or not all(abs(dose) <= 100 for dose in self.doses):
+            found.append(f"method.doses={self.doses}: must be from -100 to 100")
         return found
+
+    @property
+    def nothing_instead(self) -> str:
+        return "with 0 in method.doses nothing would be added"
 
     def conflicts(self, exp: Experiment) -> list[str]:
         if exp.engine.decode == "compiled" and not exp.task.choices:
             return ["method=probe_steering can't be compiled; set engine.decode=eager"]
         return []
 
-    def prepare(self, lab: Lab) -> ProbeController:
+    def prepare(self, lab: Lab) -> Controller:
         classes = right_options if lab.options else rewarded
         n_classes = len(lab.options.ids) if lab.options else 2
         unit = {}
@@ -108,10 +113,12 @@ class ProbeSteering(Probe):
             probe = self.fitted(lab, [sae.site], classes, n_classes)
             unit[layer] = self._branch(lab, sae.site, classes(lab, "train"), probe)
         sites = {layer: sae.site for layer, sae in lab.saes.items()}
-        tried = []
+        tried: list[tuple[float, Controller, float]] = []
         with lab.bar("trying doses", len(self.doses)) as advance:
             for dose in sorted(self.doses, key=lambda dose: (abs(dose), -dose)):
-                made = ProbeController(_times(unit, dose), sites, lab.exp.decay)
+                made: Controller = Unsteered()
+                if dose:
+                    made = ProbeController(_times(unit, dose), sites, lab.exp.decay)
                 tried.append((lab.validation_reward(made), made, dose))
                 advance(1)
         _, best, dose = max(tried, key=lambda t: t[0])

@@ -12,7 +12,7 @@ from crl_exp.controllers.base import Unsteered
 from crl_exp.engine import Prompts
 from crl_exp.errors import UserError
 from crl_exp.generation import Generation
-from crl_exp.methods import Method
+from crl_exp.method_base import WithoutLayers
 from crl_exp.tasks.base import Item
 from crl_exp.tasks.few_shot import fill
 
@@ -73,7 +73,7 @@ class OtherWords(Answerer):
 
 
 @dataclass
-class Prompting(Method):
+class Prompting(WithoutLayers):
     """Baseline: no steering, other wordings and examples in context; the best pair on validation.
 
     wordings: `{user}` stands for the task's own prompt and `{choices}` for its options, "Positive
@@ -90,14 +90,6 @@ class Prompting(Method):
 
     wordings: list[str]
     shots: list[int]
-
-    @property
-    def needs_statistics(self) -> bool:
-        return False
-
-    @property
-    def uses_layers(self) -> bool:
-        return False
 
     def faults(self) -> list[str]:
         found = [
@@ -118,6 +110,17 @@ class Prompting(Method):
             f"method.wordings: all hold {OPTIONS}, and task={exp.task.name} has no options; add "
             "one without, e.g. '{user}'"
         ]
+
+    @property
+    def nothing_instead(self) -> str:
+        own = "{user}" in self.wordings and 0 in self.shots
+        return (
+            ""
+            if own
+            else (
+                "with '{user}' in method.wordings and 0 in method.shots the task's own prompt stays"
+            )
+        )
 
     def usable(self, exp: Experiment) -> list[str]:
         return [word for word in self.wordings if exp.task.choices or OPTIONS not in word]

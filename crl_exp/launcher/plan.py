@@ -236,7 +236,8 @@ def check(
                 raise UserError("\n".join(found))
             setting = Setting.of(exp)
             read = (exp.decay, exp.policy, exp.warmup.pooling, exp.algorithm.uses_critic)
-            key = ["cautions", setting.key, repr(read), exp.method.name]
+            read = (*read, exp.sae.dictionary, exp.method)
+            key = ["cautions", setting.key, repr(read)]
             for caution in once(known, key, lambda exp=exp: cautions(exp)):
                 told.say(caution, str(point))
             if hasattr(exp.method, "stage2"):

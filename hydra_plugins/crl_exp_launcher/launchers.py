@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from crl_exp.launcher.launch import Launch
 
 # Sweepers that take no account of results.
-NEED_NO_RESULTS = ("crl_exp_sweeper.grids.", "hydra._internal.core_plugins.")
+NEED_NO_RESULTS = ("crl_exp_sweeper.grids.",)
 
 
 class FrozenLauncher(Launcher):

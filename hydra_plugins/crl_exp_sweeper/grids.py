@@ -47,8 +47,8 @@ class GridSweeper(Sweeper):
 
     def __init__(self, grids: list[dict[str, Any]], params: dict[str, Any] | None = None):
         super().__init__()
-        self.grids = grids or [{}]
-        self.params = params or {}
+        self.grids = [{}] if _is_nothing(grids) else grids
+        self.params = {} if params is None else params
         self._said: set[str] = set()
         self.launcher: Launcher | None = None
         self.hydra_context: HydraContext | None = None
@@ -64,17 +64,12 @@ class GridSweeper(Sweeper):
     def jobs(self, arguments: list[str]) -> list[list[str]]:
         """Every point's overrides, repeated points once. Raises `UserError` where there is none."""
         assert self.hydra_context is not None
+        self._check_shape()
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         given = {override.key_or_group for override in parser.parse_overrides(arguments)}
-        replaced = {key for grid in self.grids if isinstance(grid, (dict, DictConfig))
-                    for key in map(str, grid) if key in given}  # fmt: skip
+        replaced = {key for grid in self.grids for key in map(str, grid) if key in given}
         points = []
         for grid in self.grids:
-            if not isinstance(grid, (dict, DictConfig)):
-                raise UserError(
-                    f"hydra.sweeper.grids={list(self.grids)}: each must hold overrides, as in "
-                    "{seed: [0, 1], layers.layer: 12}"
-                )
             # What the command line sets replaces the grid's values, so that no point comes twice.
             asked = {k: v for k, v in {**self.params, **grid}.items() if k not in given}
             texts = [
@@ -88,6 +83,24 @@ class GridSweeper(Sweeper):
             found = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
             points += [self._understood(point, replaced, set(asked), given) for point in found]
         return list({" ".join(point): point for point in points}.values())
+
+    def _check_shape(self) -> None:
+        """Raise `UserError` where what was given isn't grids: nothing has looked at it before."""
+        if not isinstance(self.grids, (list, ListConfig)):
+            raise UserError(
+                f"hydra.sweeper.grids={self.grids}: must be a list of grids, as in "
+                "'hydra.sweeper.grids=[{seed: [0, 1], layers.layer: 12}]'"
+            )
+        if not all(isinstance(grid, (dict, DictConfig)) for grid in self.grids):
+            raise UserError(
+                f"hydra.sweeper.grids={list(self.grids)}: each must hold overrides, as in "
+                "{seed: [0, 1], layers.layer: 12}"
+            )
+        if not isinstance(self.params, (dict, DictConfig)):
+            raise UserError(
+                f"hydra.sweeper.params={self.params}: must hold overrides, as in "
+                "'hydra.sweeper.params={seed: \"0,1\"}'"
+            )
 
     def _understood(
         self, point: list[str], replaced: set[str], asked: set[str], given: set[str]
@@ -155,6 +168,10 @@ class GridSweeper(Sweeper):
                 f"output_dir={self.config.output_dir}: can't write to {folder} ({error}); "
                 "set output_dir=/a/folder/you/can/write"
             ) from error
+
+
+def _is_nothing(grids: Any) -> bool:
+    return grids is None or (isinstance(grids, (list, ListConfig)) and not len(grids))
 
 
 def _check_values(override: Override) -> None:
