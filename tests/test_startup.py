@@ -1,0 +1,92 @@
+"""What a command imports: only what it needs, as each of these takes seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.synthetic import config, run_of_items
+from tests.tiny_run import ROOT
+
+MODELS = ("torch", "transformers", "mlflow", "sae_lens", "datasets", "pandas", "sklearn")
+FIGURES = ("matplotlib", "scipy", "pyarrow", "numpy")
+PROGRAM = """
+import runpy, sys
+script, heavy, *sys.argv[1:] = sys.argv[1:]
+sys.path[0] = "."
+try:
+    if script == "-m":
+        runpy.run_module("crl_exp", run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[0] = script
+        runpy.run_path(script, run_name="__main__")
+    code = 0
+except SystemExit as ended:
+    code = ended.code
+print("ended:", code, file=sys.stderr)
+print("imported:", sorted(set(heavy.split()) & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def imported(script: str, *arguments: str, of: tuple[str, ...] = (*MODELS, *FIGURES)) -> list[str]:
+    """Last words of a command in a process of its own: how it ended, and what of these it took."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, script, " ".join(of), *arguments], cwd=ROOT, text=True,
+        capture_output=True, timeout=300,
+    )  # fmt: skip
+    return done.stderr.splitlines()[-2:]
+
+
+NOTHING = ["ended: 0", "imported: []"]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory) -> Path:
+    """The folder of two finished runs, with their items."""
+    folder = tmp_path_factory.mktemp("outputs")
+    before = np.array([0.0, 1.0] * 20)
+    for method, after in (("crl", np.ones(40)), ("corrsteer_s", before[::-1])):
+        run_of_items(config(folder, method), before, after)
+    return folder / "demo"
+
+
+def test_help_and_the_config_are_shown_without_libraries():
+    assert imported("launch.py", "--help") == NOTHING
+    assert imported("launch.py", "--cfg", "job") == NOTHING
+    assert imported("-m", "--help") == NOTHING
+
+
+def test_a_mistyped_key_is_refused_without_libraries():
+    ended, took = imported("launch.py", "task.n_tst=3")
+    assert ended.startswith("ended: error: Could not override 'task.n_tst'")
+    assert took == "imported: []"
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel"])
+def test_looking_at_a_sweep_takes_no_library(command, sweep):
+    assert imported("-m", command, str(sweep)) == NOTHING
+
+
+def test_a_report_loads_no_model_library(sweep):
+    assert imported("-m", "report", str(sweep), of=MODELS) == NOTHING
+    runs = map(str, sorted(path.parent for path in sweep.glob("*/result.json")))
+    assert imported("-m", "compare", *runs, of=(*MODELS, "matplotlib")) == NOTHING
+
+
+def test_points_are_checked_by_the_class_that_hydra_uses():
+    """Hydra's scan runs the files of plugins again, and what was set on the first class is lost."""
+    program = (
+        "from crl_exp.cli import register\n"
+        "register()\n"
+        "from hydra.core.plugins import Plugins\n"
+        "found = Plugins.instance().class_name_to_class\n"
+        "print(found['hydra_plugins.crl_exp_sweeper.grids.GridSweeper'].check.__name__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
+    assert done.stdout == "_check_points\n", done.stderr
