@@ -2,6 +2,7 @@
 
 Written whole or not at all, the last good one kept, with the state of every random generator, and
 refused where they belong to another config.
+torch is imported where states are read and written: settings, reports and `status` do without.
 """
 
 from __future__ import annotations
@@ -14,9 +15,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-
-import numpy as np
-import torch
 
 from crl_exp.errors import UserError
 from crl_exp.files import replacing
@@ -89,6 +87,8 @@ def read_state(path: Path, key: str, advice: str) -> dict[str, Any] | None:
 
     Raises `UserError` where it was written under another key.
     """
+    import torch
+
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, zipfile.BadZipFile) as error:
@@ -123,6 +123,8 @@ class _Sink:
 
 
 def _dump(state: dict[str, Any], file: IO[bytes]) -> None:
+    import torch
+
     sink = _Sink(file)
     try:
         torch.save(state, sink)  # type: ignore[arg-type]
@@ -134,6 +136,9 @@ def _dump(state: dict[str, Any], file: IO[bytes]) -> None:
 
 def rng_state() -> dict[str, Any]:
     """The process's random generators: torch (with CUDA), numpy, Python."""
+    import numpy as np
+    import torch
+
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, words, gauss = random.getstate()
     return {
@@ -147,6 +152,9 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Set the process's random generators as `rng_state` found them."""
+    import numpy as np
+    import torch
+
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available():  # perhaps on a node with fewer GPUs
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import signal
@@ -11,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import make_dataclass
 from typing import Any
 
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -25,8 +28,11 @@ SWEEPER = "hydra_plugins.crl_exp_sweeper.grids.GridSweeper"
 
 def register() -> None:
     """Make the config schema known to Hydra."""
-    from crl_exp.config import Schema
     from crl_exp.launcher.settings import KINDS
+    from crl_exp.schema import Schema
+
+    # Its scan runs the plugins' files anew, so that classes imported before it aren't those used.
+    Plugins.instance()
     from hydra_plugins.crl_exp_sweeper.grids import GridSweeper
 
     store = ConfigStore.instance()
@@ -38,8 +44,17 @@ def register() -> None:
         schema = make_dataclass("Schema", [("_target_", str)], bases=(settings,))
         store.store(group="hydra/launcher", name=f"{kind}_schema", node=schema)
     GridSweeper.check = staticmethod(_check_points)
+    _share_store()
     # We print errors ourselves (`people_errors`), so let Hydra raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+
+
+def _share_store() -> None:
+    """Hydra copies its sources of configs for each group that `--help` lists and for each config
+    that it composes. One of them holds the process's own store, which is only read: the copies
+    were most of the time that `--help` took."""
+    source = SourcesRegistry.instance().resolve("structured")
+    source.__deepcopy__ = lambda self, memo: copy.copy(self)  # type: ignore[attr-defined]
 
 
 def _check_points(loader: ConfigLoader, master: DictConfig, jobs: list[list[str]]) -> None:

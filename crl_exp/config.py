@@ -1,7 +1,8 @@
-"""The config: types here, values in `conf/`. Nothing in this file knows Hydra's command line.
+"""The config made into objects and checked. Nothing in this file knows Hydra's command line.
 
-Sections with one shape are typed nodes. Sections with a choice of parts (task, method, stages, …)
-name a class of this package in `_target_`; its dataclass fields are the section's keys and types.
+Sections with one shape are typed nodes (`crl_exp.schema`). Sections with a choice of parts (task,
+method, stages, …) name a class of this package in `_target_`; its dataclass fields are the
+section's keys and types. Values are in `conf/`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from crl_exp import compatibility
 from crl_exp.algorithms import Algorithm
 from crl_exp.architecture import check_architecture
 from crl_exp.checkpoints import CheckpointConfig
 from crl_exp.coefficients import Coefficient, Decay
-from crl_exp.engine import EngineConfig
+from crl_exp.engine_config import EngineConfig
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.layers import LayerSet
 from crl_exp.methods import CRL, Method
@@ -25,44 +26,12 @@ from crl_exp.names import sweep_fault
 from crl_exp.networks import PolicyConfig
 from crl_exp.runs import RESUME
 from crl_exp.sae_config import SAEConfig
+from crl_exp.schema import PRESETS, TYPED, Schema
 from crl_exp.sections import Known, build, fill, number_faults, once
 from crl_exp.stages.base import STAGES, Stage
 from crl_exp.tasks.base import Task
 from crl_exp.tracking import TrackingConfig
 from crl_exp.warmup import WarmupConfig
-
-# Groups that set keys of other sections and leave none of their own.
-PRESETS = ("experiment", "sweep", "debug")
-
-
-@dataclass
-class Schema:
-    """Shape of a composed config, as Hydra sees it. `Any` sections are built from `_target_`."""
-
-    sweep_name: str = MISSING
-    seed: int = MISSING
-    output_dir: str = MISSING
-    resume: str = MISSING
-    rung: int | None = None
-    order: list[str] = MISSING
-    model: ModelConfig = MISSING
-    sae: SAEConfig = MISSING
-    engine: EngineConfig = MISSING
-    warmup: WarmupConfig = MISSING
-    policy: PolicyConfig = MISSING
-    checkpoint: CheckpointConfig = MISSING
-    tracking: TrackingConfig = MISSING
-    task: Any = MISSING
-    layers: Any = MISSING
-    method: Any = MISSING
-    fusion: Any = MISSING
-    activation: Any = MISSING
-    noise: Any = MISSING
-    mask: Any = MISSING
-    coefficient: Any = MISSING
-    decay: Any = MISSING
-    algorithm: Any = MISSING
-
 
 PARTS: dict[str, type] = {
     "task": Task,
@@ -75,15 +44,6 @@ PARTS: dict[str, type] = {
     "coefficient": Coefficient,
     "decay": Decay,
     "algorithm": Algorithm,
-}
-TYPED: dict[str, type] = {
-    "model": ModelConfig,
-    "sae": SAEConfig,
-    "engine": EngineConfig,
-    "warmup": WarmupConfig,
-    "policy": PolicyConfig,
-    "checkpoint": CheckpointConfig,
-    "tracking": TrackingConfig,
 }
 
 

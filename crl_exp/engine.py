@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -19,7 +18,8 @@ from crl_exp.batching import BatchSize, batches, bytes_to_decode, bytes_to_keep
 from crl_exp.choice import Options
 from crl_exp.controllers.team import Teams
 from crl_exp.decode import Decoding
-from crl_exp.errors import UserError, did_you_mean
+from crl_exp.engine_config import EngineConfig
+from crl_exp.errors import UserError
 from crl_exp.generation import Generation, Job, cut_at, joined
 from crl_exp.lineup import Part, start_layer
 from crl_exp.models import LanguageModel
@@ -29,42 +29,8 @@ from crl_exp.static_decode import CompiledDecoding
 from crl_exp.static_step import Steps
 
 log = logging.getLogger(__name__)
-AUTO_ITEMS = 128
-DECODE = ("eager", "compiled")
 ENOUGH_ROWS = {"cpu": 32, "cuda": 256}
 """From about so many rows on, a layer takes as long as its arithmetic and not as reading it."""
-
-
-@dataclass
-class EngineConfig:
-    """How prompts are read and answers generated.
-
-    batch_size: rows that go through the model together; auto: as many as fit into memory.
-    keep_gib: memory for kept prompts, GiB; a split that needs more is read again for each batch.
-    decode: how the tokens after the first are made: eager, or compiled, as one graph with a static
-        cache and the steering inside (CUDA graphs on a GPU; needs a C++ compiler on a CPU).
-    """
-
-    batch_size: Any  # int or "auto": OmegaConf can't merge a union into a section still missing
-    keep_gib: float
-    decode: str
-
-    @property
-    def items_together(self) -> int:
-        """Items that a pass over a split takes at a time."""
-        return self.batch_size if isinstance(self.batch_size, int) else AUTO_ITEMS
-
-    def faults(self) -> list[str]:
-        found, size = [], self.batch_size
-        number = isinstance(size, int) and not isinstance(size, bool)
-        if size != "auto" and not (number and size >= 1):
-            found.append(f"engine.batch_size={size}: must be at least 1, or auto")
-        if not self.keep_gib >= 0:
-            found.append(f"engine.keep_gib={self.keep_gib}: must be 0 or more")
-        if self.decode not in DECODE:
-            near = did_you_mean(self.decode, DECODE)
-            found.append(f"engine.decode={self.decode}: must be one of {', '.join(DECODE)}{near}")
-        return found
 
 
 class Prompts(Protocol):

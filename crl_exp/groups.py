@@ -6,9 +6,10 @@ Shapes: B samples, F features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the config takes names from here, without torch
+    from torch import Tensor
 
 REWARDED = ("positive", "half")
 
@@ -31,7 +32,7 @@ class Sums:
     @classmethod
     def of(cls, z_BF: Tensor) -> Sums:
         z_BF = z_BF.double()
-        m2_F = (z_BF - z_BF.mean(0)).square().sum(0) if len(z_BF) else torch.zeros_like(z_BF.sum(0))
+        m2_F = (z_BF - z_BF.mean(0)).square().sum(0) if len(z_BF) else z_BF.sum(0)  # zeros
         return cls(len(z_BF), z_BF.sum(0), (z_BF > 0).sum(0).double(), m2_F)
 
     def merged(self, other: Sums) -> Sums:

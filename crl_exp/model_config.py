@@ -6,23 +6,21 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from crl_exp.assets import asset_path
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.files import home
 from crl_exp.hub import hub_trouble, own_code
 
+if TYPE_CHECKING:
+    import torch
+
 ASSET_PREFIX = "asset:"
 TINY_PREFIX = "tiny:"
 DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names of torch's; the config is read without torch."""
 QUANTIZATIONS = ("int8", "nf4")
 TEMPLATE_OURS = {
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages",
@@ -46,6 +44,8 @@ def device_faults(key: str, device: str) -> list[str]:
 
 def missing_device(key: str, device: str) -> list[str]:
     """What this machine lacks of a device."""
+    import torch
+
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             return [f"{key}={device}: no CUDA device here; set {key}=cpu"]
@@ -137,6 +137,12 @@ class ModelConfig:
             )
         return found
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.dtype)
+
     def quantization_config(self) -> Any:
         """transformers' own config of the quantisation, or None."""
         if self.quantization is None:
@@ -148,7 +154,7 @@ class ModelConfig:
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=DTYPES[self.dtype],
+            bnb_4bit_compute_dtype=self.torch_dtype,
         )
 
     def read_config(self) -> Any:

@@ -20,7 +20,7 @@ from crl_exp.architecture import find_layers, one_rotation
 from crl_exp.cache import Scratch
 from crl_exp.choice import options_of
 from crl_exp.errors import UserError
-from crl_exp.model_config import DTYPES, ModelConfig, cannot_load
+from crl_exp.model_config import ModelConfig, cannot_load
 from crl_exp.prompt_text import chat_ids, plain_ids
 
 
@@ -238,7 +238,7 @@ def load_model(config: ModelConfig) -> LanguageModel:
         model = AutoModelForCausalLM.from_pretrained(
             path,
             **plain,
-            dtype=DTYPES[config.dtype],
+            dtype=config.torch_dtype,
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
             **how,

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
-from crl_exp import selection
 from crl_exp.errors import did_you_mean
 
-NONLINEARITIES: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh,
-}  # fmt: skip
+if TYPE_CHECKING:  # the config is read without torch
+    from torch import Tensor, nn
+
+NONLINEARITIES = {"relu": "ReLU", "gelu": "GELU", "silu": "SiLU", "tanh": "Tanh"}
+"""Classes of torch.nn."""
 FIRST_WEIGHTS = ("by_layer", "by_seed")
 CRITICS = ("v", "q")
 COMBINES = ("sum", "one_length")
@@ -80,10 +80,12 @@ class PolicyConfig:
 
 def mlp(d_in: int, d_out: int, depth: int, config: PolicyConfig) -> nn.Sequential:
     """`depth` hidden layers; the last layer starts at zero."""
+    from torch import nn
+
     widths = [d_in, *[config.hidden] * depth]
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b), NONLINEARITIES[config.nonlinearity]()]
+        layers += [nn.Linear(a, b), getattr(nn, NONLINEARITIES[config.nonlinearity])()]
     last = nn.Linear(widths[-1], d_out)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
@@ -106,6 +108,8 @@ class Distribution:
     @classmethod
     def of(cls, logits_BC: Tensor, value_BX: Tensor | None, critic: str) -> Distribution:
         """value_BX: what the critic gives, [B, 1] of kind v or [B, C] of kind q."""
+        from crl_exp import selection
+
         if value_BX is None:
             return cls(logits_BC, None, None)
         if critic == "v":

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import chi2, norm, t
+from scipy.special import gammaincinv, ndtr, stdtrit
 
 from crl_exp.statistics import Z
 
@@ -66,13 +65,14 @@ def power(delta: float, spread: Spread, n: int, n_seeds: int) -> float:
     else:
         v_seeds = (spread.seeds or 0.0) / n_seeds
         df = n_seeds - 1
-        estimated = np.maximum((v_seeds + noise) * chi2.ppf(QUANTILES, df) / df - noise, 0.0)
-        half = np.sqrt(Z**2 * v_items + t.ppf(0.975, df) ** 2 * estimated)
+        chi2 = 2 * gammaincinv(df / 2, QUANTILES)
+        estimated = np.maximum((v_seeds + noise) * chi2 / df - noise, 0.0)
+        half = np.sqrt(Z**2 * v_items + stdtrit(df, 0.975) ** 2 * estimated)
         spread_of_mean = v_items + v_seeds
     if spread_of_mean == 0:
         return float(delta != 0)
     sd = np.sqrt(spread_of_mean)
-    return float(np.mean(norm.cdf((delta - half) / sd) + norm.cdf((-delta - half) / sd)))
+    return float(np.mean(ndtr((delta - half) / sd) + ndtr((-delta - half) / sd)))
 
 
 def smallest_difference(spread: Spread, n: int, n_seeds: int) -> float:
@@ -82,6 +82,8 @@ def smallest_difference(spread: Spread, n: int, n_seeds: int) -> float:
         return float("nan")
     if power(1e-12, spread, n, n_seeds) >= POWER:
         return 0.0
+    from scipy.optimize import brentq
+
     top = 0.001
     while power(top, spread, n, n_seeds) < POWER:
         top *= 2

@@ -21,6 +21,8 @@ REPO = Path(__file__).resolve().parents[1]
 TINY_PREFIX = "tiny:"
 DICTIONARIES = {"sae": "", "random": "random dictionary", "permuted": "permuted dictionary"}
 """What may be added, and what a method with it is called in a report; `crl_exp.dictionaries`."""
+PLAIN = ("standard", "jumprelu")
+"""SAELens' names of what `crl_exp.plain_sae` reads; its own import takes seconds."""
 OFFLINE = (
     "Without the hub: load it where there is one, save it by SAELens' `sae.save_model(folder)`, "
     "copy the folder here and set sae=disk sae.folder=/that/folder"
@@ -160,9 +162,11 @@ class SAEConfig:
 
     def _check_inference(self, layer: int, cfg: Any) -> None:
         """Raise `UserError` for a training checkpoint of an SAE that is another one afterwards."""
+        kind = cfg.get("architecture") if isinstance(cfg, dict) else None
+        if kind in PLAIN:
+            return
         from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-        kind = cfg.get("architecture") if isinstance(cfg, dict) else None
         if kind in SAE_TRAINING_CLASS_REGISTRY and kind not in SAE_CLASS_REGISTRY:
             raise UserError(
                 f"the SAE of layer {layer} at {self.where(layer)} is a training checkpoint "

@@ -1,6 +1,7 @@
 """Sparse autoencoders as the rest of the code sees them: one layer's, at its own site.
 
-SAELens loads them. `sae_config` says which; `sae_metadata` says what speaks against using them.
+SAELens loads them, but for the plainest (`plain_sae`). `sae_config` says which; `sae_metadata` says
+what speaks against using them.
 Shapes: B rows, D d_in, F d_sae, C features asked for.
 """
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from crl_exp.errors import UserError
+from crl_exp.plain_sae import PlainSAE, read_plain
 from crl_exp.sae_config import SAEConfig
 from crl_exp.sae_metadata import HOOK_NAME, SAEMetadata
 
@@ -123,11 +125,12 @@ class LayerSAE:
 
         Kept for those who ask again: packed runs often steer the same features.
         """
-        from sae_lens import JumpReLUSAE, StandardSAE
-
         sae: Any = self.sae
-        if type(sae) not in (JumpReLUSAE, StandardSAE):
-            return None
+        if type(sae) is not PlainSAE:
+            from sae_lens import JumpReLUSAE, StandardSAE
+
+            if type(sae) not in (JumpReLUSAE, StandardSAE):
+                return None
         if not isinstance(sae.activation_fn, torch.nn.ReLU):
             return None
         key = feature_C.cpu().numpy().tobytes()
@@ -164,22 +167,16 @@ def load_saes(
 
 
 def _load_one(config: SAEConfig, layer: int, d_model: int, model_name: str, device) -> LayerSAE:
-    from sae_lens import SAE
     from safetensors import SafetensorError
 
     try:
-        if config.folder is not None:
-            sae = SAE.load_from_disk(config.path(layer), device=str(device), dtype="float32")
-        else:
-            sae = SAE.from_pretrained(
-                str(config.release), config.sae_id(layer), device=str(device), dtype="float32"
-            )
+        sae, cfg = _read(config, layer, device)
     except torch.OutOfMemoryError:
         raise  # a RuntimeError, but the file is whole
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(config.cannot_load(layer, error)) from error
     where = config.where(layer)
-    found = SAEMetadata.of(sae.cfg.to_dict())
+    found = SAEMetadata.of(cfg)
     faults = found.faults(where, layer, d_model, config.allowed_for(model_name))
     faults += [
         f"the SAE at {where} has non-finite values in {name}; restore the file"
@@ -193,3 +190,20 @@ def _load_one(config: SAEConfig, layer: int, d_model: int, model_name: str, devi
         layer, found.hook_name, sae, found.neuronpedia_id, found.warnings(layer, model_name),
         found.centered,
     )  # fmt: skip
+
+
+def _read(config: SAEConfig, layer: int, device) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """An SAE in float32 and its own config."""
+    if config.folder is not None:
+        plain = read_plain(config.path(layer), device)
+        if plain is not None:
+            return plain, plain.cfg
+    from sae_lens import SAE
+
+    if config.folder is not None:
+        sae: Any = SAE.load_from_disk(config.path(layer), device=str(device), dtype="float32")
+    else:
+        sae = SAE.from_pretrained(
+            str(config.release), config.sae_id(layer), device=str(device), dtype="float32"
+        )
+    return sae, sae.cfg.to_dict()

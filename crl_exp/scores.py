@@ -8,12 +8,13 @@ them by. Pure. Shapes: B samples, F features, M kept values.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the config takes names from here, without torch
+    from torch import Tensor
 
-from crl_exp.groups import Sums
-from crl_exp.histograms import LogHistogram, binned_mutual_information
+    from crl_exp.groups import Sums
+    from crl_exp.histograms import LogHistogram
 
 SCORES = (
     "pearson", "mutual_information", "fisher", "mean_difference", "composite",
@@ -39,6 +40,8 @@ class KeptValues:
 
     def above(self, floor_F: Tensor, n_samples: int) -> Tensor:
         """Share [F] of the samples whose value is above each feature's floor."""
+        import torch
+
         feature_M, value_M = torch.cat(self.feature_M).long(), torch.cat(self.value_M)
         over_M = (value_M > floor_F[feature_M]).double()
         count_F = torch.zeros_like(floor_F).index_add(0, feature_M, over_M)
@@ -49,6 +52,8 @@ class KeptValues:
 def mutual_information(rewarded: Sums, unrewarded: Sums) -> Tensor:
     """Between being active and being rewarded [F], in nats, from the four counts. Ours: what of the
     activation's size goes with the reward isn't in it, so no bins have to be chosen."""
+    import torch
+
     n = rewarded.n + unrewarded.n
     total_F = torch.zeros_like(rewarded.total_F)
     active_F = rewarded.active_F + unrewarded.active_F
@@ -98,6 +103,8 @@ def published_scores(
 ) -> dict[str, Tensor]:
     """The other scores of CorrSteer's table [F], signed by r; the one in bins only where these were
     counted (of rewarded and of unrewarded samples)."""
+    from crl_exp.histograms import binned_mutual_information
+
     sign_F = correlation_F.sign()
     found = {"corrsteer_fisher": sign_F * corrsteer_fisher(rewarded, unrewarded)}
     if histograms is not None:

@@ -1,6 +1,7 @@
 """Stage 1: how every feature goes with success, stored and shared by all runs.
 
-`crl_exp.measuring` makes the statistics. Shapes: D d_model, F d_sae.
+`crl_exp.measuring` makes the statistics. torch is imported where they are read and written: the
+config's section is here too. Shapes: D d_model, F d_sae.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save
-from torch import Tensor
 
 from crl_exp import preemption
 from crl_exp.checkpoints import Checkpoint, read_state
-from crl_exp.correlation import Moments
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.files import replacing, writing
 from crl_exp.groups import REWARDED
 from crl_exp.run_keys import content_key
-from crl_exp.saes import LayerSAE
 from crl_exp.scores import NEGATIVE, SCORES, handle_negative
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from crl_exp.correlation import Moments
+    from crl_exp.saes import LayerSAE
 
 POOLINGS = ("max", "mean", "last_prompt")
 STATISTICS_FORMAT = 3
@@ -136,6 +139,8 @@ class LayerStatistics:
 
     def save(self, path: Path) -> None:
         """Write atomically: a reader sees the whole file or none."""
+        from safetensors.torch import save
+
         meta: dict[str, Any] = {name: getattr(self, name) for name in _SCALARS}
         meta["moments"] = {name: getattr(self.moments, name) for name in _MOMENT_SCALARS}
         tensors = {f"feature.{k}": v.contiguous() for k, v in self.by_feature.items()}
@@ -148,6 +153,9 @@ class LayerStatistics:
     @classmethod
     def load(cls, path: Path) -> LayerStatistics:
         from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load_file
+
+        from crl_exp.correlation import Moments
 
         try:
             with safe_open(path, framework="pt") as file:
@@ -203,7 +211,7 @@ class PartialPass:
                 path.unlink()
 
 
-Compute = Callable[[dict[int, LayerSAE], PartialPass], dict[int, LayerStatistics]]
+Compute = Callable[["dict[int, LayerSAE]", PartialPass], dict[int, LayerStatistics]]
 """Measures these layers, going on from and saving the pass."""
 
 

@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 NOTICEABLE = 0.02  # two points: what one would like to tell apart
 MIDPOINTS = (np.arange(20_000) + 0.5) / 20_000
@@ -27,7 +27,7 @@ of it; of equals hardly one that matters is left out (as in Hansen 2005)."""
 
 def expected_largest(m: int) -> float:
     """Mean of the largest of m standard normal draws, from its quantile function."""
-    return float(norm.ppf(MIDPOINTS ** (1 / m)).mean())
+    return float(ndtri(MIDPOINTS ** (1 / m)).mean())
 
 
 def rivals(reward_MI: np.ndarray) -> np.ndarray:

@@ -56,8 +56,9 @@ class Texts:
 
 def _classes(config: DictConfig) -> Iterator[tuple[str, type]]:
     """The class of each section that is in a config, and of its top."""
-    from crl_exp.config import PARTS, TYPED, Schema
+    from crl_exp.config import PARTS
     from crl_exp.launcher.settings import KINDS
+    from crl_exp.schema import TYPED, Schema
     from crl_exp.sections import target_class
 
     yield "", Schema

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+if sys.dont_write_bytecode:
+    # Where Python is told to leave no bytecode beside sources, every process of the tests would
+    # compile torch and transformers anew, which takes as long again as importing them.
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 from tests.sharing import Sharing, long_ones_first
 

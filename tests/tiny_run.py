@@ -15,8 +15,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-from sae_lens.saes.sae import SAEMetadata
 
 from crl_exp import config as configs
 from crl_exp.cli import register
@@ -93,6 +91,9 @@ def save_sae(
 
     said: more metadata. shape: more of SAELens' config.
     """
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig  # many tests have no need of its import
+    from sae_lens.saes.sae import SAEMetadata
+
     d_sae, d_in = weights["W_dec"].shape
     site = f"blocks.{layer if hook_layer is None else hook_layer}.hook_resid_{point}"
     metadata = SAEMetadata(**{"hook_name": site, "model_name": "tiny", **(said or {})})

@@ -10,18 +10,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crl_exp.code_state import code_state
 from crl_exp.files import replacing
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.local_workers import check_gpus, check_shell, start_workers
-from crl_exp.launcher.packs import packs_of
-from crl_exp.launcher.plan import Settings
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings, kind_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.run_keys import content_key
 from crl_exp.runs import RunDirectory
+
+if TYPE_CHECKING:  # `cancel` needs this module, and no torch
+    from crl_exp.launcher.plan import Settings
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ def submit(starts: Sequence[Start], sweep: SweepFile) -> dict[str, Any]:
     The sweep is `locked`. Raises `UserError` where it is refused; nothing is then queued and no
     run was touched.
     """
+    from crl_exp.launcher.packs import packs_of
+
     submission: dict[str, Any] = {
         "time": time.time(), "cwd": os.getcwd(), "command": sys.argv,
         "version": version("crl_exp"), **code_state().facts,
