@@ -1,7 +1,7 @@
 """The ordered logit pipeline: each stage maps `(logits, context)` to logits.
 
 Shapes: B rows, C features that may be steered (allowed), D d_model, X one value or C values a row.
-With `policy.doses` a stage's C are features at each dose; what is known of a feature is there for each.
+With `policy.doses` a stage's C are features at each dose; what is known of a feature is repeated.
 """
 
 from __future__ import annotations
