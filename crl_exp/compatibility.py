@@ -63,6 +63,11 @@ def starts_at_zero(plain: dict[str, Any]) -> bool:
     return untrained or not (policy.get("policy_depth", 1) or policy.get("critic_depth", 1))
 
 
+def never_leaves_alone(plain: dict[str, Any]) -> bool:
+    """Whether there is no null action, so that it doesn't matter what it would start from."""
+    return not (plain.get("policy") or {}).get("null_action", False)
+
+
 ADDED: tuple[Added, ...] = (
     Added("task", "", "train_seed", None),
     Added("task", "", "groups", None),
@@ -86,6 +91,9 @@ ADDED: tuple[Added, ...] = (
     Added("task", "JsonLines", "choice_prefix", ""),
     Added("task", "Sentiment", "choice_prefix", ""),
     Added("policy", "", "first_weights", "by_seed", same=starts_at_zero),
+    Added("policy", "", "null_action", False),
+    Added("policy", "", "null_start", 0.5, same=never_leaves_alone),
+    Added("policy", "", "doses", []),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,13 +32,15 @@ PLAIN: Mapping[str, type[Stage]] = {"noise": NoNoise, "activation": Identity, "m
 @dataclass
 class Setting:
     """The stages of one experiment and what they are made for. n_tokens: as in `Shape`; before a
-    run, `TOKENS` where the tokenizer alone knows how many an option has."""
+    run, `TOKENS` where the tokenizer alone knows how many an option has. null: whether there is the
+    null action, which noise acts on too."""
 
     stages: dict[str, Stage]
     order: Sequence[str]
     n_tokens: int
     k: int
     trained: bool
+    null: bool = False
 
     @staticmethod
     def of(exp: Experiment, n_tokens: int | None = None) -> Setting:
@@ -46,18 +48,18 @@ class Setting:
         if n_tokens is None:
             n_tokens = TOKENS if several_tokens(_plainly(exp)) else exp.task.max_new_tokens
         trained = bool(getattr(exp.method, "stage2", False))
-        return Setting(exp.stages, exp.order, n_tokens, exp.policy.k, trained)
+        null = exp.policy.null_action
+        return Setting(exp.stages, exp.order, n_tokens, exp.policy.k, trained, null)
 
     def but(self, **changes: Stage) -> Setting:
         """With other stages."""
-        stages = {**self.stages, **changes}
-        return Setting(stages, self.order, self.n_tokens, self.k, self.trained)
+        return replace(self, stages={**self.stages, **changes})
 
     @property
     def key(self) -> list:
         """Equal for equal settings."""
         stages = [repr(self.stages[name].setting()) for name in STAGES]
-        return [stages, list(self.order), self.n_tokens, self.k, self.trained]
+        return [stages, list(self.order), self.n_tokens, self.k, self.trained, self.null]
 
     @property
     def n_features(self) -> int:
@@ -170,7 +172,11 @@ def effect(setting: Setting) -> Effect | None:
                 noted=noted,
             )  # fmt: skip
             with torch.no_grad():
-                found[explore].append(pipeline(logits_NC, context))
+                if setting.null:
+                    made_NX = pipeline.with_null(logits_NC, torch.zeros(ROWS), context)
+                else:
+                    made_NX = pipeline(logits_NC, context)
+            found[explore].append(made_NX)
         if "length_B" in noted:
             past_N = torch.logaddexp(past_N, noted["length_B"])
     return Effect(
@@ -253,13 +259,11 @@ def _without_effect(setting: Setting, told: set[str]) -> list[str]:
                 f"{said}: keeps the order of the logits, so that an evaluation takes the same "
                 "features as with activation=identity; it changes how a rollout samples, no more"
             )
-    if list(setting.order) != list(STAGES):
-        usual = Setting(setting.stages, STAGES, setting.n_tokens, setting.k, setting.trained)
-        if whole == effect(usual):
-            found.append(
-                f"order=[{','.join(setting.order)}]: with these stages every act is that of "
-                f"order=[{','.join(STAGES)}]"
-            )
+    if list(setting.order) != list(STAGES) and whole == effect(replace(setting, order=STAGES)):
+        found.append(
+            f"order=[{','.join(setting.order)}]: with these stages every act is that of "
+            f"order=[{','.join(STAGES)}]"
+        )
     return found
 
 

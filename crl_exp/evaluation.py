@@ -13,12 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from crl_exp.actions import NULL
 from crl_exp.answerer import Answerer
 from crl_exp.answers import Answers
 from crl_exp.controllers.base import Unsteered
 from crl_exp.files import replacing
 from crl_exp.items import items_table, write_items
 from crl_exp.lab import Lab
+from crl_exp.policy import PolicyController
 from crl_exp.quality import quality
 from crl_exp.statistics import compare
 from crl_exp.tasks.base import Item
@@ -34,6 +36,7 @@ INTERVENTIONS = pa.schema(
         ("layer", pa.int32()),
         ("token", pa.int32()),
         ("features", pa.list_(pa.int32())),
+        ("left_alone", pa.bool_()),
         ("coefficients", pa.list_(pa.float32())),
         ("delta_norm", pa.float32()),
         ("log_prob", pa.float32()),
@@ -43,9 +46,10 @@ INTERVENTIONS = pa.schema(
         ("reward_steered", pa.float32()),
     ]
 )
-"""One row for each item, steered token and layer. `token` is the one produced; `delta_norm`:
-length of what was added to the residual. `changed`: whether the item's answer differs from the
-unsteered one. The rewards are the item's, unsteered and steered."""
+"""One row for each item, steered token and layer. `features` is empty where nothing was added;
+`left_alone`: whether because the policy took the null action. `token` is the one produced;
+`delta_norm`: length of what was added to the residual. `changed`: whether the item's answer differs
+from the unsteered one. The rewards are the item's, unsteered and steered."""
 
 
 def evaluate_split(lab: Lab, answerer: Answerer, split: str) -> tuple[dict[str, Any], Answers]:
@@ -83,6 +87,7 @@ def evaluate(lab: Lab, answerer: Answerer) -> tuple[dict[str, Any], Used]:
     figures: dict[str, Any] = {}
     used: Used = {}
     unsteered: float | None = None
+    left_alone: float | None = None
     tables: list[pa.Table] = []
     items_of: list[pa.Table] = []
     steered: dict[str, Answers] = {}
@@ -96,6 +101,7 @@ def evaluate(lab: Lab, answerer: Answerer) -> tuple[dict[str, Any], Used]:
             tables.append(_interventions(lab, split, answers))
         if split == "test":
             used, unsteered = _used(answers), _unsteered(answers)
+            left_alone = _left_alone(answers) if _has_null_action(answerer) else None
     _write_interventions(lab.run.path / "interventions.parquet", tables)
     write_items(lab.run.path, items_of)
     result = dict(figures.pop("test"))
@@ -106,13 +112,24 @@ def evaluate(lab: Lab, answerer: Answerer) -> tuple[dict[str, Any], Used]:
     result["over_refusal_baseline"] = over_refusal(items, lab.baseline(benign_in))
     result["over_refusal_steered"] = over_refusal(items, steered[benign_in])
     result["unsteered_tokens"] = unsteered
+    result["left_alone"] = left_alone
     if unsteered:
         lab.warn(
             f"at {unsteered:.1%} of the test's tokens no feature could be chosen (the mask left "
             "none): nothing was added there"
         )
+    if left_alone == 1:
+        lab.warn(
+            "the policy leaves every token of the test alone (policy.null_action): its answers are "
+            "the unsteered model's"
+        )
     result["unique_features"] = len({(la, f) for la, rows in used.items() for f in rows})
     return result, used
+
+
+def _has_null_action(answerer: Answerer) -> bool:
+    agents = answerer.agents.values() if isinstance(answerer, PolicyController) else ()
+    return any(agent.actions.null for agent in agents)
 
 
 def _warn_of_harm(lab: Lab, validation: dict[str, Any]) -> None:
@@ -163,6 +180,7 @@ def _interventions(lab: Lab, split: str, answers: Answers) -> pa.Table:
             columns["layer"].append(one.layer)
             columns["token"].append(tokens[i])
             columns["features"].append([features[i][k] for k in kept])
+            columns["left_alone"].append(features[i][:1] == [NULL])
             columns["coefficients"].append([coefficients[i][k] for k in kept])
             columns["delta_norm"].append(delta_norms[i])
             columns["log_prob"].append(log_probs[i])
@@ -179,16 +197,22 @@ def _write_interventions(path: Path, tables: list[pa.Table]) -> None:
 
 
 def _unsteered(answers: Answers) -> float | None:
-    """Share of the tokens, of all layers, at which the controller found nothing to add; null for
-    the unsteered model."""
+    """Share of the tokens, of all layers, at which the controller found nothing to add, though it
+    didn't choose to; null for the unsteered model."""
     empty, n = 0, 0
     for one in answers.steered:
         chosen_NK = one.feature_idx_NK
         if chosen_NK.shape[1] == 0:  # a direction that is no feature
             continue
-        empty += int((chosen_NK < 0).all(dim=1).sum())
+        empty += int(((chosen_NK < 0).all(dim=1) & (chosen_NK[:, 0] != NULL)).sum())
         n += len(chosen_NK)
     return empty / n if n else None
+
+
+def _left_alone(answers: Answers) -> float | None:
+    """Share of the tokens, of all layers, at which the policy took the null action first."""
+    firsts = [one.feature_idx_NK[:, 0] for one in answers.steered]
+    return float((torch.cat(firsts) == NULL).double().mean()) if firsts else None
 
 
 def _used(answers: Answers) -> Used:

@@ -180,7 +180,7 @@ class LayerLearner:
         advantage_N = self.algorithm.scaled(part.advantage_N)
         for optimizer, _ in self._optimizers():
             optimizer.zero_grad(set_to_none=True)
-        together = max(1, LOGITS_TOGETHER // len(self.agent.allowed_C))
+        together = max(1, LOGITS_TOGETHER // len(self.agent.actions))
         watched: dict[str, float] = {}
         ratios = []
         for rows in torch.arange(len(weight_N), device=weight_N.device).split(together):
@@ -201,7 +201,7 @@ class LayerLearner:
         """Add the gradients of these tokens; returns their share of what is watched, and ρ [N]."""
         algorithm = self.algorithm
         now = self.agent.distribution(part.observed)
-        log_prob_N = selection.log_prob(now.logits_BC, part.choice_NK)
+        log_prob_N = self.agent.actions.log_prob(now.logits_BC, part.choice_NK)
         policy = ppo_policy_loss(
             log_prob_N, part.log_prob_N, advantage_N, weight_N, algorithm.clip_coef
         )

@@ -79,6 +79,8 @@ class CRL(CorrSteer):
             found.append(
                 f"method.features=fixed has one feature a layer, but policy.k={exp.policy.k}"
             )
+        if not self.stage2:
+            found += exp.policy.untrained_faults()
         for stage in exp.stages.values():
             found += stage.conflicts(exp.policy, exp.algorithm)
         for i, name in enumerate(exp.order):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from crl_exp.actions import Actions
 from crl_exp.correlation import Moments
 from crl_exp.generation import Generation, Step
 from crl_exp.scores import handle_negative
@@ -68,10 +69,11 @@ def online_conflicts(warmup: WarmupConfig, stage2: bool) -> list[str]:
     return found
 
 
-def pooled(steps: list[Step], n_answers: int, pooling: str) -> Tensor:
+def pooled(steps: list[Step], n_answers: int, pooling: str, actions: Actions) -> Tensor:
     """Activations z [B, C] pooled over each answer's tokens, chosen features at their coefficient.
 
-    steps: one layer's. pooling: max, mean or last_prompt, as in stage 1.
+    steps: one layer's. pooling: max, mean or last_prompt, as in stage 1. actions: what was chosen
+    between.
     """
     first = steps[0].action.notes["feature_acts_BC"]
     z_BC = first.new_zeros(n_answers, first.shape[1])
@@ -80,7 +82,7 @@ def pooled(steps: list[Step], n_answers: int, pooling: str) -> Tensor:
         if pooling == "last_prompt" and step.token_index > 0:
             continue
         rows = torch.tensor(step.rows, device=z_BC.device)[step.alive_B]
-        acts_BC = _as_steered(step)[step.alive_B]
+        acts_BC = _as_steered(step, actions)[step.alive_B]
         if pooling == "max" and step.token_index > 0:
             z_BC[rows] = torch.maximum(z_BC[rows], acts_BC)
         else:
@@ -89,14 +91,15 @@ def pooled(steps: list[Step], n_answers: int, pooling: str) -> Tensor:
     return z_BC
 
 
-def _as_steered(step: Step) -> Tensor:
+def _as_steered(step: Step, actions: Actions) -> Tensor:
     """This token's activations [B, C], those of chosen features replaced by the coefficient."""
     acts_BC = step.action.notes["feature_acts_BC"].clone()
-    choice_BK, coefficient_BK = step.action.notes["choice_BK"], step.action.coefficient_BK
-    for slot in range(choice_BK.shape[1]):
-        filled_B = choice_BK[:, slot] >= 0
+    place_BK = actions.place(step.action.notes["choice_BK"])
+    coefficient_BK = step.action.coefficient_BK
+    for slot in range(place_BK.shape[1]):
+        filled_B = place_BK[:, slot] >= 0
         rows = filled_B.nonzero()[:, 0]
-        acts_BC[rows, choice_BK[rows, slot]] = coefficient_BK[rows, slot].to(acts_BC.dtype)
+        acts_BC[rows, place_BK[rows, slot]] = coefficient_BK[rows, slot].to(acts_BC.dtype)
     return acts_BC
 
 

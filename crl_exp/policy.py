@@ -1,18 +1,20 @@
 """Policy and critic of one layer, and the controller that steers by them.
 
-Shapes: B rows, D d_model, F d_sae, C features that may be steered (allowed), K features at once.
+Shapes: B rows, D d_model, F d_sae, C features that may be steered (allowed), K features at once,
+A additions (C, or C at each dose), X actions (A, and the null action), M doses (`Actions`).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from crl_exp import selection
+from crl_exp.actions import NULL
 from crl_exp.coefficients import Decay
 from crl_exp.controllers.base import Action, Controller, StepContext, one_length
 from crl_exp.draws import Draws
@@ -47,7 +49,7 @@ class AgentSetting:
 
 
 class LayerAgent(nn.Module):
-    """One layer's policy R^D → R^C and critic R^D → R (or R^C) over the SAE's allowed features.
+    """One layer's policy R^D → R^X and critic R^D → R (or R^X) over the SAE's allowed features.
 
     `distribution` is the one function that gives the action distribution; the rollout and the
     update both call it (CRL, arXiv 2602.10437). Learnable numbers of the stages are its
@@ -59,6 +61,7 @@ class LayerAgent(nn.Module):
     coefficient_C: Tensor
     mean_D: Tensor
     std_D: Tensor
+    dose_M: Tensor
 
     def __init__(
         self,
@@ -73,15 +76,17 @@ class LayerAgent(nn.Module):
         config, n_features, d_model = setting.policy, len(allowed_C), len(statistics.mean_D)
         self.sae = [sae]  # in a list: its weights are frozen and not part of the checkpoint
         self.k, self.critic_kind, self.seed = config.k, config.critic, setting.seed
-        self.combine = config.combine
+        self.combine, self.actions = config.combine, config.actions(n_features)
         self.norm_mean, self.norm_std = statistics.norm_mean, max(statistics.norm_std, 1e-6)
         self.encode: Encoder | None = None
         self.pipeline = copy.deepcopy(pipeline)
-        self.pipeline.bind(Shape(n_features, d_model, setting.n_tokens, config.k))
-        self.policy = mlp(d_model, n_features, config.policy_depth, config)
+        self.pipeline.bind(Shape(self.actions.n_additions, d_model, setting.n_tokens, config.k))
+        self.policy = mlp(d_model, len(self.actions), config.policy_depth, config)
+        if config.null_action:  # at 0 whatever is observed, but for this
+            nn.init.constant_(self.policy[-1].bias[-1:], _log_odds(config.null_start))  # type: ignore[union-attr, index, arg-type]
         self.critic: nn.Sequential | None = None
         if setting.with_critic:
-            d_out = 1 if config.critic == "v" else n_features
+            d_out = 1 if config.critic == "v" else len(self.actions)
             self.critic = mlp(d_model, d_out, config.critic_depth, config)
         self.online: OnlineCorrelation | None = None
         if setting.online:
@@ -92,6 +97,8 @@ class LayerAgent(nn.Module):
         score_C = statistics.score[allowed_C] / setting.score_scale
         self.register_buffer("correlation_C", score_C.float())
         self.register_buffer("coefficient_C", coefficient_F.cpu()[allowed_C].float())
+        if config.doses:
+            self.register_buffer("dose_M", torch.tensor(config.doses))
         self.register_buffer("mean_D", statistics.mean_D.float())
         self.register_buffer("std_D", statistics.std_D.float().clamp(min=1e-6))
         self.to(sae.W_dec_FD.device)
@@ -144,8 +151,8 @@ class LayerAgent(nn.Module):
         """Of two agents with the same setting, parameters and buffers alone may differ in value."""
         allowed = self.allowed_C.cpu().numpy().tobytes() if self.reads_acts else None
         return (
-            self.sae[0].same, self.k, self.combine, self.critic_kind, self.norm_mean, self.norm_std,
-            allowed, self.online is None, repr(self.policy), repr(self.critic),
+            self.sae[0].same, self.k, self.combine, self.actions, self.critic_kind, self.norm_mean,
+            self.norm_std, allowed, self.online is None, repr(self.policy), repr(self.critic),
             self.pipeline.setting(),
             tuple((name, t.shape, t.dtype) for name, t in self.state_dict().items()),
         )  # fmt: skip
@@ -176,26 +183,40 @@ class LayerAgent(nn.Module):
         at = Observation(obs_BD, token_index_B, **held, **drawn)
         now = self.distribution(at, draws=draws, noted=noted)
         if draws is None:
-            choice_BK = selection.greedy(now.logits_BC, self.k)
+            choice_BK = self.actions.greedy(now.logits_BC, self.k)
         else:
             explored = now
             if explore and self.pipeline.explores and not drawn:
                 explored = self.distribution(at, True, progress, draws)
-            choice_BK = selection.sample(explored.logits_BC, self.k, draws)
-        picked_BK = choice_BK.clamp(min=0)
-        feature_idx_BK = self.allowed_C[picked_BK].masked_fill(choice_BK < 0, -1)
-        coefficient_BK = self.coefficient_C[picked_BK]
+            choice_BK = self.actions.sample(explored.logits_BC, self.k, draws)
+        feature_idx_BK, coefficient_BK = self._added(choice_BK)
         if self.k > 1 and self.combine == "one_length":
             W_dec_FD = self.sae[0].W_dec_FD
             coefficient_BK = coefficient_BK * one_length(feature_idx_BK, coefficient_BK, W_dec_FD)
         made = {
             "obs_BD": obs_BD, "token_index_B": token_index_B, "choice_BK": choice_BK,
             "feature_idx_BK": feature_idx_BK, "coefficient_BK": coefficient_BK,
-            "log_prob_B": selection.log_prob(now.logits_BC, choice_BK), **drawn,
+            "log_prob_B": self.actions.log_prob(now.logits_BC, choice_BK), **drawn,
         }  # fmt: skip
         if now.value_B is not None:
             made["value_B"] = now.value_B
         return made | noted
+
+    def _added(self, choice_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature and coefficient of each choice [B, K]; of the null action the feature is NULL."""
+        place_BK = self.actions.place(choice_BK)
+        picked_BK = place_BK.clamp(min=0)
+        feature_idx_BK = self.allowed_C[picked_BK].masked_fill(place_BK < 0, -1)
+        if self.actions.null:
+            feature_idx_BK = feature_idx_BK.masked_fill(self.actions.is_null(choice_BK), NULL)
+        coefficient_BK = self.coefficient_C[picked_BK]
+        if "dose_M" in self._buffers:
+            coefficient_BK = coefficient_BK * self.dose_M[self.actions.dose(choice_BK)]
+        return feature_idx_BK, coefficient_BK
+
+    def addition_logits(self, obs_BD: Tensor) -> Tensor:
+        """The policy's own logits of what adds something [B, A], before any stage."""
+        return self.policy(obs_BD)[:, : self.actions.n_additions]
 
     def distribution(
         self,
@@ -214,12 +235,25 @@ class LayerAgent(nn.Module):
             explore, progress = True, at.progress_B[:, None]
             draws = draws or Draws.again(at.draw_key_B)
         value_BX = None if self.critic is None else self.critic(at.obs_BD)
+        n, raw_BX = self.actions.n_additions, self.policy(at.obs_BD)
         context = StageContext(
-            at, self.correlation_C, value_BX, *self._length(at.obs_BD), explore, progress,
-            draws, noted={} if noted is None else noted,
+            self._spread(at), self.actions.spread(self.correlation_C),
+            None if value_BX is None else value_BX[:, :n], *self._length(at.obs_BD), explore,
+            progress, draws, noted={} if noted is None else noted,
         )  # fmt: skip
-        logits_BC = self.pipeline(self.policy(at.obs_BD), context)
-        return Distribution.of(logits_BC, value_BX, self.critic_kind)
+        if self.actions.null:
+            logits_BX = self.pipeline.with_null(raw_BX[:, :n], raw_BX[:, n], context)
+        else:
+            logits_BX = self.pipeline(raw_BX, context)
+        return Distribution.of(logits_BX, value_BX, self.critic_kind)
+
+    def _spread(self, at: Observation) -> Observation:
+        """What is observed of features, for each of their additions: at every dose the same."""
+        if self.actions.n_doses == 1:
+            return at
+        names = ("feature_acts_BC", "seen_BC", "importance_BC")
+        there = {name: held for name in names if (held := getattr(at, name)) is not None}
+        return replace(at, **{name: self.actions.spread(held) for name, held in there.items()})
 
     def _length(self, obs_BD: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """‖residual‖ where a stage asks for it, standardised and as it is."""
@@ -237,15 +271,21 @@ class LayerAgent(nn.Module):
         at = Observation(
             obs_1D, zero_1, all_1C, all_1C > 0, all_1C, zero_1.float(), zero_1 + 1
         )  # fmt: skip
-        logits_C = self.distribution(at).logits_BC[0]
+        logits_C = self.distribution(at).logits_BC[0, : self.actions.n_additions]
         left = logits_C[~logits_C.isneginf()]
         return len(left) <= 1 or bool((left != left[0]).any())
 
     def follow(self, played: Generation, reward_B: Tensor) -> None:
         """Take a rollout's answers into the correlations that the fusion reads."""
         assert self.online is not None
-        z_BC = pooled(steps_of(played, self.layer), len(reward_B), self.online.pooling)
+        z_BC = pooled(
+            steps_of(played, self.layer), len(reward_B), self.online.pooling, self.actions
+        )
         self.correlation_C.copy_(self.online.update(z_BC, reward_B))
+
+
+def _log_odds(share: float) -> float:
+    return math.log(share / (1 - share))
 
 
 class PolicyController(Controller):

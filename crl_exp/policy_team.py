@@ -106,7 +106,7 @@ class PolicyTeam(Team):
             return decide(self.first, rows)
         x_ND = rows["x_BD"]
         together = LOGITS_TOGETHER["cuda" if x_ND.is_cuda else "cpu"]
-        chunk = together // (max(sizes) * len(self.first.allowed_C))
+        chunk = together // (max(sizes) * len(self.first.actions))
         if chunk <= 1 and not self.own:
             split = {name: tensor.split(list(sizes)) for name, tensor in rows.items()}
             each = [
@@ -132,9 +132,13 @@ class PolicyTeam(Team):
             observed = {**made, **held}
             names = [f.name for f in fields(Observation) if f.name in observed]
             notes = {name: observed[name] for name in [*names, "choice_BK"]}
+        feature_idx_NK = made["feature_idx_BK"]
+        delta_ND = slots(feature_idx_NK, coefficient_NK, self.first.sae[0].W_dec_FD)
+        if self.first.actions.null:  # of all numbers x + (−0.0) alone is x to the last bit
+            delta_ND = delta_ND.where((feature_idx_NK >= 0).any(dim=1, keepdim=True), -0.0)
         return Action(
-            delta_BD=slots(made["feature_idx_BK"], coefficient_NK, self.first.sae[0].W_dec_FD),
-            feature_idx_BK=made["feature_idx_BK"],
+            delta_BD=delta_ND,
+            feature_idx_BK=feature_idx_NK,
             coefficient_BK=coefficient_NK,
             log_prob_B=made["log_prob_B"],
             value_B=made.get("value_B"),

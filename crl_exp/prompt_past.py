@@ -27,7 +27,7 @@ class PromptPast:
         """The prompts of these rows, by a layer's policy: its own logits, before any stage."""
 
         def length(x_MD: Tensor) -> Tensor:
-            return agent.policy(agent.standardise(x_MD)).norm(dim=1)
+            return agent.addition_logits(agent.standardise(x_MD)).norm(dim=1)
 
         sums = prompt.log_sums(agent.sae[0].site, length).tolist()
         self._sums |= dict(zip(_keys(agent, prompt), sums, strict=True))

@@ -10,6 +10,8 @@ from typing import Any
 from crl_exp.comparison import Row, SweepComparison
 from crl_exp.report_parts import SweepParts, best_rows
 from crl_exp.shown import csv_cell
+from crl_exp.table_left_alone import KEY as LEFT_ALONE
+from crl_exp.table_left_alone import left_alone_csv
 from crl_exp.table_quality import CSV_COLUMNS as QUALITY_COLUMNS
 from crl_exp.table_quality import quality_csv
 
@@ -18,6 +20,7 @@ COLUMNS = (
     "accuracy_baseline", "accuracy_steered", "accuracy_low", "accuracy_high", "delta", "delta_low",
     "delta_high", "interval_over", "p_value", "p_holm", "p_holm_of", "fixed", "broken", "ser",
     "invalid_baseline", "invalid_steered", "unique_features", *QUALITY_COLUMNS,
+    LEFT_ALONE,
 )  # fmt: skip
 
 
@@ -54,7 +57,7 @@ def _line(sweep: SweepComparison, row: Row, name: str | None) -> list[Any]:
         estimates.p_value, sweep.p_holm[row] if name is None else "",
         len(sweep.tried[row.label.name]) if name is None else "",
         *flips, ser, *invalid, row.mean("unique_features"),
-        *quality_csv(row, name),
+        *quality_csv(row, name), *(left_alone_csv(row) if name is None else [""]),
     ]  # fmt: skip
 
 

@@ -170,6 +170,7 @@ def final_points(result: dict[str, Any], time_ms: int) -> list[Point]:
     values = _split_values("eval", result)
     values["eval/over_refusal"] = result["over_refusal_steered"]
     values["eval/unique_features"] = result["unique_features"]
+    values["eval/left_alone"] = result.get("left_alone")  # not in results of before
     values["eval/runtime"] = sum(result["seconds"].values())
     sets = {**result["test_sets"], "validation": result["validation"]}
     for name, figures in sets.items():

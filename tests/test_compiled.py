@@ -160,6 +160,14 @@ def test_every_stage_can_be_captured(group, name, captured) -> None:
     assert captured.runs > 0
 
 
+def test_the_null_action_and_doses_can_be_captured(captured) -> None:
+    options = {"null_action": True, "doses": [0.5, 2.0], "noise": "gaussian"}
+    expected = answers(engine("llama", "eager"), [learned(seed, **options) for seed in (0, 1)], 4)
+    got = answers(engine("llama", "compiled"), [learned(seed, **options) for seed in (0, 1)], 4)
+    assert_same(got, expected)
+    assert captured.runs > 0
+
+
 @pytest.mark.slow
 def test_no_token_and_no_rollout_compiles_anew(graphs, monkeypatch) -> None:
     """New random numbers, schedules, weights and prompts are other numbers in the same graph."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from crl_exp.actions import Actions
 from crl_exp.watch import watch_choices
 from tests.mlflow_reading import children, client, history, runs, with_database
 from tests.tiny_run import run_small
@@ -67,6 +68,7 @@ def agent_and_steps(n_tokens: int = 2, **notes: torch.Tensor):
     agent = SimpleNamespace(
         layer=5, sae=[Doubling()], allowed_C=torch.tensor([2, 0]),
         correlation_C=torch.tensor([0.1, 0.3]), mean_D=torch.ones(4), std_D=torch.full((4,), 2.0),
+        actions=Actions(2),
     )  # fmt: skip
     obs_BD = torch.tensor([[0.5, 0.0, 1.0, 0.0], [-1.0, 0.0, 0.0, 0.0]])
     steps = []

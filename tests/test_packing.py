@@ -29,6 +29,7 @@ CHOICE = [
     ["seed=0", "algorithm.lr_policy=0.03", "noise=gaussian"],
     ["layers=all", "fusion=attention"],
     ["algorithm=grpo", "algorithm.prompts_per_update=4", "policy.k=2"],
+    ["policy.null_action=true", "policy.doses=[0.5,1.0]", "policy.k=2"],
     ["method=corrsteer_p"],
     ["layers=best_on_validation", "layers.among=[0,2]"],
     ["method=none"],

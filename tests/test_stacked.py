@@ -150,6 +150,18 @@ def test_one_length_and_noise_that_is_on_policy_can_be_stacked() -> None:
         assert_team_equals_members(members, [4, 2, 3])
 
 
+@pytest.mark.parametrize("explore", [True, False])
+def test_the_null_action_and_doses_can_be_stacked(explore) -> None:
+    """Doses and biases differ from member to member."""
+    options = {"null_action": True, "k": 2, "mask": "active", "noise": "epsilon_greedy"}
+    members = [
+        learned(seed, explore, doses=[0.5 + seed, 0.25], null_start=0.2 + 0.3 * seed, **options)
+        for seed in range(3)
+    ]
+    assert len({member.kin(2) for member in members}) == 1
+    assert_team_equals_members(members, [4, 2, 3])
+
+
 @pytest.mark.parametrize("together", [1, 2])
 def test_a_team_without_critic_and_one_cut_into_pieces(together, monkeypatch) -> None:
     members = [learned(seed, with_critic=False, noise="gaussian") for seed in range(4)]
@@ -169,6 +181,8 @@ DIFFERENT = {
     "progress": {"progress": 0.25},
     "greedy": {"explore": False},
     "length": {"combine": "one_length"},
+    "null action": {"null_action": True},
+    "doses": {"doses": [0.5, 1.0]},
 }
 
 

@@ -165,7 +165,8 @@ def policy_parameters(lab: Lab) -> int:
     found = 0
     for statistics in lab.statistics().values():
         policy: nn.Module = mlp(
-            lab.lm.d_model, len(statistics.allowed(least)), config.policy_depth, config
-        )
+            lab.lm.d_model, len(config.actions(len(statistics.allowed(least)))),
+            config.policy_depth, config,
+        )  # fmt: skip
         found += sum(p.numel() for p in policy.parameters())
     return found

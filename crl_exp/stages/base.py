@@ -1,6 +1,7 @@
 """The ordered logit pipeline: each stage maps `(logits, context)` to logits.
 
 Shapes: B rows, C features that may be steered (allowed), D d_model, X one value or C values a row.
+With `policy.doses` a stage's C are features at each dose; what is known of a feature is repeated.
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ class Stage(nn.Module):
     on_policy: whether the probability recorded is that with what it does then.
     samples: whether features are sampled when the policy is evaluated too; else it takes the top.
     plain: whether it is there so as to do nothing (no noise, no mask, logits as they are).
+    acts_on_null: whether it also acts on the logit of the null action (`policy.null_action`), which
+        is then behind the others. Other stages, which are about features, are not shown it.
     stage1: whether the stage also acts on stage 1's scores, before the fusion reads them.
     """
 
@@ -126,6 +129,7 @@ class Stage(nn.Module):
     on_policy = False
     samples = False
     plain = False
+    acts_on_null = False
 
     def __post_init__(self) -> None:
         # Dataclass fields are set before nn.Module's own set-up, which leaves them alone.
@@ -202,13 +206,43 @@ class Pipeline(nn.Module):
         return tuple(self.order), *(self.stages[name].setting() for name in self.order)  # type: ignore[operator]
 
     def forward(self, logits_BC: Tensor, context: StageContext) -> Tensor:
+        context = self._scored(logits_BC, context)
+        for name in self.order:
+            logits_BC = self.stages[name](logits_BC, context)
+        return logits_BC
+
+    def with_null(self, logits_BC: Tensor, null_B: Tensor, context: StageContext) -> Tensor:
+        """[B, C + 1], the null action behind the others, its probability sigmoid(null_B).
+
+        That is so whatever the stages do to the other logits, which are given as log-probabilities
+        among themselves: the null action has no correlation, activation or importance that a fusion
+        or a mask could go by, and an activation changes how the rest is shared. Exploration noise
+        acts on all: there its logit is null_B beside the log of the others' summed exponentials.
+        Where no feature may be chosen nor may it.
+        """
+        context = self._scored(logits_BC, context)
+        null_B1 = null_B[:, None]
+        for name in self.order:
+            stage = self.stages[name]
+            if context.explore and stage.acts_on_null:
+                both_BX = torch.cat([logits_BC, log_sum(logits_BC) + null_B1], dim=1)
+                both_BX = stage(both_BX, context)
+                logits_BC = both_BX[:, :-1]
+                null_B1 = both_BX[:, -1:] - log_sum(logits_BC)
+            else:
+                logits_BC = stage(logits_BC, context)
+        barred_BC = logits_BC.isneginf()
+        share_BC = (logits_BC - log_sum(logits_BC)).masked_fill(barred_BC, -torch.inf)
+        null_B1 = null_B1.masked_fill(barred_BC.all(dim=1, keepdim=True), -torch.inf)
+        return torch.cat([share_BC, null_B1], dim=1)
+
+    def _scored(self, logits_BC: Tensor, context: StageContext) -> StageContext:
+        """With stage 1's scores as the stages that act on them leave them."""
         for stage in self.stages.values():
             if stage.stage1:
                 scores_BC = context.correlation_C.expand_as(logits_BC)
                 context = replace(context, correlation_C=stage(scores_BC, context))
-        for name in self.order:
-            logits_BC = self.stages[name](logits_BC, context)
-        return logits_BC
+        return context
 
 
 def known_by(value: Any) -> Any:
@@ -218,6 +252,13 @@ def known_by(value: Any) -> Any:
     return (
         repr(value) if value is None or isinstance(value, bool | int | float | str) else id(value)
     )
+
+
+def log_sum(logits_BC: Tensor) -> Tensor:
+    """log Σ exp [B, 1], finite and with finite gradients where all are barred by -inf."""
+    lowest = torch.finfo(logits_BC.dtype).min / 2
+    kept_BC = logits_BC.masked_fill(logits_BC.isneginf(), lowest)
+    return kept_BC.logsumexp(dim=1, keepdim=True)
 
 
 def masked_softmax(logits_BC: Tensor, barred_BC: Tensor | None) -> Tensor:

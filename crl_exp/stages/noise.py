@@ -3,6 +3,7 @@
 Off-policy by intent: the probability recorded for a choice is the policy's own, without the noise.
 With `on_policy` it is that of the act, given the noise drawn at that token; the update draws the
 same noise again, so that its ratio too is of the policy that acted.
+The null action (`policy.null_action`) gets noise like any other, and an even choice has it in it.
 Every stage here is the identity unless `context.explore` is set. Its strength follows a schedule
 over the training: constant, linear to 0, or cosine to 0. Shapes: B rows, C features.
 """
@@ -64,6 +65,7 @@ class Gaussian(Stage):
     on_policy: bool
 
     explores = True
+    acts_on_null = True
 
     def faults(self) -> list[str]:
         found = [] if self.std >= 0 else [f"noise.std={self.std}: must be 0 or more"]
@@ -93,6 +95,7 @@ class EpsilonGreedy(Stage):
     on_policy: bool
 
     explores = True
+    acts_on_null = True
 
     def faults(self) -> list[str]:
         ok = 0 <= self.epsilon <= 1
