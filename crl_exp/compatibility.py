@@ -86,6 +86,7 @@ ADDED: tuple[Added, ...] = (
     Added("task", "JsonLines", "choice_prefix", ""),
     Added("task", "Sentiment", "choice_prefix", ""),
     Added("policy", "", "first_weights", "by_seed", same=starts_at_zero),
+    Added("warmup", "", "contrast", "reward"),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

@@ -235,7 +235,7 @@ def check(
             if here and (found := exp.model.machine_faults()):
                 raise UserError("\n".join(found))
             setting = Setting.of(exp)
-            read = (exp.decay, exp.policy, exp.warmup.pooling, exp.algorithm.uses_critic)
+            read = (exp.decay, exp.policy, exp.warmup, exp.algorithm.uses_critic)
             key = ["cautions", setting.key, repr(read), exp.method.name]
             for caution in once(known, key, lambda exp=exp: cautions(exp)):
                 told.say(caution, str(point))

@@ -124,6 +124,7 @@ class Task:
         same restriction holds in warmup, training and evaluation.
     chat_template: render the user turn with the tokenizer's chat template.
     shuffle_labels: a control; targets of train and validation are permuted, test keeps its own.
+        Where items have none, whether each is benign is.
     """
 
     name: str
@@ -176,8 +177,8 @@ class Task:
         if self.shuffle_labels:
             splits = replace(
                 splits,
-                train=_permute_targets(splits.train, self.split_seed),
-                validation=_permute_targets(splits.validation, self.split_seed + 1),
+                train=_permute_labels(splits.train, self.split_seed),
+                validation=_permute_labels(splits.validation, self.split_seed + 1),
             )
         splits.check_disjoint()
         return splits
@@ -209,6 +210,14 @@ class Task:
 
         Raises `UserError` naming the scorer and the offline alternative.
         """
+
+    def why_no_benign(self) -> str:
+        """Why no training item is benign, as `warmup.contrast=benign` asks; "" where some are."""
+        return f"task={self.name} has no harmful and benign prompts"
+
+    def is_benign(self, item: Item) -> bool:
+        """For `warmup.contrast=benign`; asked only where `why_no_benign` is ""."""
+        return item.benign
 
     @property
     def constrained_to(self) -> list[str] | None:
@@ -319,30 +328,37 @@ def split_items(
     )
 
 
-def _permute_targets(items: tuple[Item, ...], seed: int) -> tuple[Item, ...]:
-    """Targets change places among items with as many options, so that each stays one of them.
+def _permute_labels(items: tuple[Item, ...], seed: int) -> tuple[Item, ...]:
+    """Labels change places among items with as many options, so that each stays one of them. They
+    are the targets or, where no item has one, whether an item is benign.
 
-    Among the items of each true target every target becomes as frequent as in all: a permutation
+    Among the items of each true label every label becomes as frequent as in all: a permutation
     drawn without this agrees with the truth a little too often or too rarely, by chance, and what
     is selected on it then gains or loses by more than chance.
     """
-    if all(item.target is None for item in items):
-        raise UserError("task.shuffle_labels=true needs a task whose items carry a target")
+    label = "target" if any(item.target is not None for item in items) else "benign"
+    if label == "benign" and len({item.benign for item in items}) < 2:
+        raise UserError(
+            "task.shuffle_labels=true needs a task whose items carry a target, or whose training "
+            "and validation items are partly benign (task=refusal with task.n_train_benign and "
+            "task.n_validation_benign of at least 1, task=xstest)"
+        )
     draw = random.Random(seed)
     permuted = list(items)
     for n_options in sorted({item.n_options for item in items}):
         places = [i for i, item in enumerate(items) if item.n_options == n_options]
         draw.shuffle(places)
-        places.sort(key=lambda i: str(items[i].target))
-        for i, target in zip(places, _spread([items[i].target for i in places]), strict=True):
-            permuted[i] = replace(items[i], target=target)
+        places.sort(key=lambda i: str(getattr(items[i], label)))
+        labels = _spread([getattr(items[i], label) for i in places])
+        for i, other in zip(places, labels, strict=True):
+            permuted[i] = replace(items[i], **{label: other})
     return tuple(permuted)
 
 
-def _spread(targets: list[str | None]) -> list[str | None]:
-    """These, sorted, in an order in which each stretch holds every target in proportion."""
-    n = len(targets)
+def _spread(labels: list[Any]) -> list[Any]:
+    """These, sorted, in an order in which each stretch holds every label in proportion."""
+    n = len(labels)
     step = round(0.618 * n)  # near the golden section, multiples are spread most evenly
     while math.gcd(step, n) > 1:
         step += 1
-    return [targets[at * step % n] for at in range(n)]
+    return [labels[at * step % n] for at in range(n)]
