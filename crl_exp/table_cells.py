@@ -114,6 +114,8 @@ def _sets(sweep: SweepComparison) -> list[str | None]:
 
 
 def _set_name(sweep: SweepComparison, name: str | None) -> str:
+    if name == "benign":
+        return "benign (over-refusal)"
     return name or sweep.first.config["task"]["name"]
 
 

@@ -270,7 +270,7 @@ def test_sentiment_scores(cache):
         (
             refusal,
             {"n_train_benign": 1000},
-            "benign prompts.*= 1164; lower one of them. task=refusal_128",
+            r"benign prompts.*= 1164; lower one of them\. task=refusal_128",
         ),
         (
             refusal,
@@ -362,7 +362,7 @@ def test_all_benign_prompts_are_in_use_where_half_are_trained_on(cache):
     parts = (splits.train, splits.validation, splits.extra["benign"])
     benign = [[item.item_id for item in part if item.benign] for part in parts]
     assert [len(part) for part in benign] == [128, 24, 110]
-    assert len(set(sum(benign, []))) == len(read_benign_prompts())
+    assert len({one for part in benign for one in part}) == len(read_benign_prompts())
     harmful = {item.item_id for item in splits.train if not item.benign}
     assert harmful == set(ids(refusal(n_train_benign=0).splits().train)), "as in task=refusal"
 
