@@ -14,13 +14,12 @@ import numpy as np
 
 from crl_exp.comparison import Row, SweepComparison, holm
 from crl_exp.estimates import Estimates, Samples
-from crl_exp.pairs import chosen_rows
 from crl_exp.shown import number
 from crl_exp.table_cells import FurtherTable, p_text, points, row_layers
 
 FEWEST = 5  # items; of fewer an interval says nothing
 GROUPS_SHOWN = 15  # of each row
-LINES_SHOWN = 150
+LINES_SHOWN = 60  # of a test set
 NO_GROUP = "(none)"
 COLUMNS = (
     "method", "group", "n", "unsteered → steered %", "Δ points [95 %]", "p Holm",
@@ -83,33 +82,42 @@ def group_tables(sweep: SweepComparison) -> list[FurtherTable]:
 
 
 def _table(sweep: SweepComparison, test_set: str | None) -> FurtherTable | None:
-    every = [
-        effects
-        for row in sweep.rows
-        if row.method != "none" and (effects := group_effects(row, test_set))
-    ]
+    rows = _steered(sweep)
+    every = [effects for row in rows if (effects := group_effects(row, test_set))]
     if not every:
         return None
     shown = [_shown(effects) for effects in every]
     few_rows = sum(map(len, shown)) > LINES_SHOWN
     if few_rows:
-        kept = set(chosen_rows(sweep))
-        shown = [effects for effects in shown if effects[0].row in kept] or shown[:1]
+        shown = _best_of_each_method(shown)
     lines = [_cells(effect) for effects in shown for effect in effects]
     name = test_set or sweep.first.config["task"]["name"]
     title = f"Where the difference comes from: groups of {name}"
     slug = f"groups-{test_set or 'test'}"
     notes = _notes(every[0], test_set, few_rows)
-    without = [
-        row for row in sweep.rows
-        if row.method != "none" and not row.estimates(test_set).by_group
-    ]  # fmt: skip
+    without = [row for row in rows if not row.estimates(test_set).by_group]
     if without:
         notes.append(
             f"{len(without)} of the rows aren't here: they were run before items.parquet had "
             "groups; resume=force runs them again."
         )
     return FurtherTable(title, slug, COLUMNS, lines, notes)
+
+
+def _steered(sweep: SweepComparison) -> list[Row]:
+    """All rows but the unsteered model's, which differs from itself nowhere."""
+    return [row for row in sweep.rows if row.method != "none"]
+
+
+def _best_of_each_method(found: Sequence[list[GroupEffect]]) -> list[list[GroupEffect]]:
+    """Of rows' effects those of the row that does best on validation, for each method."""
+    best: dict[str, list[GroupEffect]] = {}
+    for effects in found:
+        row = effects[0].row
+        other = best.setdefault(row.label.name, effects)[0].row
+        if row.validation > other.validation:
+            best[row.label.name] = effects
+    return list(best.values())
 
 
 def _shown(effects: Sequence[GroupEffect]) -> list[GroupEffect]:
@@ -166,7 +174,7 @@ GROUP_CSV = (
 def group_lines(sweep: SweepComparison) -> list[list[Any]]:
     """The lines of groups.csv: every row, test set and group with enough items."""
     lines = []
-    for row in sweep.rows:
+    for row in _steered(sweep):
         for name in (None, *sweep.test_sets):
             effects = group_effects(row, name)
             layers, seeds = (" ".join(map(str, of)) for of in (row.layers, row.seeds))

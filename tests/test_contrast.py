@@ -41,7 +41,7 @@ def test_features_are_ranked_by_their_correlation_with_harm(labs):
     expected = [np.corrcoef(z_BF[:, f], harmful(lab))[0, 1] for f in varied.nonzero()[0]]
     found = lab.statistics()[LAYER]
     assert varied.sum() > 5
-    np.testing.assert_allclose(found.correlation.numpy()[varied], expected, atol=1e-6)
+    np.testing.assert_allclose(found.correlation.numpy()[varied], expected, atol=1e-4)
     assert found.accuracy == pytest.approx(harmful(lab).mean())
 
 
@@ -61,8 +61,8 @@ def test_raw_residuals_are_the_difference_of_the_means(labs):
     x_BD, harm_B = observer.mean(LAYER).double(), torch.tensor(harmful(lab)).bool()
     expected_D = x_BD[harm_B].mean(0) - x_BD[~harm_B].mean(0)
     found = residual_means(lab)[LAYER]
-    torch.testing.assert_close(found.contrast_D, expected_D.float())
-    assert (found.n_rewarded, found.n_unrewarded) == (harm_B.sum(), (~harm_B).sum())
+    torch.testing.assert_close(found.contrast_D, expected_D.float(), rtol=1e-4, atol=1e-4)
+    assert (found.n_rewarded, found.n_unrewarded) == (int(harm_B.sum()), int((~harm_B).sum()))
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_sentiment_scores(cache):
         (
             refusal,
             {"n_train_benign": 1000},
-            r"benign prompts.*= 1164; lower one of them\. task=refusal_128",
+            r"benign prompts.*= 1164; lower one of them: task\.n_train_benign=98 fits\.",
         ),
         (
             refusal,
