@@ -127,7 +127,8 @@ def _from_items(path: Path, split: str, _written: int) -> ItemRewards | None:
     """_written: when the file was, so that one written anew is read anew."""
     columns = ["item_id", "split", "reward_baseline", "reward_steered"]
     try:
-        table = pq.read_table(path, columns=[*columns, GROUP])
+        there = pq.read_schema(path).names
+        table = pq.read_table(path, columns=[*columns, *([GROUP] if GROUP in there else [])])
     except (pa.ArrowInvalid, OSError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); resume=force runs it again") from error
     missing = [name for name in columns if name not in table.column_names]
