@@ -94,6 +94,7 @@ ADDED: tuple[Added, ...] = (
     Added("policy", "", "null_action", False),
     Added("policy", "", "null_start", 0.5, same=never_leaves_alone),
     Added("policy", "", "doses", []),
+    Added("warmup", "", "contrast", "reward"),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

@@ -17,6 +17,7 @@ from crl_exp.algorithms import Algorithm
 from crl_exp.architecture import check_architecture
 from crl_exp.checkpoints import CheckpointConfig
 from crl_exp.coefficients import Coefficient, Decay
+from crl_exp.contrast import contrast_faults
 from crl_exp.engine_config import EngineConfig
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.layers import LayerSet
@@ -165,7 +166,7 @@ def validate(exp: Experiment, known: Known | None = None) -> list[int]:
             ["metadata", model, sae, layer, k],
             lambda at=layer: exp.sae.metadata_faults(at, config.hidden_size, exp.model.name, k),
         )
-    faults += [fault for fault in exp.method.conflicts(exp) if fault]
+    faults += [fault for fault in exp.method.conflicts(exp) if fault] + contrast_faults(exp)
     if faults:
         raise UserError("\n".join(faults))
     return layers

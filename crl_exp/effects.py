@@ -15,6 +15,7 @@ from torch import Tensor
 
 from crl_exp import selection
 from crl_exp.compatibility import several_tokens, starts_at_zero
+from crl_exp.contrast import contrast_cautions
 from crl_exp.draws import Draws
 from crl_exp.errors import UserError
 from crl_exp.stages.activation import Identity
@@ -223,6 +224,7 @@ def cautions(exp: Experiment, n_tokens: int | None = None) -> list[str]:
         )
     if setting.n_tokens == 1 and exp.warmup.pooling != "max":
         found.append(f"warmup.pooling={exp.warmup.pooling}: in answers of one token it is max")
+    found += contrast_cautions(exp)
     if not hasattr(exp.method, "stage2"):
         return found
     found += exp.policy.cautions(exp.algorithm.uses_critic)

@@ -6,15 +6,25 @@ say of themselves stands in; intervals are then somewhat too wide. Shapes: S see
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from crl_exp.items import NoItemsError, aligned, item_rewards
 from crl_exp.records import Record
-from crl_exp.statistics import Crossed, Z, accuracy_interval, all_or_nothing, crossed, crossed_parts
+from crl_exp.statistics import (
+    Crossed,
+    Z,
+    accuracy_interval,
+    all_or_nothing,
+    compare,
+    crossed,
+    crossed_parts,
+)
 
 
 def split(run: Record, name: str | None) -> dict[str, Any]:
@@ -43,15 +53,23 @@ def _ends(figures: dict[str, Any]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Samples:
-    """Rewards of the same items under each seed."""
+    """Rewards of the same items under each seed. groups: of each item; None: not known."""
 
     ids: tuple[str, ...]
     baseline_SI: np.ndarray
     steered_SI: np.ndarray
+    groups: tuple[str, ...] | None = None
 
     @property
     def delta_SI(self) -> np.ndarray:
         return self.steered_SI - self.baseline_SI
+
+    def of_group(self, group: str) -> Samples:
+        """Those of the items that are in this group. For samples whose groups are known."""
+        assert self.groups is not None
+        at = [i for i, name in enumerate(self.groups) if name == group]
+        ids = tuple(self.ids[i] for i in at)
+        return Samples(ids, self.baseline_SI[:, at], self.steered_SI[:, at], (group,) * len(at))
 
 
 @dataclass(frozen=True)
@@ -126,6 +144,23 @@ class Estimates:
         found = self.samples
         return found is not None and not all_or_nothing(found.baseline_SI, found.steered_SI)
 
+    @cached_property
+    def by_group(self) -> dict[str, Estimates]:
+        """Of each group's items alone, largest group first; empty where groups aren't known.
+
+        Their figures are those of the first seed, which are asked only where seeds are alike.
+        """
+        samples = self.samples
+        if samples is None or samples.groups is None:
+            return {}
+        count = Counter(samples.groups)
+        found = {}
+        for group in sorted(count, key=lambda name: (-count[name], name)):
+            part = samples.of_group(group)
+            was, now = part.baseline_SI[0], part.steered_SI[0]
+            found[group] = Estimates((asdict(compare(was, now, was != now)),), part)
+        return found
+
 
 def estimates(runs: Sequence[Record], name: str | None) -> Estimates:
     """name: of a further test set; None: test. Raises `UserError` where items are not the same."""
@@ -139,6 +174,7 @@ def estimates(runs: Sequence[Record], name: str | None) -> Estimates:
         same[0].ids,
         np.stack([one.baseline for one in same]),
         np.stack([one.steered for one in same]),
+        next((one.groups for one in same if one.groups is not None), None),
     )
     return Estimates(figures, samples)
 

@@ -146,10 +146,11 @@ def _warn_of_harm(lab: Lab, validation: dict[str, Any]) -> None:
 
 def _items(lab: Lab, split: str, answers: Answers) -> pa.Table:
     """A split's items with their rewards."""
-    baseline = lab.baseline(split)
+    baseline, items = lab.baseline(split), lab.splits.named()[split]
     return items_table(
-        split, [item.item_id for item in lab.splits.named()[split]], baseline.reward_B.tolist(),
+        split, [item.item_id for item in items], baseline.reward_B.tolist(),
         answers.reward_B.tolist(), changed_outputs(baseline, answers).tolist(),
+        [item.group for item in items],
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from crl_exp.comparison import SweepComparison
 from crl_exp.table_cells import FurtherTable
+from crl_exp.table_groups import group_tables
 from crl_exp.table_ladder import ladder_tables
 from crl_exp.table_left_alone import left_alone_tables
 from crl_exp.table_pairs import pair_tables
@@ -13,6 +14,6 @@ from crl_exp.table_quality import quality_tables
 def further_tables(sweep: SweepComparison) -> list[FurtherTable]:
     """Those that have a line."""
     return [
-        *ladder_tables(sweep), *pair_tables(sweep), *quality_tables(sweep),
+        *group_tables(sweep), *ladder_tables(sweep), *pair_tables(sweep), *quality_tables(sweep),
         *left_alone_tables(sweep),
     ]  # fmt: skip

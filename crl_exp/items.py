@@ -26,10 +26,13 @@ ITEMS = pa.schema(
         ("reward_baseline", pa.float64()),
         ("reward_steered", pa.float64()),
         ("changed", pa.bool_()),
+        ("group", pa.string()),
     ]
 )
-"""`changed`: whether the tokens of the answer differ from the unsteered ones. Readers name the
-columns that they want: others may stand beside them."""
+"""`changed`: whether the tokens of the answer differ from the unsteered ones. `group`: the item's
+subject, category or the like, "" where it has none. Readers name the columns that they want: others
+may stand beside them."""
+GROUP = "group"  # not in files of earlier versions
 BATCH_ROWS = 500_000
 
 
@@ -39,11 +42,15 @@ class NoItemsError(UserError):
 
 @dataclass(frozen=True)
 class ItemRewards:
-    """Rewards of a split's items, unsteered and steered [I], in the order of evaluation."""
+    """Rewards of a split's items, unsteered and steered [I], in the order of evaluation.
+
+    groups: of each item; None where the run was made before they were written.
+    """
 
     ids: tuple[str, ...]
     baseline: np.ndarray
     steered: np.ndarray
+    groups: tuple[str, ...] | None = None
 
 
 def items_table(
@@ -52,11 +59,13 @@ def items_table(
     baseline: Sequence[float],
     steered: Sequence[float],
     changed: Sequence[bool],
+    groups: Sequence[str],
 ) -> pa.Table:
     """A split's part of items.parquet."""
     columns = {
         "item_id": list(ids), "split": [split] * len(ids), "reward_baseline": list(baseline),
         "reward_steered": list(steered), "changed": [bool(one) for one in changed],
+        "group": list(groups),
     }  # fmt: skip
     return pa.table(columns, schema=ITEMS)
 
@@ -118,7 +127,8 @@ def _from_items(path: Path, split: str, _written: int) -> ItemRewards | None:
     """_written: when the file was, so that one written anew is read anew."""
     columns = ["item_id", "split", "reward_baseline", "reward_steered"]
     try:
-        table = pq.read_table(path, columns=columns)
+        there = pq.read_schema(path).names
+        table = pq.read_table(path, columns=[*columns, *([GROUP] if GROUP in there else [])])
     except (pa.ArrowInvalid, OSError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); resume=force runs it again") from error
     missing = [name for name in columns if name not in table.column_names]
@@ -155,8 +165,9 @@ def _from_interventions(path: Path, split: str, _written: int) -> ItemRewards | 
 
 def _rewards(table: pa.Table, id_column: str) -> ItemRewards:
     was, now = (table[f"reward_{name}"].to_numpy() for name in ("baseline", "steered"))
+    groups = tuple(table[GROUP].to_pylist()) if GROUP in table.column_names else None
     return ItemRewards(
-        tuple(table[id_column].to_pylist()), was.astype(np.float64), now.astype(np.float64)
+        tuple(table[id_column].to_pylist()), was.astype(np.float64), now.astype(np.float64), groups
     )
 
 
@@ -181,5 +192,6 @@ def aligned(runs: Sequence[tuple[Record, ItemRewards]], split: str) -> list[Item
                 f"n_test and data"
             )
         at = [place[item] for item in wanted.ids]
-        found.append(ItemRewards(wanted.ids, rewards.baseline[at], rewards.steered[at]))
+        groups = None if rewards.groups is None else tuple(rewards.groups[i] for i in at)
+        found.append(ItemRewards(wanted.ids, rewards.baseline[at], rewards.steered[at], groups))
     return found

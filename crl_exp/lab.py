@@ -225,6 +225,8 @@ class Lab(LabSetup):
             asked.append(exp.warmup.rewarded)
             if exp.warmup.score in KEPT:
                 asked.append(f"{KEPT[exp.warmup.score]} kept")
+            if exp.warmup.contrast != "reward":
+                asked.append(f"contrast {exp.warmup.contrast}")
             key = content_key(asked)
             folder = home(exp.output_dir, "output_dir") / "shared" / "warmup"
             with self.engine.alone():

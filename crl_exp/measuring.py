@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from crl_exp.checkpoints import CheckpointConfig
+from crl_exp.contrast import harm
 from crl_exp.controllers.base import Controller
 from crl_exp.controllers.observer import Observer, Residuals
 from crl_exp.correlation import Moments, StreamingCorrelation
@@ -142,15 +143,16 @@ def measure(
 def measure_of(
     lab: Lab, saes: dict[int, LayerSAE], partial: PartialPass
 ) -> dict[int, LayerStatistics]:
-    """The lab's training split, with its progress shown."""
-    exp, n = lab.exp, len(lab.splits.train)
+    """The lab's training split, with its progress shown. In place of the reward `warmup.contrast`
+    may put whether a prompt is harmful."""
+    exp, n, harm_I = lab.exp, len(lab.splits.train), harm(lab)
     lab.prompts("train")
     with lab.bar(f"warmup, layers {sorted(saes)}", n) as advance:
 
         def answer(controller: Controller, items: Sequence[int]) -> Tensor:
             reward_B = lab.answer(controller, "train", items).reward_B
             advance(len(items))
-            return reward_B
+            return reward_B if harm_I is None else harm_I[list(items)]
 
         def skip(n_done: int) -> None:
             advance(n_done)

@@ -61,6 +61,11 @@ def online_conflicts(warmup: WarmupConfig, stage2: bool) -> list[str]:
             "method.online_correlation=true carries on Pearson's r, but "
             f"warmup.score={warmup.score}; set warmup.score=pearson"
         )
+    if warmup.contrast != "reward":
+        found.append(
+            "method.online_correlation=true goes on measuring r with the reward, but "
+            f"warmup.contrast={warmup.contrast} begins with another; set warmup.contrast=reward"
+        )
     if warmup.negative == "steer":
         found.append(
             "method.online_correlation=true can't go with warmup.negative=steer, whose signs "

@@ -37,6 +37,7 @@ from crl_exp.report_files import Files
 from crl_exp.report_page import page
 from crl_exp.report_parts import Part, SweepParts, compare_parts
 from crl_exp.runs import SWEEP_CONFIG
+from crl_exp.table_groups import GROUP_CSV, group_lines
 from crl_exp.table_pairs import PAIR_CSV, pair_line
 from crl_exp.tracking import resolved_uri
 from crl_exp.tracking_report import attach_report
@@ -109,6 +110,8 @@ def write_texts(part: Part, files: Files) -> list[FeatureCredit]:
         files.text("pairs.csv", table_csv.as_csv(PAIR_CSV, [pair_line(pair) for pair in pairs]))
     if steps := table_ladder.ladder_lines(sweep):
         files.text("ladder.csv", table_csv.as_csv(table_ladder.CSV, steps))
+    if lines := group_lines(sweep):
+        files.text("groups.csv", table_csv.as_csv(GROUP_CSV, lines))
     if credits:
         files.text("features.csv", table_csv.as_csv(CREDIT_COLUMNS, credit_lines(credits)))
         files.text("by_layer.csv", table_csv.as_csv(*metric_lines(sweep)))

@@ -12,7 +12,7 @@ from crl_exp.shown import plain
 # What a report may write; nothing else in its folder is ever removed.
 TEXTS = (
     "table.md", "table.csv", "table.tex", "overview.csv", "features.csv", "items.csv",
-    "by_layer.csv", "pairs.csv", "ladder.csv", "report.html",
+    "by_layer.csv", "pairs.csv", "ladder.csv", "groups.csv", "report.html",
 )  # fmt: skip
 FIGURE_NAMES = (
     "ladder", "by_layer", "by_option", "heat_map", "training", "overlap", "diversity",

@@ -52,8 +52,8 @@ CAPTIONS = {
     "right: share of its additions that were of such features, and of CorrSteer's own feature.",
     "diversity": "Distinct features that the policy used on the test items, and the entropy of "
     "their use.",
-    "correlation": "Correlation with the reward in stage 1: of the features found there, and of "
-    "those that the policy added.",
+    "correlation": "Correlation in stage 1 with the reward, or with the prompt being harmful "
+    "(warmup.contrast=benign): of the features found there, and of those that the policy added.",
 }
 
 

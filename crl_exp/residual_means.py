@@ -1,4 +1,5 @@
-"""Mean residual of rewarded and of unrewarded answers, streamed over the training prompts.
+"""Mean residual of rewarded and of unrewarded answers, streamed over the training prompts; with
+`warmup.contrast=benign` of harmful and of benign prompts.
 
 Shapes: B rows, D d_model.
 """
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from crl_exp.contrast import harm
 from crl_exp.controllers.base import Action, Controller, StepContext
 from crl_exp.controllers.observer import Seen
 from crl_exp.groups import is_rewarded
@@ -91,6 +93,7 @@ def residual_means(lab: Lab) -> dict[int, ResidualMeans]:
     """One unsteered pass over the training prompts, all of the lab's layers at once."""
     sites = {layer: sae.site for layer, sae in lab.saes.items()}
     found = {layer: ResidualMeans.none(lab.lm.d_model) for layer in sites}
+    harm_I = harm(lab)
     n, batch_size = len(lab.splits.train), lab.exp.engine.items_together
     checkpoint, pace, at = lab.run.checkpoint("residuals"), Pace(lab.exp.checkpoint), 0
     state = checkpoint.load()
@@ -106,8 +109,9 @@ def residual_means(lab: Lab) -> dict[int, ResidualMeans]:
             items = range(at, min(at + batch_size, n))
             observer = ResidualObserver(sites, lab.exp.warmup.pooling == "last_prompt")
             reward_B = lab.answer(observer, "train", items).reward_B
+            label_B = reward_B if harm_I is None else harm_I[list(items)]
             for layer, means in found.items():
-                means.update(observer.mean(layer), reward_B, lab.exp.warmup.rewarded)
+                means.update(observer.mean(layer), label_B, lab.exp.warmup.rewarded)
             at += len(items)
             advance(len(items))
             pace.after_step(save)

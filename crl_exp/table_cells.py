@@ -111,6 +111,8 @@ def _sets(sweep: SweepComparison) -> list[str | None]:
 
 
 def _set_name(sweep: SweepComparison, name: str | None) -> str:
+    if name == "benign":
+        return "benign (over-refusal)"
     return name or sweep.first.config["task"]["name"]
 
 
@@ -203,7 +205,8 @@ FEATURE_COLUMNS = (
 FEATURE_NOTE = (
     "Over all seeds, on the test items. Items: those that had the feature added at some token; "
     "fixed and broken: how many of them came right or went wrong. An item with several features "
-    "counts for each of them. r: correlation with the reward in stage 1."
+    "counts for each of them. r: correlation in stage 1 with the reward, or with the prompt being "
+    "harmful (warmup.contrast=benign)."
 )
 
 

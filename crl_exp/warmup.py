@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from crl_exp import preemption
 from crl_exp.checkpoints import Checkpoint, read_state
+from crl_exp.contrast import CONTRASTS
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.files import replacing, writing
 from crl_exp.groups import REWARDED
@@ -46,6 +47,10 @@ class WarmupConfig:
     rewarded: which answers count as rewarded where rewards are between 0 and 1: positive, y > 0 as
         in CorrSteer; half, y >= .5. Where they are 0 or 1 both are the same. (r is of the reward
         itself.)
+    contrast: what features are to go with. reward: with the reward, as in CorrSteer. benign: with
+        the prompt being harmful (1) and not benign (0), whatever was answered; harmful prompts then
+        stand for rewarded answers everywhere above and below, and in method=raw_residual. For tasks
+        that train on both kinds: refusal, refusal_128, xstest.
     score: what features are ranked by, also across layers: pearson, or as baselines
         mutual_information (of being active and rewarded), fisher ((μ₁ − μ₀)² / (σ₁² + σ₀²)),
         mean_difference, composite (mean difference times the share of rewarded answers above the
@@ -65,12 +70,13 @@ class WarmupConfig:
     rewarded: str
     score: str
     negative: str
+    contrast: str
 
     def faults(self) -> list[str]:
         found = []
         choices = (
             ("pooling", POOLINGS), ("rewarded", REWARDED), ("score", SCORES),
-            ("negative", NEGATIVE),
+            ("negative", NEGATIVE), ("contrast", CONTRASTS),
         )  # fmt: skip
         for name, known in choices:
             value = getattr(self, name)
@@ -89,6 +95,8 @@ class LayerStatistics:
     """What stage 1 knows of one layer. Feature tensors are float64 [F].
 
     mean_D, std_D: of the observed residual. median_norm, norm_mean, norm_std: of its length.
+    n, accuracy: training items and the mean of what was correlated, the reward or, with
+        warmup.contrast=benign, the share of harmful prompts.
     moments: of every feature and the reward, from which the correlations can be carried on.
     by_feature["score"], ["dropped"]: what features are ranked by, and which may not be steered
         whatever their frequency; set by `scored`.

@@ -107,7 +107,9 @@ def finished_run(made, delta: float, validation: float | None = None, steps: int
     return run
 
 
-def run_of_items(made, baseline, steered, validation: float = 0.0, ids=None) -> RunDirectory:
+def run_of_items(
+    made, baseline, steered, validation: float = 0.0, ids=None, groups=None
+) -> RunDirectory:
     """A finished run whose test items got these rewards, with its items.parquet.
 
     validation: rise there.
@@ -120,6 +122,7 @@ def run_of_items(made, baseline, steered, validation: float = 0.0, ids=None) -> 
     assert written is not None
     write_json(run.result_path, {**written, **figures_})
     names = [f"item{i:04d}" for i in range(len(was))] if ids is None else ids
-    tables = [items_table("test", names, was.tolist(), now.tolist(), (was != now).tolist())]
+    kinds = [""] * len(names) if groups is None else groups
+    tables = [items_table("test", names, was.tolist(), now.tolist(), (was != now).tolist(), kinds)]
     write_items(run.path, tables)
     return run

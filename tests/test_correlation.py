@@ -180,7 +180,13 @@ def test_measured_statistics_equal_plain_numpy() -> None:
         return y_N[list(items)]
 
     config = WarmupConfig(
-        "max", min_frequency=0.01, keep=5, rewarded="positive", score="pearson", negative="keep"
+        "max",
+        contrast="reward",
+        min_frequency=0.01,
+        keep=5,
+        rewarded="positive",
+        score="pearson",
+        negative="keep",
     )
     got = measure(saes, "max", 10, 4, answer)[4].scored(config)
     assert (got.n, got.accuracy, got.layer) == (10, 0.5, 4)

@@ -14,6 +14,7 @@ from tests.test_tasks import cache, ids, refusal, sentiment, task  # noqa: F401 
 
 GROUPS = {
     "mmlu": {"anatomy", "high_school_physics"}, "mmlu_pro": {"law", "math"}, "bbq_ambig": {"Age"},
+    "bbq_disambig": {"Age"},
     "harmbench": {"illegal", ""}, "xstest": {"homonyms"}, "do_not_answer": {"r"}, "gsm8k": {""},
 }  # fmt: skip
 

@@ -62,7 +62,9 @@ def synthetic(folder, ids, n=None, seed=0, **columns):
     """A finished run with these items on test."""
     run = finished_run(config(folder, seed=seed), 0.1, n=len(ids) if n is None else n)
     rewards = np.arange(len(ids)) % 2
-    table = items_table("test", [str(i) for i in ids], 1 - rewards, rewards, rewards == 1)
+    table = items_table(
+        "test", [str(i) for i in ids], 1 - rewards, rewards, rewards == 1, [""] * len(ids)
+    )
     for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), name, pa.array(values))
     write_items(run.path, [table])
@@ -131,7 +133,9 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_a_file_written_anew_is_read_anew(tmp_path):
     run = synthetic(tmp_path, "ab")
     assert item_rewards(run).ids == ("a", "b")
-    write_items(run.path, [items_table("test", ["c", "d"], [0, 1], [1, 1], [True, False])])
+    write_items(
+        run.path, [items_table("test", ["c", "d"], [0, 1], [1, 1], [True, False], ["", ""])]
+    )
     assert item_rewards(run).ids == ("c", "d")
     write_json(run.path / "result.json", {**(run.result or {}), "n": 1})
     with pytest.raises(UserError, match="has 2 items of test"):

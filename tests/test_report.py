@@ -190,7 +190,7 @@ def refusal_run(folder: Path, method: str, delta: float, benign: float) -> None:
 def test_refusals_of_harmful_and_benign_prompts_side_by_side(tmp_path):
     refusal_run(tmp_path, "corrsteer_s", 0.1, 0.08)
     text = tables.markdown(compared(tmp_path))
-    assert "| method | layers | sentiment, n = 300 | harmbench, n = 400 | benign, n = 150 |" in text
+    assert "| sentiment, n = 300 | harmbench, n = 400 | benign (over-refusal), n = 150 |" in text
     (line,) = [line for line in text.splitlines() if line.count("<br>") == 3]
     assert line == (
         "| CorrSteer-S | 18 | 21.0 → 31.0<br>+10.0 [8.0, 12.0] | 2.0 → 7.0<br>+5.0 [4.0, 6.0] | "

@@ -104,7 +104,13 @@ def test_what_becomes_of_negative_scores() -> None:
 
 def config(score: str, negative: str) -> WarmupConfig:
     return WarmupConfig(
-        "max", min_frequency=0.02, keep=5, rewarded="positive", score=score, negative=negative
+        "max",
+        contrast="reward",
+        min_frequency=0.02,
+        keep=5,
+        rewarded="positive",
+        score=score,
+        negative=negative,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
 from crl_exp.controllers.base import Unsteered
@@ -20,6 +21,7 @@ from crl_exp.lab import Answers
 from crl_exp.tasks.base import Item, Score
 from tests import tiny
 from tests.hub_data import TASKS, made, on_files
+from tests.test_groups import GROUPS
 from tests.test_scorer_models import save_classifier, save_cross_encoder
 from tests.tiny_run import TinyFiles, run_small
 
@@ -61,6 +63,8 @@ def test_every_task_runs_on_a_tiny_model(name, files, tmp_path):
     result, folder = run_small(overrides(name, files, tmp_path))
     assert result["n"] == 16 and result["task"] == name
     assert (folder / "interventions.parquet").exists()
+    items = pq.read_table(folder / "items.parquet", filters=[("split", "=", "test")])
+    assert set(items["group"].to_pylist()) == GROUPS.get(name, {""}), "as the report needs them"
     task = made(name)
     if task.choices:
         assert result["scorer"] == task.scorer_name and result["invalid_steered"] <= 1

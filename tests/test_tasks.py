@@ -230,9 +230,18 @@ def test_shuffled_labels_say_nothing_of_the_true_ones(cache, n_train, seed):
         assert abs(sum(mine) - share * len(mine)) <= 2
 
 
-def test_shuffled_labels_need_targets(cache):
-    with pytest.raises(UserError, match="shuffle_labels"):
-        refusal(shuffle_labels=True).splits()
+def test_shuffled_labels_of_prompts_are_whether_they_are_benign(cache):
+    sizes = {"n_train_benign": 10, "n_validation_benign": 5}
+    plain, mixed = (refusal(**sizes, shuffle_labels=on).splits() for on in (False, True))
+    assert (mixed.test, mixed.extra) == (plain.test, plain.extra)
+    for before, after in ((plain.train, mixed.train), (plain.validation, mixed.validation)):
+        assert ids(before) == ids(after)
+        assert Counter(i.benign for i in before) == Counter(i.benign for i in after)
+        share = sum(i.benign for i in before) / len(before)
+        still = sum(t.benign and s.benign for t, s in zip(before, after, strict=True))
+        assert abs(still - share * sum(i.benign for i in before)) <= 2, "as many as by chance"
+    with pytest.raises(UserError, match=r"shuffle_labels=true needs .* partly benign"):
+        refusal(shuffle_labels=True, n_validation_benign=0).splits()
 
 
 def test_sentiment_scores(cache):
@@ -258,7 +267,17 @@ def test_sentiment_scores(cache):
         (sentiment, {"min_abs_rating": float("nan")}, r"task\.min_abs_rating=nan"),
         (refusal, {"n_train": 41}, r"donotanswer has 60 items"),
         (refusal, {"n_validation": 0}, r"task\.n_validation=0"),
-        (refusal, {"n_train_benign": 1000}, "benign prompts.*= 1164; lower one"),
+        (
+            refusal,
+            {"n_train_benign": 1000},
+            r"benign prompts.*= 1164; lower one of them: task\.n_train_benign=98 fits\.",
+        ),
+        (
+            refusal,
+            {"n_train_benign": 128, "n_validation_benign": 20},
+            r"there are 262 .*= 308; lower one of them: task.n_train_benign=82 or "
+            r"task.n_test_benign=114 fits\. task=refusal_128 has 128, 24 and 110",
+        ),
         (refusal, {"n_train_benign": -1}, r"task\.n_train_benign=-1"),
         (refusal, {"n_test_benign": 0}, r"task\.n_test_benign=0"),
         (refusal, {"max_context_chars": -1}, r"task\.max_context_chars=-1"),
@@ -336,6 +355,16 @@ def test_refusal_sets(cache):
     assert len(splits.extra["harmbench"]) == 6
     benign_at = [k for k, item in enumerate(splits.train) if item.benign]
     assert benign_at != list(range(20, 26)), "benign items should be mixed in, not appended"
+
+
+def test_all_benign_prompts_are_in_use_where_half_are_trained_on(cache):
+    splits = task("refusal_128", **SIZES).splits()
+    parts = (splits.train, splits.validation, splits.extra["benign"])
+    benign = [[item.item_id for item in part if item.benign] for part in parts]
+    assert [len(part) for part in benign] == [128, 24, 110]
+    assert len({one for part in benign for one in part}) == len(read_benign_prompts())
+    harmful = {item.item_id for item in splits.train if not item.benign}
+    assert harmful == set(ids(refusal(n_train_benign=0).splits().train)), "as in task=refusal"
 
 
 def test_benign_sizes_leave_the_benign_test_set(cache):

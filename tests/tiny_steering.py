@@ -104,7 +104,13 @@ def setting(**changes: Any) -> AgentSetting:
     policy |= {key: value for key, value in changes.items() if key in policy}
     more |= {key: value for key, value in changes.items() if key not in policy}
     warmup = WarmupConfig(
-        "max", min_frequency=0.02, keep=5, rewarded="positive", score="pearson", negative="keep"
+        "max",
+        contrast="reward",
+        min_frequency=0.02,
+        keep=5,
+        rewarded="positive",
+        score="pearson",
+        negative="keep",
     )
     return AgentSetting(policy=PolicyConfig(**policy), warmup=warmup, **more)
 

@@ -235,7 +235,7 @@ def check(
             if here and (found := exp.model.machine_faults()):
                 raise UserError("\n".join(found))
             setting = Setting.of(exp)
-            read = (exp.decay, exp.policy, exp.warmup.pooling, exp.algorithm.uses_critic)
+            read = (exp.decay, exp.policy, exp.warmup, exp.algorithm.uses_critic)
             read = (*read, exp.sae.dictionary, exp.method)
             key = ["cautions", setting.key, repr(read)]
             for caution in once(known, key, lambda exp=exp: cautions(exp)):

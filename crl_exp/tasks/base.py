@@ -14,7 +14,7 @@ from crl_exp.errors import UserError
 from crl_exp.tasks.drawing import (
     content_id,
     of_groups,
-    permute_targets,
+    permute_labels,
     shuffled,
     split_items,
     unique,
@@ -42,6 +42,7 @@ class Task:
         same restriction holds in warmup, training and evaluation.
     chat_template: render the user turn with the tokenizer's chat template.
     shuffle_labels: a control; targets of train and validation are permuted, test keeps its own.
+        Where items have none, whether each is benign is.
     """
 
     name: str
@@ -94,8 +95,8 @@ class Task:
         if self.shuffle_labels:
             splits = replace(
                 splits,
-                train=permute_targets(splits.train, self.split_seed),
-                validation=permute_targets(splits.validation, self.split_seed + 1),
+                train=permute_labels(splits.train, self.split_seed),
+                validation=permute_labels(splits.validation, self.split_seed + 1),
             )
         splits.check_disjoint()
         return splits
@@ -127,6 +128,14 @@ class Task:
 
         Raises `UserError` naming the scorer and the offline alternative.
         """
+
+    def why_no_benign(self) -> str:
+        """Why no training item is benign, as `warmup.contrast=benign` asks; "" where some are."""
+        return f"task={self.name} has no harmful and benign prompts"
+
+    def is_benign(self, item: Item) -> bool:
+        """For `warmup.contrast=benign`; asked only where `why_no_benign` is ""."""
+        return item.benign
 
     @property
     def constrained_to(self) -> list[str] | None:

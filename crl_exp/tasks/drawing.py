@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from crl_exp.errors import UserError, did_you_mean
 from crl_exp.tasks.items import Item
@@ -95,30 +95,37 @@ def split_items(
     )
 
 
-def permute_targets(items: tuple[Item, ...], seed: int) -> tuple[Item, ...]:
-    """Targets change places among items with as many options, so that each stays one of them.
+def permute_labels(items: tuple[Item, ...], seed: int) -> tuple[Item, ...]:
+    """Labels change places among items with as many options, so that each stays one of them. They
+    are the targets or, where no item has one, whether an item is benign.
 
-    Among the items of each true target every target becomes as frequent as in all: a permutation
+    Among the items of each true label every label becomes as frequent as in all: a permutation
     drawn without this agrees with the truth a little too often or too rarely, by chance, and what
     is selected on it then gains or loses by more than chance.
     """
-    if all(item.target is None for item in items):
-        raise UserError("task.shuffle_labels=true needs a task whose items carry a target")
+    label = "target" if any(item.target is not None for item in items) else "benign"
+    if label == "benign" and len({item.benign for item in items}) < 2:
+        raise UserError(
+            "task.shuffle_labels=true needs a task whose items carry a target, or whose training "
+            "and validation items are partly benign (task=refusal with task.n_train_benign and "
+            "task.n_validation_benign of at least 1, task=xstest)"
+        )
     draw = random.Random(seed)
     permuted = list(items)
     for n_options in sorted({item.n_options for item in items}):
         places = [i for i, item in enumerate(items) if item.n_options == n_options]
         draw.shuffle(places)
-        places.sort(key=lambda i: str(items[i].target))
-        for i, target in zip(places, _spread([items[i].target for i in places]), strict=True):
-            permuted[i] = replace(items[i], target=target)
+        places.sort(key=lambda i: str(getattr(items[i], label)))
+        labels = _spread([getattr(items[i], label) for i in places])
+        for i, other in zip(places, labels, strict=True):
+            permuted[i] = replace(items[i], **{label: other})
     return tuple(permuted)
 
 
-def _spread(targets: list[str | None]) -> list[str | None]:
-    """These, sorted, in an order in which each stretch holds every target in proportion."""
-    n = len(targets)
+def _spread(labels: list[Any]) -> list[Any]:
+    """These, sorted, in an order in which each stretch holds every label in proportion."""
+    n = len(labels)
     step = round(0.618 * n)  # near the golden section, multiples are spread most evenly
     while math.gcd(step, n) > 1:
         step += 1
-    return [targets[at * step % n] for at in range(n)]
+    return [labels[at * step % n] for at in range(n)]

@@ -53,6 +53,11 @@ class Refusal(RefusalTask):
                 found.append(f"task.{name}={getattr(self, name)}: must not be negative")
         return found
 
+    def why_no_benign(self) -> str:
+        return (
+            "" if self.n_train_benign else "no benign prompt is trained on (task.n_train_benign=0)"
+        )
+
     def draw(self) -> Splits:
         """Raises `UserError` where a file is missing or damaged, or has too few prompts."""
         prompts = read_donotanswer(asset_path(HARMFUL))
@@ -78,8 +83,20 @@ class Refusal(RefusalTask):
             raise UserError(
                 f"there are {len(order)} benign prompts, but task.n_train_benign + "
                 f"task.n_validation_benign + task.n_test_benign = {train}; lower one of them"
+                f"{self._fitting(train - len(order))}"
             )
         return order[validation:train], order[test:validation], order[:test]
+
+    def _fitting(self, too_many: int) -> str:
+        """Which of the sizes, lowered alone, would do, to be typed."""
+        sizes = {"n_train_benign": 0, "n_validation_benign": 0, "n_test_benign": 1}
+        told = [
+            f"task.{name}={getattr(self, name) - too_many}"
+            for name, least in sizes.items()
+            if getattr(self, name) - too_many >= least
+        ]
+        fits = f": {' or '.join(told)} fits" if told else ""
+        return f"{fits}. task=refusal_128 has 128, 24 and 110 of them"
 
 
 def read_donotanswer(folder: Path) -> list[tuple[str, str]]:

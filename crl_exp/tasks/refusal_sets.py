@@ -42,6 +42,9 @@ class XSTest(RefusalSet):
         group = row.cell("type")
         return Question(prompt, {"prompt": prompt}, benign=label == "safe", group=group)
 
+    def why_no_benign(self) -> str:
+        return ""
+
 
 @dataclass
 class HarmfulSet(RefusalSet):
@@ -58,6 +61,9 @@ class HarmfulSet(RefusalSet):
         if self.n_test_benign < 1:
             found.append(f"task.n_test_benign={self.n_test_benign}: must be at least 1")
         return found
+
+    def why_no_benign(self) -> str:
+        return f"the benign prompts of task={self.name} are a test set, none is trained on"
 
     def extra(self) -> dict[str, tuple[Item, ...]]:
         prompts = read_benign_prompts()

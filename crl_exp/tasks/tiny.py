@@ -35,5 +35,12 @@ class Sums(Task):
         user = f"Is {a} + {b} more than {c}?"
         return Item(content_id(user), user, "yes" if a + b > c else "no")
 
+    def why_no_benign(self) -> str:
+        return ""
+
+    def is_benign(self, item: Item) -> bool:
+        """A stand-in, so that sweeps about refusing can be tried without their data."""
+        return item.target == "no"
+
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
         return self._scorer()(items, outputs)
