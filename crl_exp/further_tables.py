@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from crl_exp.comparison import SweepComparison
 from crl_exp.table_cells import FurtherTable
+from crl_exp.table_fit import fit_tables
 from crl_exp.table_pairs import pair_tables
 from crl_exp.table_quality import quality_tables
 
 
 def further_tables(sweep: SweepComparison) -> list[FurtherTable]:
     """Those that have a line."""
-    return [*pair_tables(sweep), *quality_tables(sweep)]
+    return [*pair_tables(sweep), *quality_tables(sweep), *fit_tables(sweep)]

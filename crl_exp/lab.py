@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,17 +32,16 @@ from crl_exp.fed import look_at, options_for, prompt_ids
 from crl_exp.files import home
 from crl_exp.generation import Generation, Job
 from crl_exp.inputs import sae_digest
-from crl_exp.loaded import shared, shared_model, shared_sae, shared_splits
+from crl_exp.loaded import found_loaded, shared, shared_model, shared_sae, shared_splits
 from crl_exp.measuring import measure_of, warn_of_one_outcome
 from crl_exp.models import LanguageModel, load_model
 from crl_exp.preemption import Pace
 from crl_exp.probe import checked
 from crl_exp.runs import RunDirectory, content_key
 from crl_exp.saes import LayerSAE, load_saes
-from crl_exp.scores import KEPT
 from crl_exp.tasks.base import Splits
 from crl_exp.terminal import progress_bar
-from crl_exp.warmup import STATISTICS_FORMAT, LayerStatistics, shared_statistics
+from crl_exp.warmup import LayerStatistics, shared_statistics, stored_at
 from crl_exp.winners_curse import Tried
 
 log = logging.getLogger(__name__)
@@ -175,6 +175,14 @@ class Lab:
 
         return shared("prompts", [self.engine_key, self.fed(split)], read, keep=6)
 
+    def prompts_kept(self, split: str) -> Prompts | None:
+        """The split's prompts where they were read and are still there."""
+        return found_loaded("prompts", [self.engine_key, self.fed(split)])
+
+    def prompt_ids(self, split: str) -> list[list[int]]:
+        """Token ids of the split's prompts."""
+        return self._prompt_ids(split)[0]
+
     def fed(self, split: str) -> str:
         """Hash of what the model is really fed for a split; see `crl_exp.fed`."""
         options = None if self.options is None else asdict(self.options)
@@ -307,21 +315,22 @@ class Lab:
 
     # --- stage 1 ---
 
+    @property
+    def warmup_home(self) -> Path:
+        """Where what stage 1 found lies for all runs that share it."""
+        # Of the data itself and the tokens made of it: a file, a template or a tokenizer may
+        # change under the same path.
+        folder = home(self.exp.output_dir, "output_dir")
+        return stored_at(folder, self.exp.warmup, self.depends_on("train"))
+
     def statistics(self) -> dict[int, LayerStatistics]:
         """Stage 1's statistics of the steered layers, from the store where they are there."""
         if self._statistics is None:
-            exp = self.exp
-            # Of the data itself and the tokens made of it: a file, a template or a tokenizer may
-            # change under the same path.
-            asked = [*self.depends_on("train"), exp.warmup.pooling, STATISTICS_FORMAT]
-            asked.append(exp.warmup.rewarded)
-            if exp.warmup.score in KEPT:
-                asked.append(f"{KEPT[exp.warmup.score]} kept")
-            key = content_key(asked)
-            folder = home(exp.output_dir, "output_dir") / "shared" / "warmup"
+            store, config = self.warmup_home, self.exp.warmup
             with self.engine.alone():
-                found = shared_statistics(folder, key, self.saes, partial(measure_of, self))
-            self._statistics = {layer: one.scored(exp.warmup) for layer, one in found.items()}
+                measure = partial(measure_of, self)
+                found = shared_statistics(store.parent, store.name, self.saes, measure)
+            self._statistics = {layer: one.scored(config) for layer, one in found.items()}
             warn_of_one_outcome(self, next(iter(found.values())))
         return self._statistics
 

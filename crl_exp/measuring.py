@@ -18,6 +18,7 @@ from crl_exp.checkpoints import CheckpointConfig
 from crl_exp.controllers.base import Controller
 from crl_exp.controllers.observer import Observer, Residuals
 from crl_exp.correlation import Moments, StreamingCorrelation
+from crl_exp.fit_measuring import measure_into
 from crl_exp.groups import Sums
 from crl_exp.histograms import LogHistogram
 from crl_exp.preemption import Pace
@@ -142,7 +143,8 @@ def measure(
 def measure_of(
     lab: Lab, saes: dict[int, LayerSAE], partial: PartialPass
 ) -> dict[int, LayerStatistics]:
-    """The lab's training split, with its progress shown."""
+    """The lab's training split, with its progress shown. How the SAEs fit it is stored on the way,
+    while the prompts are there."""
     exp, n = lab.exp, len(lab.splits.train)
     lab.prompts("train")
     with lab.bar(f"warmup, layers {sorted(saes)}", n) as advance:
@@ -156,10 +158,12 @@ def measure_of(
             advance(n_done)
             lab.run.progress.known(n_done)
 
-        return measure(
+        found = measure(
             saes, exp.warmup.pooling, n, exp.engine.items_together, answer,
             KEPT.get(exp.warmup.score), exp.warmup.rewarded, (partial, exp.checkpoint), skip,
         )  # fmt: skip
+    measure_into(partial.home, lab, list(saes.values()))
+    return found
 
 
 def warn_of_one_outcome(lab: Lab, found: LayerStatistics) -> None:

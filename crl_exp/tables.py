@@ -146,7 +146,7 @@ def print_report(sweep: SweepComparison, console: Console) -> None:
         console.print()
         _print_table(console, more.title, more.columns, more.lines)
         for line in more.notes:
-            console.print(line, highlight=False)
+            console.print(plain(line), highlight=False, markup=False)
     for line in unfinished(sweep.unfinished):
         console.print(f"not finished: {plain(line)}", style="yellow", highlight=False, markup=False)
 
