@@ -108,7 +108,8 @@ def prompt_tokens(lab: Lab, engine: Engine, sites: Collection[int]) -> dict[int,
     first = max(1, common_prefix(ids))
     prompts = [ids[i] for i in evenly(len(ids), PROMPTS)]
     most = GATHERED // len(prompts)
-    places = [[first + at for at in evenly(max(len(p) - 1 - first, 0), most)] for p in prompts]
+    lengths = [max(len(prompt) - 1 - first, 0) for prompt in prompts]
+    places = [first + torch.tensor(evenly(n, most), dtype=torch.long) for n in lengths]
     found: dict[int, dict[int, Tensor]] = {site: {} for site in sites}
 
     def read(rows: list[int]) -> None:
@@ -116,7 +117,7 @@ def prompt_tokens(lab: Lab, engine: Engine, sites: Collection[int]) -> dict[int,
 
         def see(site: int, x_BTD: Tensor) -> None:
             for at, row in enumerate(rows):
-                found[site][row] = x_BTD[at, places[row]]
+                found[site][row] = x_BTD[at, places[row].to(x_BTD.device)]
 
         show_residuals(
             lab.lm, [prompts[row] for row in rows],
@@ -136,7 +137,7 @@ def measured(lab: Lab, saes: Sequence[LayerSAE]) -> list[SAEFit]:
     there = range(-1, lab.lm.n_layers)
     sites = {site + step for site in (sae.site for sae in saes) for step in (-1, 0, 1)}
     sites = sorted(sites & set(there))
-    # Not as one graph: one of these sites would be captured for a few tokens.
+    # Not compiled: a graph of these sites would be made for a few tokens.
     engine = Engine(lab.lm, replace(lab.exp.engine, decode="eager"))
     steered, prompt = (of(lab, engine, sites) for of in (steered_tokens, prompt_tokens))
     fits = []

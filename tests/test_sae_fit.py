@@ -213,17 +213,19 @@ def test_figures_are_of_the_tokens_that_are_named(runs, tiny_files, folders, tmp
         assert one.l0 == pytest.approx(float(active), abs=0.1)
 
 
-def test_tokens_of_longer_answers_are_those_of_stage_1(tiny_files, tmp_path) -> None:
-    """However they are cut into batches."""
+def test_tokens_of_longer_answers_are_those_of_stage_1(tiny_files, tmp_path, monkeypatch) -> None:
+    """However they are cut into batches, also where a part of them is taken."""
     found = []
+    monkeypatch.setattr(sae_fit, "TOKENS", 50)
     for size in (3, 16):
         more = (f"engine.batch_size={size}", f"sweep_name=s{size}")
         lab = lab_of(overrides(tiny_files, tiny_files.root / "saes", tmp_path, *more), TASK)
         statistics = lab.statistics()[LAYER]
         (fit,) = fits_of(lab).values()
-        assert fit.steered is not None and fit.steered.n > len(lab.splits.train)
+        assert fit.steered is not None and fit.steered.n == 50
         engine = fit_measuring.Engine(lab.lm, lab.exp.engine)
         x_ND = fit_measuring.steered_tokens(lab, engine, [LAYER])[LAYER]
+        assert len(x_ND) > 100
         assert float(x_ND.norm(dim=1).mean()) == pytest.approx(statistics.norm_mean, rel=1e-5)
         found.append([fit.steered.explained_variance, fit.steered.one_after, fit.steered.l0])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
