@@ -22,6 +22,7 @@ from crl_exp.errors import UserError
 from crl_exp.evaluation import evaluate
 from crl_exp.fed import note_data
 from crl_exp.files import defined
+from crl_exp.fit_measuring import fits_of
 from crl_exp.heartbeat import PHASES, beating
 from crl_exp.inputs import changed, inputs_of
 from crl_exp.lab import Lab
@@ -30,6 +31,7 @@ from crl_exp.models import LanguageModel
 from crl_exp.records import Record
 from crl_exp.run_status import RETRIED, HeldError
 from crl_exp.runs import RunDirectory, write_json
+from crl_exp.sae_fit import SAEFit, by_layer
 from crl_exp.tracker import Tracker
 from crl_exp.warmup import LayerStatistics
 from crl_exp.winners_curse import warnings
@@ -154,10 +156,12 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
             lab.warn(caution)
         preemption.check()
     noted = note_data(run, lab.splits, lab.lm, lab.fed)
+    fits: dict[int, SAEFit] = {}
     with timed("warmup"):
         if exp.method.needs_statistics:
             place.warming_up(lab)
             lab.statistics()
+            fits = fits_of(lab)
     with timed("train"):
         answerer, layers = prepared(lab)
         choices = lab.tried.choices()
@@ -167,6 +171,8 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: Place) ->
         figures, used = evaluate(lab, answerer)
     write_json(run.path / "features.json", _features(lab, used, answerer))
     result = _identity(exp, layers, run, lab) | noted | figures
+    if fits:
+        result["by_layer"] = by_layer(fits)
     seconds = {phase: run.progress.seconds[phase] for phase in PHASES}
     result |= {"notes": lab.notes, "warnings": lab.warnings, "seconds": seconds}
     result["choices"] = choices

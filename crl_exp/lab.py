@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +27,11 @@ from crl_exp.fed import prompt_ids
 from crl_exp.files import home
 from crl_exp.generation import Generation, Job
 from crl_exp.lab_setup import LabSetup
-from crl_exp.loaded import shared
+from crl_exp.loaded import found_loaded, shared
 from crl_exp.measuring import measure_of, warn_of_one_outcome
 from crl_exp.preemption import Pace
 from crl_exp.runs import content_key
-from crl_exp.scores import KEPT
-from crl_exp.warmup import STATISTICS_FORMAT, LayerStatistics, shared_statistics
+from crl_exp.warmup import LayerStatistics, shared_statistics, stored_at
 
 
 class Lab(LabSetup):
@@ -82,6 +82,14 @@ class Lab(LabSetup):
                 preemption.check()  # prompts are read anew by every attempt
 
             return self.engine.read(ids, progress)
+
+    def prompts_kept(self, split: str) -> Prompts | None:
+        """The split's prompts where they were read and are still there."""
+        return found_loaded("prompts", [self.engine_key, self.fed(split)])
+
+    def prompt_ids(self, split: str) -> list[list[int]]:
+        """Token ids of the split's prompts."""
+        return self._prompt_ids(split)[0]
 
     def fed(self, split: str) -> str:
         """Hash of what the model is really fed for a split; see `crl_exp.fed`."""
@@ -215,23 +223,22 @@ class Lab(LabSetup):
 
     # --- stage 1 ---
 
+    @property
+    def warmup_home(self) -> Path:
+        """Where what stage 1 found lies for all runs that share it."""
+        # Of the data itself and the tokens made of it: a file, a template or a tokenizer may
+        # change under the same path.
+        folder = home(self.exp.output_dir, "output_dir")
+        return stored_at(folder, self.exp.warmup, self.depends_on("train"))
+
     def statistics(self) -> dict[int, LayerStatistics]:
         """Stage 1's statistics of the steered layers, from the store where they are there."""
         if self._statistics is None:
-            exp = self.exp
-            # Of the data itself and the tokens made of it: a file, a template or a tokenizer may
-            # change under the same path.
-            asked = [*self.depends_on("train"), exp.warmup.pooling, STATISTICS_FORMAT]
-            asked.append(exp.warmup.rewarded)
-            if exp.warmup.score in KEPT:
-                asked.append(f"{KEPT[exp.warmup.score]} kept")
-            if exp.warmup.contrast != "reward":
-                asked.append(f"contrast {exp.warmup.contrast}")
-            key = content_key(asked)
-            folder = home(exp.output_dir, "output_dir") / "shared" / "warmup"
+            store, config = self.warmup_home, self.exp.warmup
             with self.engine.alone():
-                found = shared_statistics(folder, key, self.saes, partial(measure_of, self))
-            self._statistics = {layer: one.scored(exp.warmup) for layer, one in found.items()}
+                measure = partial(measure_of, self)
+                found = shared_statistics(store.parent, store.name, self.saes, measure)
+            self._statistics = {layer: one.scored(config) for layer, one in found.items()}
             warn_of_one_outcome(self, next(iter(found.values())))
         return self._statistics
 

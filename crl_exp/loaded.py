@@ -31,6 +31,11 @@ def shared(kind: str, key: Any, make: Callable[[], Any], keep: int) -> Any:
     return kept[name]
 
 
+def found_loaded(kind: str, key: Any) -> Any | None:
+    """What `shared` made and still keeps; None where there is no such."""
+    return LOADED.get(kind, {}).get(content_key(key))
+
+
 def shared_splits(task: Task) -> Splits:
     """A task's splits, drawn again where its files have changed."""
     kind = type(task).__qualname__

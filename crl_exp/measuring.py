@@ -19,6 +19,7 @@ from crl_exp.contrast import harm
 from crl_exp.controllers.base import Controller
 from crl_exp.controllers.observer import Observer, Residuals
 from crl_exp.correlation import Moments, StreamingCorrelation
+from crl_exp.fit_measuring import measure_into
 from crl_exp.groups import Sums
 from crl_exp.histograms import LogHistogram
 from crl_exp.preemption import Pace
@@ -144,7 +145,8 @@ def measure_of(
     lab: Lab, saes: dict[int, LayerSAE], partial: PartialPass
 ) -> dict[int, LayerStatistics]:
     """The lab's training split, with its progress shown. In place of the reward `warmup.contrast`
-    may put whether a prompt is harmful."""
+    may put whether a prompt is harmful. How the SAEs fit the prompts' tokens is stored on the way,
+    while they are there."""
     exp, n, harm_I = lab.exp, len(lab.splits.train), harm(lab)
     lab.prompts("train")
     with lab.bar(f"warmup, layers {sorted(saes)}", n) as advance:
@@ -158,10 +160,12 @@ def measure_of(
             advance(n_done)
             lab.run.progress.known(n_done)
 
-        return measure(
+        found = measure(
             saes, exp.warmup.pooling, n, exp.engine.items_together, answer,
             KEPT.get(exp.warmup.score), exp.warmup.rewarded, (partial, exp.checkpoint), skip,
         )  # fmt: skip
+    measure_into(partial.home, lab, list(saes.values()))
+    return found
 
 
 def warn_of_one_outcome(lab: Lab, found: LayerStatistics) -> None:

@@ -7,12 +7,13 @@ Shapes: B rows, N prompts, T tokens, M real tokens, D d_model, C features asked 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from crl_exp.models import LanguageModel
 from crl_exp.prompts import PromptStore
 from crl_exp.saes import LayerSAE
 
@@ -88,22 +89,27 @@ def _read(store: PromptStore, sae: LayerSAE, allowed_C: Tensor) -> tuple[Tensor,
 
 def _residuals(store: PromptStore, chunk: list[int], site: int) -> Tensor:
     """Residuals [B, T, D] of right-padded prompts; site -1 is the input of layer 0."""
-    lm, kept = store.lm, []
-    ids_BT = torch.zeros(len(chunk), max(len(store.prompts[i]) for i in chunk), dtype=torch.long)
-    for row, item in enumerate(chunk):
-        ids_BT[row, : len(store.prompts[item])] = torch.tensor(store.prompts[item])
+    kept: list[Tensor] = []
+    show_residuals(store.lm, [store.prompts[i] for i in chunk], {site: kept.append})
+    return kept[0]
+
+
+def show_residuals(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    see: Mapping[int, Callable[[Tensor], None]],
+) -> None:
+    """Run prompts through the model, right-padded, and show the residuals [B, T, D] of each site.
+
+    Site -1 is the input of layer 0.
+    """
+    ids_BT = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, : len(prompt)] = torch.tensor(prompt)
     ids_BT = ids_BT.to(lm.device)
-    lengths_B = torch.tensor([len(store.prompts[i]) for i in chunk], device=lm.device)
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=lm.device)
     position_BT = torch.arange(ids_BT.shape[1], device=lm.device).expand_as(ids_BT)
-
-    def keep(_module, inputs, output=None) -> None:
-        found = inputs if site < 0 else output
-        kept.append(found[0] if isinstance(found, tuple) else found)
-
-    layer = lm.layers[max(site, 0)]
-    handle = (
-        layer.register_forward_pre_hook(keep) if site < 0 else layer.register_forward_hook(keep)
-    )
+    handles = [lm.hook(site, one) for site, one in see.items()]
     try:
         lm.decoder(
             input_ids=ids_BT,
@@ -112,5 +118,5 @@ def _residuals(store: PromptStore, chunk: list[int], site: int) -> Tensor:
             use_cache=False,
         )
     finally:
-        handle.remove()
-    return kept[0]
+        for handle in handles:
+            handle.remove()

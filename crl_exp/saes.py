@@ -96,6 +96,16 @@ class LayerSAE:
         """feature_acts [B, F] of residuals taken at this SAE's site, as SAELens encodes them."""
         return self.sae.encode(self._centred(x_BD))  # type: ignore[operator]
 
+    @torch.no_grad()
+    def reconstruct(self, x_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the SAE reads of residuals taken at its site, its reconstruction of that, both
+        [B, D], and feature_acts [B, F]; by its own decoder, whatever is added (`rows_FD`).
+        """
+        feature_acts_BF = self.encode(x_BD)
+        # At once: SAELens keeps what undoes a normalisation until the next `encode`.
+        output_BD = self.sae.decode(feature_acts_BF)  # type: ignore[operator]
+        return self._centred(x_BD), output_BD, feature_acts_BF
+
     def _centred(self, x_BD: Tensor) -> Tensor:
         if self.centered:
             x_BD = x_BD - x_BD.mean(dim=1, keepdim=True)

@@ -23,7 +23,7 @@ from crl_exp.errors import UserError, did_you_mean
 from crl_exp.files import replacing, writing
 from crl_exp.groups import REWARDED
 from crl_exp.run_keys import content_key
-from crl_exp.scores import NEGATIVE, SCORES, handle_negative
+from crl_exp.scores import KEPT, NEGATIVE, SCORES, handle_negative
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -223,6 +223,16 @@ Compute = Callable[["dict[int, LayerSAE]", PartialPass], dict[int, LayerStatisti
 """Measures these layers, going on from and saving the pass."""
 
 
+def stored_at(output_dir: Path, config: WarmupConfig, depends_on: list[Any]) -> Path:
+    """Folder of what stage 1 found. depends_on: what the unsteered training answers depend on."""
+    asked = [*depends_on, config.pooling, STATISTICS_FORMAT, config.rewarded]
+    if config.score in KEPT:
+        asked.append(f"{KEPT[config.score]} kept")
+    if config.contrast != "reward":
+        asked.append(f"contrast {config.contrast}")
+    return output_dir / "shared" / "warmup" / content_key(asked)
+
+
 def shared_statistics(
     folder: Path, key: str, saes: dict[int, LayerSAE], compute: Compute
 ) -> dict[int, LayerStatistics]:
@@ -234,7 +244,7 @@ def shared_statistics(
     home = folder / key
     with writing(home):
         home.mkdir(parents=True, exist_ok=True)
-    with _locked(home / ".lock"):
+    with locked(home / ".lock"):
         missing = {la: sae for la, sae in saes.items() if not _file(home, sae).exists()}
         if missing:
             partial = PartialPass(home, sorted(_file(home, s).name for s in missing.values()))
@@ -245,7 +255,7 @@ def shared_statistics(
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a lock. Who waits for it can be asked to end."""
     lock = FileLock(str(path))
     while not lock.is_locked:

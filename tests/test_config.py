@@ -178,7 +178,8 @@ def tiny_cache(tmp_path_factory):
 def test_debug_tiny_needs_no_assets(kind, tiny_cache):
     config = composed(["+debug=tiny", *TINY[kind], f"output_dir={tiny_cache}"])
     result = run_experiment(config, skip_finished=False)
-    assert result["n"] == 16 and result["method"] == "crl" and result["warnings"] == []
+    assert result["n"] == 16 and result["method"] == "crl"
+    assert [line for line in result["warnings"] if "the SAE" not in line] == [], "SAEs are random"
     assert 0 < result["accuracy_baseline"] < 1, "nothing could be learned"
 
 

@@ -135,10 +135,10 @@ def test_a_pack_asks_the_model_once_for_all(tiny_files, tmp_path, monkeypatch) -
     calls.clear()
     forget()
     run_pack(configs(tiny_files, tmp_path / "one", variants[:1]))
-    # One by one: the check of a newly loaded model, the warmup (24 items, 16 at a time), the
-    # unsteered answers to test and validation.
-    assert three.count(1) == 1 + 2 + 2
-    assert three.count(3) == len(three) - 5 == len(calls) - 5
+    # One by one: the check of a newly loaded model, the warmup (24 items, 16 at a time) with the
+    # answers that its SAEs' fit is measured on, the unsteered answers to test and validation.
+    assert three.count(1) == 1 + 2 + 1 + 2
+    assert three.count(3) == len(three) - 6 == len(calls) - 6
     assert set(calls) == {1}
 
 

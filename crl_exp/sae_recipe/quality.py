@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from crl_exp.models import LanguageModel
+from crl_exp.sae_fit import explained_variance
 from crl_exp.sae_recipe.residuals import Openings, Residuals, batches, hidden_of, pad
 from crl_exp.sae_recipe.text import Document
 
@@ -26,13 +27,6 @@ class QualityConfig:
 
     ce_tokens: int
     autocast: bool
-
-
-def explained_variance(x_ND: Tensor, reconstruction_ND: Tensor) -> float:
-    """1 - |x - x̂|² / |x - mean|²: 1 for a perfect reconstruction, 0 for the mean."""
-    x_ND, reconstruction_ND = x_ND.double(), reconstruction_ND.double()
-    lost = (x_ND - reconstruction_ND).pow(2).sum()
-    return float(1 - lost / (x_ND - x_ND.mean(0)).pow(2).sum())
 
 
 @torch.inference_mode()
