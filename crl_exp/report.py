@@ -10,7 +10,16 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from crl_exp import curves, feature_figures, figures, heat_map, table_csv, table_latex, tables
+from crl_exp import (
+    curves,
+    feature_figures,
+    figures,
+    heat_map,
+    label_figure,
+    table_csv,
+    table_latex,
+    tables,
+)
 from crl_exp.comparison import SweepComparison
 from crl_exp.feature_credit import (
     CREDIT_COLUMNS,
@@ -50,6 +59,7 @@ WIDTH = 130
 FIGURES = {
     "by_layer": figures.by_layer,
     "by_option": figures.by_option,
+    "by_labels": label_figure.by_labels,
     "heat_map": heat_map.heat_map,
     "training": curves.training,
     "overlap": feature_figures.overlap,

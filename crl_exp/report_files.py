@@ -15,8 +15,8 @@ TEXTS = (
     "by_layer.csv", "pairs.csv", "report.html",
 )  # fmt: skip
 FIGURE_NAMES = (
-    "by_layer", "by_option", "heat_map", "training", "overlap", "diversity", "correlation",
-    "overview",
+    "by_layer", "by_option", "by_labels", "heat_map", "training", "overlap", "diversity",
+    "correlation", "overview",
 )  # fmt: skip
 SUFFIXES = (".png", ".pdf")  # for the screen and for a paper
 
