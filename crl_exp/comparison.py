@@ -5,6 +5,7 @@ What may be compared and how it is put together is decided here; `report` and `f
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -200,8 +201,10 @@ def compare_runs(records: list[Record]) -> SweepComparison:
     rows = [_row(key, runs) for key, runs in groups.items()]
     order = {name: i for i, name in enumerate(NAMES)}
     rows.sort(
-        key=lambda r: (order.get(r.method, 99), r.shuffled, r.family, len(r.layers), r.layers)
-    )
+        key=lambda r: (
+            order.get(r.method, 99), r.shuffled, by_number(r.family), len(r.layers), r.layers,
+        )
+    )  # fmt: skip
     return SweepComparison(tuple(rows), unfinished)
 
 
@@ -217,6 +220,12 @@ def _row(key: tuple[Label, str, bool, tuple[int, ...]], runs: list[Record]) -> R
         layers,
         tuple(sorted(runs, key=lambda run: (run.config["seed"], str(_draw(run))))),
     )
+
+
+def by_number(text: str) -> list[tuple[float, str]]:
+    """To sort by: numbers in it by their size, `n_train=25` before `n_train=100`."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [(float(part) if i % 2 else 0.0, "" if i % 2 else part) for i, part in enumerate(parts)]
 
 
 def _draw(run: Record) -> tuple[int, int | None]:

@@ -6,7 +6,7 @@ Shapes: N rows (made-up answers), T tokens, C features, D d_model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from crl_exp.config import Experiment
 
 ROWS, FEWEST_FEATURES, D_MODEL, TOKENS = 12, 24, 6, 3
+TRAINED = (0.0, 0.9)
+"""Shares of the training done at which exploration is tried: at the second all schedules differ."""
 PLAIN: Mapping[str, type[Stage]] = {"noise": NoNoise, "activation": Identity, "mask": NoMask}
 
 
@@ -107,10 +109,11 @@ class _Spread(Draws):
 
 @dataclass(repr=False)
 class Effect:
-    """At T tokens, logits as a rollout samples from them and as an evaluation takes the top of
-    them, both [T, N, C]. Equal ones give the same acts, recorded with the same probability."""
+    """Logits as a rollout samples from them, at each token for each of `TRAINED` (R in all), and
+    as an evaluation takes the top of them, at T tokens. Equal ones give the same acts, recorded
+    with the same probability."""
 
-    rollout_TNC: Tensor
+    rollout_RNC: Tensor
     evaluation_TNC: Tensor
     on_policy: bool
     samples: bool
@@ -125,8 +128,8 @@ class Effect:
 
     def _probabilities(self) -> list[Tensor]:
         return [
-            selection.probabilities(logits_TNC.flatten(0, 1))
-            for logits_TNC in (self.rollout_TNC, self.evaluation_TNC)
+            selection.probabilities(logits_XNC.flatten(0, 1))
+            for logits_XNC in (self.rollout_RNC, self.evaluation_TNC)
         ]
 
     def ranks_as(self, other: Effect) -> bool:
@@ -138,14 +141,17 @@ class Effect:
         return torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
-def effect(setting: Setting) -> Effect | None:
-    """None where the stages can't be tried (they want more features at once than are made up)."""
+def effect(setting: Setting, turned: bool = False) -> Effect | None:
+    """None where the stages can't be tried (they want more features at once than are made up).
+
+    turned: with the correlations of the opposite sign.
+    """
     try:
         pipeline = setting.pipeline(disturbed=True)
     except UserError:
         return None
     draw, n = torch.Generator().manual_seed(0), setting.n_features
-    correlation_C = torch.rand(n, generator=draw) * 1.6 - 0.8
+    correlation_C = (torch.rand(n, generator=draw) * 1.6 - 0.8) * (-1 if turned else 1)
     prompt_tokens_N = torch.randint(4, 30, (ROWS,), generator=draw)
     asks_prompt = "prompt_past" in pipeline.needs
     past_N = torch.full((ROWS,), 1.0 if asks_prompt else -torch.inf)
@@ -166,11 +172,11 @@ def effect(setting: Setting) -> Effect | None:
             "length_B": length_N, "norm_B": 60 + 10 * length_N,
         }  # fmt: skip
         noted: dict[str, Tensor] = {}
-        for explore in (True, False):
+        for explore, progress in (*((True, done) for done in TRAINED), (False, 0.0)):
             draws = _Spread(0, torch.arange(ROWS), token_index=token)
             context = StageContext(
-                at, correlation_C, **made, explore=explore and setting.trained, draws=draws,
-                noted=noted,
+                at, correlation_C, **made, explore=explore and setting.trained, progress=progress,
+                draws=draws, noted=noted,
             )  # fmt: skip
             with torch.no_grad():
                 if setting.null:
@@ -209,11 +215,14 @@ def follows_correlation(setting: Setting) -> bool:
     return chosen[0] == chosen[1]
 
 
-def cautions(exp: Experiment, n_tokens: int | None = None) -> list[str]:
+def cautions(
+    exp: Experiment, n_tokens: int | None = None, compared: Collection[str] = ()
+) -> list[str]:
     """What of the config is no fault, but does nothing, the same as a plainer option, or something
     that is easily overlooked.
 
-    Each line names the option and what it equals. n_tokens: as of `Setting.of`.
+    Each line names the option and what it equals. n_tokens: as of `Setting.of`. compared: keys of
+    which the same sweep has this config with another value, so that what they do isn't overlooked.
     """
     setting = Setting.of(exp, n_tokens)
     found = exp.decay.cautions(setting.n_tokens)
@@ -227,7 +236,7 @@ def cautions(exp: Experiment, n_tokens: int | None = None) -> list[str]:
     found += contrast_cautions(exp)
     if not hasattr(exp.method, "stage2"):
         return found
-    found += exp.policy.cautions(exp.algorithm.uses_critic)
+    found += exp.policy.cautions(exp.algorithm.uses_critic, compared)
     if exp.policy.first_weights == "by_layer" and starts_at_zero(_learned(exp)):
         found.append(
             "policy.first_weights=by_layer: does nothing, as no weight that is trained here starts "
@@ -239,14 +248,20 @@ def cautions(exp: Experiment, n_tokens: int | None = None) -> list[str]:
             found.append("noise: does nothing with method.stage2=false, where nothing is explored")
         found += stage.cautions(setting.n_tokens, setting.k)
     told = {line.split(":")[0].split("=")[0].split(" ")[0] for line in found}
-    return found + _without_effect(setting, told)
-
-
-def _without_effect(setting: Setting, told: set[str]) -> list[str]:
-    """Stages and an order that change nothing in the situations tried. told: stages left out."""
     whole = effect(setting)
     if whole is None:
-        return []
+        return found
+    if getattr(exp.method, "online_correlation", False) and whole == effect(setting, turned=True):
+        found.append(
+            "method.online_correlation=true: does nothing, as with these stages no act depends on "
+            "the correlations"
+        )
+    return found + _without_effect(setting, told, whole)
+
+
+def _without_effect(setting: Setting, told: set[str], whole: Effect) -> list[str]:
+    """Stages and an order that change nothing in the situations tried. told: stages left out.
+    whole: the effect with all of them."""
     found = []
     for name, plain in PLAIN.items():
         stage = setting.stages[name]

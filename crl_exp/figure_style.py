@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crl_exp.comparison import Row, SweepComparison
+from crl_exp.estimates import split
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,12 +47,17 @@ def look(sweep: SweepComparison) -> dict[str, tuple[str, str]]:
     return look_of(sweep.rows)
 
 
-def look_of(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
+def look_of(
+    rows: Iterable[Row], called: Callable[[Row], str] = lambda row: row.family
+) -> dict[str, tuple[str, str]]:
     """Colour and marker of each family. A method's first family has the method's own, the others
-    what is free; shuffled labels look like the method's first (and are drawn hollow)."""
+    what is free; shuffled labels look like the method's first (and are drawn hollow).
+
+    called: what rows are told apart by, where it isn't the family.
+    """
     families: dict[str, Row] = {}
     for row in rows:
-        families.setdefault(row.family, row)
+        families.setdefault(called(row), row)
     # Kept for the methods that are there, whichever comes first.
     kept = {row.method: FIXED_COLOURS[row.method] for row in families.values()
             if row.method in FIXED_COLOURS}  # fmt: skip
@@ -81,6 +87,32 @@ def _free_pairs(taken: set[int]) -> Iterator[tuple[str, str]]:
         for number in order:
             if shift or number not in taken:
                 yield COLOURS[number], MARKERS[(number + shift) % n]
+
+
+def panel_title(sweep: SweepComparison, name: str | None) -> str:
+    result = sweep.first.result
+    assert result is not None
+    n = split(sweep.first, name)["n"]
+    what = f"{result['task']}, {result['model']}" if name is None else f"{name} prompts"
+    return f"{what}, n = {n:,}"
+
+
+def delta_name(sweep: SweepComparison) -> str:
+    return f"Δ {'refused' if 'benign' in sweep.test_sets else 'accuracy'} (points)"
+
+
+def sign_of(name: str | None) -> int:
+    """A benign prompt is scored 1 where it was answered; refusals are shown."""
+    return -1 if name == "benign" else 1
+
+
+def mean_in_points(row: Row, name: str | None) -> float:
+    return sign_of(name) * 100 * row.mean("delta", name)
+
+
+def in_points(interval: tuple[float, float], name: str | None) -> tuple[float, float]:
+    low, high = sorted(sign_of(name) * 100 * end for end in interval)
+    return low, high
 
 
 def wrapped(label: str, characters: int = LEGEND_CHARACTERS, indent: str = "  ") -> str:

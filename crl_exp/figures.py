@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from crl_exp.comparison import Row, SweepComparison
-from crl_exp.estimates import split
 from crl_exp.figure_style import (
     COLOURS,
     COLUMN_INCHES,
     DASHES,
     PAGE_INCHES,
+    delta_name,
+    in_points,
     legend_below,
     look,
     look_of,
+    mean_in_points,
+    panel_title,
     save,
+    sign_of,
     style,
     wrapped,
 )
@@ -52,18 +56,10 @@ def by_layer(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
         )  # fmt: skip
         for axis, name in zip(axes[:, 0], sets, strict=True):
             _layer_panel(axis, sweep, name)
-            axis.set_title(_panel_title(sweep, name))
+            axis.set_title(panel_title(sweep, name))
         axes[-1, 0].set_xlabel("steered layer")
         legend_below(figure, axes, columns=1)
         return save(figure, paths)
-
-
-def _panel_title(sweep: SweepComparison, name: str | None) -> str:
-    result = sweep.first.result
-    assert result is not None
-    n = split(sweep.first, name)["n"]
-    what = f"{result['task']}, {result['model']}" if name is None else f"{name} prompts"
-    return f"{what}, n = {n:,}"
 
 
 def _layer_panel(axis: Axes, sweep: SweepComparison, name: str | None) -> None:
@@ -82,8 +78,9 @@ def _layer_panel(axis: Axes, sweep: SweepComparison, name: str | None) -> None:
         _layer_points(axis, rows, name, shift, looks[family])
         for row in sweep.chosen.intersection(rows):
             axis.plot(
-                row.layers[0] + shift, _mean(row, name), "o", color="black", markersize=9.5,
-                markerfacecolor="none", markeredgewidth=0.9, label="chosen on validation",
+                row.layers[0] + shift, mean_in_points(row, name), "o", color="black",
+                markersize=9.5, markerfacecolor="none", markeredgewidth=0.9,
+                label="chosen on validation",
             )  # fmt: skip
     ticks = {float(layer): str(layer) for layer in layers}
     if together:
@@ -94,11 +91,7 @@ def _layer_panel(axis: Axes, sweep: SweepComparison, name: str | None) -> None:
     axis.set_xticks(list(ticks), list(ticks.values()))
     axis.margins(x=0.06)
     axis.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axis.set_ylabel(_delta_name(sweep))
-
-
-def _delta_name(sweep: SweepComparison) -> str:
-    return f"Δ {'refused' if 'benign' in sweep.test_sets else 'accuracy'} (points)"
+    axis.set_ylabel(delta_name(sweep))
 
 
 def _together(
@@ -120,7 +113,7 @@ def _together(
         which = f"layer{plural} {row_layers(row)}"
         which = f"all {len(row.layers)} layers" if alike and plural else which
         label = f"{row.family}, {which}" if row.layers else row.family
-        mean, (low, high) = _mean(row, name), _in_points(row.interval(name), name)
+        mean, (low, high) = mean_in_points(row, name), in_points(row.interval(name), name)
         axis.axhline(mean, color=colour, linestyle=DASHES[i % len(DASHES)], linewidth=0.8)
         axis.errorbar(
             x, mean, yerr=[[max(mean - low, 0)], [max(high - mean, 0)]], color=colour,
@@ -136,8 +129,8 @@ def _layer_points(
     """One family: means with intervals, and every seed as a small dot."""
     colour, marker = looks
     x = np.array([row.layers[0] for row in rows]) + shift
-    mean = np.array([_mean(row, name) for row in rows])
-    ends = np.array([_in_points(row.interval(name), name) for row in rows])
+    mean = np.array([mean_in_points(row, name) for row in rows])
+    ends = np.array([in_points(row.interval(name), name) for row in rows])
     hollow = rows[0].shuffled
     axis.errorbar(
         x, mean, yerr=[np.maximum(mean - ends[:, 0], 0), np.maximum(ends[:, 1] - mean, 0)],
@@ -147,23 +140,9 @@ def _layer_points(
     )  # fmt: skip
     for at, row in zip(x, rows, strict=True):
         if len(row.runs) > 1:
-            seeds = _sign(name) * 100 * row.values("delta", name)
+            seeds = sign_of(name) * 100 * row.values("delta", name)
             beside = np.full(len(seeds), at + 0.02 * np.ptp(axis.get_xlim()))
             axis.plot(beside, seeds, "o", color=colour, markersize=2.2, markeredgewidth=0)
-
-
-def _sign(name: str | None) -> int:
-    """A benign prompt is scored 1 where it was answered; refusals are shown."""
-    return -1 if name == "benign" else 1
-
-
-def _mean(row: Row, name: str | None) -> float:
-    return _sign(name) * 100 * row.mean("delta", name)
-
-
-def _in_points(interval: tuple[float, float], name: str | None) -> tuple[float, float]:
-    low, high = sorted(_sign(name) * 100 * end for end in interval)
-    return low, high
 
 
 def by_option(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
@@ -186,8 +165,8 @@ def by_option(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
             axis.axvline(0, color="black", linewidth=0.8)
             for y, row in enumerate(rows):
                 _option_point(axis, row, name, y, looks[row.family])
-            axis.set_xlabel(_delta_name(sweep))
-            axis.set_title(_panel_title(sweep, name))
+            axis.set_xlabel(delta_name(sweep))
+            axis.set_title(panel_title(sweep, name))
             axis.grid(axis="y", color="#dddddd", linewidth=0.5)
             axis.set_axisbelow(True)
         axes[0, 0].set_yticks(range(len(rows)), labels)
@@ -207,14 +186,14 @@ def _option_point(
 ) -> None:
     """label: in the legend; seeds are drawn only without one, as else there is no room."""
     colour, marker = looks
-    mean, (low, high) = _mean(row, name), _in_points(row.interval(name), name)
+    mean, (low, high) = mean_in_points(row, name), in_points(row.interval(name), name)
     axis.errorbar(
         mean, y, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], color=colour, marker=marker,
         markersize=5, elinewidth=1.2, capsize=2, zorder=3, linestyle="none", label=label,
         markerfacecolor="white" if row.shuffled else colour,
     )  # fmt: skip
     if len(row.runs) > 1 and label == "_":
-        seeds = _sign(name) * 100 * row.values("delta", name)
+        seeds = sign_of(name) * 100 * row.values("delta", name)
         axis.plot(seeds, np.full(len(seeds), y + 0.28), "o", color=colour, markersize=2.2,
                   markeredgewidth=0)  # fmt: skip
 

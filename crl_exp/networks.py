@@ -6,6 +6,7 @@ Shapes: B rows, D d_model, C features that may be steered (allowed), K slots.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ FIRST_WEIGHTS = ("by_layer", "by_seed")
 CRITICS = ("v", "q")
 COMBINES = ("sum", "one_length")
 NULL_START = 0.5
+COMBINE = "policy.combine"
 KNOWN = {
     "nonlinearity": tuple(NONLINEARITIES), "critic": CRITICS, "combine": COMBINES,
     "first_weights": FIRST_WEIGHTS,
@@ -117,12 +119,13 @@ class PolicyConfig:
             )
         return found
 
-    def cautions(self, with_critic: bool) -> list[str]:
-        """What of it is no fault, but does nothing or is easily overlooked."""
+    def cautions(self, with_critic: bool, compared: Collection[str] = ()) -> list[str]:
+        """What of it is no fault, but does nothing or is easily overlooked; compared: see
+        `effects.cautions`."""
         found = []
         if self.critic == "q" and not with_critic:
             found.append("policy.critic=q: does nothing, as the algorithm has no critic")
-        if self.k > 1 and self.combine == "sum":
+        if self.k > 1 and self.combine == "sum" and COMBINE not in compared:
             found.append(
                 f"policy.k={self.k}: the features' additions are summed and so about "
                 f"√{self.k} = {self.k**0.5:.2g} times as long as one, a larger dose; "

@@ -15,7 +15,7 @@ TEXTS = (
     "by_layer.csv", "pairs.csv", "ladder.csv", "groups.csv", "report.html",
 )  # fmt: skip
 FIGURE_NAMES = (
-    "ladder", "by_layer", "by_option", "heat_map", "training", "overlap", "diversity",
+    "ladder", "by_layer", "by_option", "by_labels", "heat_map", "training", "overlap", "diversity",
     "correlation", "overview",
 )  # fmt: skip
 SUFFIXES = (".png", ".pdf")  # for the screen and for a paper

@@ -43,6 +43,9 @@ CAPTIONS = {
     "dots are seeds.",
     "by_option": "Difference to the unsteered model by option, with 95 % intervals; small dots are "
     "seeds. Where several layers were tried: the one that did best on validation.",
+    "by_labels": "Difference to the unsteered model by number of labelled training items, with "
+    "95 % intervals, over draws of them where there are several. Validation's labels come on top. "
+    "Where several layers were tried: the one that did best on validation.",
     "heat_map": "Difference to the unsteered model in points; bold: Holm's p below 0.05. Grey: "
     "not run.",
     "training": "Reward while the policy was trained: on its rollouts (pale, mean over seeds) and "

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a report reads figures of it without torch
+    from torch import Tensor
 
-from crl_exp.controllers.observer import ENCODED_TOGETHER
-from crl_exp.saes import LayerSAE
+    from crl_exp.saes import LayerSAE
 
 TOKENS = 256
 """Most tokens that a figure is of."""
@@ -126,6 +125,8 @@ def fit_on(sae: LayerSAE, x_SND: Mapping[int, Tensor]) -> TokenFit | None:
     Left out are tokens longer than `OUTLIER_FACTOR` medians at its own or a neighbouring site; of
     the others at most `TOKENS` are taken, evenly. None where fewer than two are left.
     """
+    import torch
+
     around = [site for site in (sae.site, sae.site - 1, sae.site + 1) if site in x_SND]
     norms = [x_SND[site].float().norm(dim=1) for site in around]
     if not len(norms[0]):
@@ -146,6 +147,10 @@ def fit_on(sae: LayerSAE, x_SND: Mapping[int, Tensor]) -> TokenFit | None:
 
 def _explained(sae: LayerSAE, x_ND: Tensor) -> tuple[float, float]:
     """Explained variance and L0. Where the SAE was trained on centred residuals, of these."""
+    import torch
+
+    from crl_exp.controllers.observer import ENCODED_TOGETHER
+
     read, made, active = [], [], 0
     for part_ND in x_ND.split(max(1, ENCODED_TOGETHER // sae.d_sae)):
         read_ND, output_ND, acts_NF = sae.reconstruct(part_ND)

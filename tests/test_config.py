@@ -34,7 +34,7 @@ RUN = [pair for pair in OPTIONS if pair[0] not in NOT_RUN]
 BUILT = [pair for pair in OPTIONS if pair not in RUN]
 # Values without a default, which a person has to give; any other is given a word.
 # Lists belong to an SAE, here of a model that can't be had: on a tiny one another is put in.
-GATED = ("harmbench_lists",)
+GATED = ("architectures", "harmbench_lists")
 PUT_IN = {
     "harmbench_lists": [
         "model=tiny", "sae=tiny", "layers.first=17", "layers.last=18", "method=listed",
@@ -159,6 +159,29 @@ def test_every_point_of_every_sweep_fits_its_model_and_saes(name):
 
 # --- +debug=tiny: any run or sweep, offline ---
 
+
+def test_debug_tiny_beats_what_a_grid_chooses():
+    """A Gemma has a tiny one of its own, so that a sweep over families stays one."""
+
+    def chosen(*arguments: str) -> set[tuple[str, str, str]]:
+        configured = map(quickly_composed, sweep_points("architectures", "seed=0", *arguments))
+        return {(config.model.name, config.sae.name, config.task.name) for config in configured}
+
+    assert chosen("+debug=tiny") == {
+        ("tiny-llama", "tiny", "tiny"), ("tiny-gemma2", "tiny_gemma", "tiny"),
+    }  # fmt: skip
+    typed = chosen("+debug=tiny", "task=sentiment", "model=tiny", "sae=tiny")
+    assert typed == {("tiny-llama", "tiny", "sentiment")}
+    assert {pair[:2] for pair in chosen()} == {
+        ("gemma-2-2b-it", "gemma_scope_2b_res"), ("Llama-3.1-8B-Instruct", "llama31_8b_it"),
+    }  # fmt: skip
+
+
+def test_what_debug_tinys_task_has_not_is_left_out_of_a_grid():
+    wordings = [p for p in sweep_points("demo", "+debug=tiny") if "task.wording" in " ".join(p)]
+    assert wordings == [] and any("task.wording" in " ".join(p) for p in sweep_points("demo"))
+
+
 SAME = {"model": {"name": "", "path": ""}, "sae": {"folder": ""}}
 TINY = {
     "llama": [],
@@ -192,7 +215,7 @@ def test_what_is_typed_beats_debug_tiny():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_point_of_every_sweep_runs_on_a_tiny_model(name, tiny_cache):
-    """By turns on Llama and Gemma-2. Points that differ in the seed alone are run once."""
+    """By turns on Llama and Gemma-2. Points that differ in the seeds alone are run once."""
     seen: set[str] = set()
     # A sweep over tasks would need their data; tests/test_task_runs.py runs every task.
     tried = ["+debug=tiny", "task=tiny", f"output_dir={tiny_cache}", *PUT_IN.get(name, [])]
@@ -200,7 +223,8 @@ def test_every_point_of_every_sweep_runs_on_a_tiny_model(name, tiny_cache):
         if any(override.startswith("method.tokens=") for override in point):
             continue  # for free text, which task=tiny isn't; tests/test_calibration.py
         config = quickly_composed([*point, *TINY[["llama", "gemma2"][i % 2]]])
-        key = run_key(OmegaConf.merge(config, {"seed": 0, **SAME}))  # type: ignore[arg-type]
+        same = {"seed": 0, "task": {"train_seed": None}, **SAME}
+        key = run_key(OmegaConf.merge(config, same))  # type: ignore[arg-type]
         if key not in seen:
             seen.add(key)
             assert run_experiment(config, skip_finished=True)["n"] == 16, point

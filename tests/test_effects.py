@@ -20,7 +20,9 @@ from tests.test_config import SWEEPS, sweep_points
 from tests.tiny_run import quickly_composed, run_small
 
 # Sweeps over the stages of the logits and their order.
-ABLATIONS = ("activations", "exploration", "fusions", "masks", "order")
+ABLATIONS = (
+    "activations", "exploration", "fusion_weights", "fusions", "masks", "order", "thresholds",
+)  # fmt: skip
 FREE = ["task=refusal", "tracking=none"]
 
 
@@ -35,8 +37,9 @@ def effect_of(*overrides: str) -> Effect:
 
 
 def without_seeds(name: str) -> list[list[str]]:
-    """The points of a ready sweep, those that differ in the seed alone once."""
-    points = [[o for o in point if not o.startswith("seed=")] for point in sweep_points(name)]
+    """The points of a ready sweep, those that differ in a seed alone once."""
+    seeds = ("seed=", "task.train_seed=")
+    points = [[o for o in point if not o.startswith(seeds)] for point in sweep_points(name)]
     return [list(point) for point in dict.fromkeys(tuple(point) for point in points)]
 
 
@@ -51,8 +54,17 @@ def test_the_points_of_an_ablation_act_differently(name) -> None:
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_ready_sweep_holds_nothing_that_does_nothing(name) -> None:
-    for point in without_seeds(name):
-        assert cautions(experiment(*point)) == [], point
+    points = without_seeds(name)
+    for point in points:
+        compared = ("policy.combine",) if point != other_way(point) in points else ()
+        assert cautions(experiment(*point), compared=compared) == [], point
+
+
+def other_way(point: list[str]) -> list[str]:
+    """With the other way to combine several features."""
+    turned = {"policy.combine=sum": "policy.combine=one_length",
+              "policy.combine=one_length": "policy.combine=sum"}  # fmt: skip
+    return [turned.get(override, "") or override for override in point]
 
 
 def test_no_order_more_could_differ() -> None:
@@ -88,6 +100,7 @@ TOLD = [
     (["method=corrsteer_a", "decay=exponential"], "does nothing in answers of one token"),
     (["policy.k=4"], "√4 = 2 times as long as one"),
     (["policy.critic=q", "algorithm=grpo"], "policy.critic=q: does nothing"),
+    (["method.online_correlation=true", "fusion.weight=0"], "no act depends on the correlations"),
     (["warmup.pooling=mean"], "in answers of one token it is max"),
     (["policy=linear", "policy.first_weights=by_layer"], "as well policy.first_weights=by_seed"),
     (["policy=linear", "policy.critic_depth=1", "algorithm=grpo", "policy.first_weights=by_layer"],
@@ -122,6 +135,7 @@ def test_what_does_nothing_is_told(overrides, said) -> None:
         ["method=corrsteer_s", "sae.dictionary=permuted"],
         ["method=raw_residual", "method.norm_match=true", "sae.dictionary=random"],
         ["method=attribution", "sae.dictionary=random"],
+        ["method.online_correlation=true"],
     ],
     ids=str,
 )  # fmt: skip
@@ -193,9 +207,25 @@ def test_a_plan_tells_each_thing_once_with_its_points(tmp_path) -> None:
 
 def test_a_caution_is_told_of_its_points_alone(tmp_path) -> None:
     """What it depends on tells points apart, also where the stages are the same."""
-    points = points_of(*tiny(tmp_path, "policy.k=2", "policy.combine=one_length,sum"))
+    points = points_of(*tiny(tmp_path, "policy.critic=q", "algorithm=grpo,ppo"))
     told = check(points)
-    assert len(told) == 2 and "policy.combine=sum" in told[1] and ";" not in told[1]
+    assert len(told) == 2 and "algorithm=grpo" in told[1] and ";" not in told[1]
+
+
+def test_a_larger_dose_that_is_asked_about_is_not_overlooked(tmp_path) -> None:
+    """Where the sweep has the same features at one length too, it is what is compared."""
+    both = check(points_of(*tiny(tmp_path, "policy.k=2,3", "policy.combine=one_length,sum")))
+    assert both == []
+    told = check(points_of(*tiny(tmp_path, "policy.k=1,2,3", "seed=0,1")))
+    assert [line.split(":")[0] for line in told[::2]] == ["- policy.k=2", "- policy.k=3"]
+
+
+def test_noise_by_another_schedule_acts_differently() -> None:
+    for noise in ("noise=gaussian", "noise=epsilon_greedy"):
+        one, other, third = (
+            effect_of(noise, f"noise.schedule={how}") for how in ("constant", "linear", "cosine")
+        )
+        assert one != other and other != third and one != third
 
 
 def test_points_that_do_the_same_are_told(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -107,10 +108,9 @@ def test_whether_an_item_is_to_be_refused_is_part_of_what_is_asked(tmp_path):
 @pytest.mark.parametrize("make", [sentiment, refusal])
 def test_train_seed_draws_other_training_items_and_leaves_the_rest(cache, make):  # noqa: F811
     plain, first, second = (make(train_seed=seed).splits() for seed in (None, 0, 1))
-    harmful = [
-        {item.item_id for item in s.train if not item.benign} for s in (plain, first, second)
-    ]
-    assert len({frozenset(one) for one in harmful}) == 3
+    for benign in {item.benign for item in plain.train}:
+        drawn = [[i.item_id for i in s.train if i.benign == benign] for s in (plain, first, second)]
+        assert len({frozenset(one) for one in drawn}) == 3 and len(set(map(len, drawn))) == 1
     assert plain.test == first.test == second.test
     assert plain.validation == first.validation == second.validation
     assert first.train == make(train_seed=0).splits().train
@@ -120,6 +120,24 @@ def test_train_seed_draws_other_training_items_and_leaves_the_rest(cache, make):
 def test_more_labels_with_one_train_seed_hold_the_fewer(cache):  # noqa: F811
     few, more = sentiment(train_seed=3, n_train=10), sentiment(train_seed=3, n_train=20)
     assert set(ids(few.splits().train)) < set(ids(more.splits().train))
+
+
+def test_draws_of_all_there_is_are_told(cache, tmp_path):  # noqa: F811
+    """They have the same items. More than there are is refused with the number that fits."""
+    for made in (sentiment(train_seed=0), on_files("mmlu_pro", tmp_path, train_seed=0)):
+        with pytest.raises(UserError, match="fits") as refused:
+            replace(made, n_train=10**6).splits()
+        most = int(re.findall(r"task\.n_train=(\d+) fits", str(refused.value))[0])
+        told = f"task.n_train={most} takes every item"
+        assert any(told in line for line in replace(made, n_train=most).splits().warnings)
+        fewer = replace(made, n_train=most - 1)
+        for not_told in (fewer, replace(made, n_train=most, train_seed=None)):
+            assert not any("takes every item" in line for line in not_told.splits().warnings)
+
+
+def test_a_train_seed_below_0_would_draw_what_another_does():
+    with pytest.raises(UserError, match="train_seed=-1: must be 0 or more"):
+        sentiment(train_seed=-1).splits()
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "harmbench", "xstest"])

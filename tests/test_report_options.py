@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from matplotlib.axes import Axes
 
+from crl_exp import label_figure
 from crl_exp.comparison import SweepComparison, compare_runs
 from crl_exp.curves import floors
 from crl_exp.figure_style import wrapped
 from crl_exp.heat_map import grids
+from crl_exp.label_figure import label_lines
 from crl_exp.option_names import CONF, option_name, typed
 from crl_exp.records import find_records
 from crl_exp.report import main
@@ -162,3 +165,63 @@ def test_options_changed_one_at_a_time_make_no_map(tmp_path):
     for critic in (1, 2, 3):
         finished_run(config(tmp_path, more={"policy": {"depth": 1, "critic": critic}}), 0.1)
     assert grids(compared(tmp_path)) == []
+
+
+# --- labels ---
+
+
+def labelled(folder: Path, method: str, n_train: int, draw: int, delta: float, **given) -> None:
+    more = {"task.n_train": n_train, "task.train_seed": draw, **option("mask", "none")}
+    made = config(folder, method, more=more | given.pop("more", {}), **given)
+    finished_run(made, delta)
+
+
+def test_a_line_of_each_method_by_its_number_of_labels(tmp_path):
+    """Draws are put together; options other than the number stay apart, the best layer is taken."""
+    for n_train, delta in ((25, 0.05), (100, 0.1), (500, 0.2)):
+        for draw in (0, 1, 2):
+            labelled(tmp_path, "crl", n_train, draw, delta + draw / 100)
+        labelled(tmp_path, "crl", n_train, 0, delta, more=option("mask", "active"))
+        for layer in (8, 12):  # the lower one is better on validation
+            labelled(tmp_path, "corrsteer_s", n_train, 0, delta - layer / 100, layers=(layer,))
+    finished_run(config(tmp_path, "none", more={"task.n_train": 2000}), 0.0)
+    lines = label_lines(compared(tmp_path))
+    assert sorted(lines) == ["CRL", "CRL mask=active", "CorrSteer-S"]
+    assert all(sorted(line) == [25, 100, 500] for line in lines.values())
+    row = lines["CRL"][100]
+    assert len(row.runs) == 3 and row.mean("delta") == pytest.approx(0.11)
+    low, high = row.interval()
+    assert high - low > 0.04, "draws are in it: one run's own is .02 to either side"
+    assert lines["CorrSteer-S"][25].layers == (8,)
+    table = [row.family for row in compared(tmp_path).rows if row.family.startswith("CRL task")]
+    assert table == [f"CRL task.n_train={n}" for n in (25, 100, 500)], "in order of the number"
+    assert main([str(tmp_path / "demo")]) == 0
+    report = tmp_path / "demo" / "report"
+    assert (report / "by_labels.png").exists()
+    assert "by number of labelled" in (report / "report.html").read_text()
+
+
+def test_without_numbers_of_labels_to_compare_there_is_no_figure_of_them(tmp_path):
+    labelled(tmp_path, "crl", 100, 0, 0.1)
+    labelled(tmp_path, "corrsteer_s", 50, 0, 0.1)  # another method's
+    assert not label_figure.by_labels(compared(tmp_path), (tmp_path / "x.png",))
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_lines_by_number_of_labels_look_different(tmp_path, monkeypatch):
+    drawn: list[tuple] = []
+    real = Axes.errorbar
+
+    def spy(axis, x, y, **how):
+        drawn.append((how["label"], how["color"], how["marker"], list(x), list(y)))
+        return real(axis, x, y, **how)
+
+    monkeypatch.setattr(Axes, "errorbar", spy)
+    for n_train in (25, 50, 500):
+        for i, method in enumerate(("crl", "probe", "corrsteer_s", "calibration")):
+            labelled(tmp_path, method, n_train, 0, n_train / 5000 + i / 100)
+    assert label_figure.by_labels(compared(tmp_path), (tmp_path / "x.png",))
+    assert len({label for label, *_ in drawn}) == len({how[1:3] for how in drawn}) == 4
+    for _, _, _, x, y in drawn:
+        assert x == pytest.approx([25, 50, 500], rel=0.2) and y == sorted(y)
+        assert y[-1] - y[0] == pytest.approx(9.5)

@@ -20,6 +20,7 @@ from crl_exp.inputs import Inputs, inputs_of
 from crl_exp.inputs import changed as changed_inputs
 from crl_exp.launcher.compose import Composer
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings, changed
+from crl_exp.networks import COMBINE
 from crl_exp.runs import NOT_IN_KEY, RunDirectory, content_key
 from crl_exp.sections import once
 from crl_exp.stages.base import STAGES
@@ -228,6 +229,7 @@ def check(
     known = {} if known is None else known
     faults, told = Faults(len(points), of), Told()
     alike: dict[str, list[tuple[Setting, Point]]] = {}
+    both_ways = _combined_both_ways(points)
     for point in points:
         try:
             exp = configs.experiment(point.config, known)
@@ -235,10 +237,11 @@ def check(
             if here and (found := exp.model.machine_faults()):
                 raise UserError("\n".join(found))
             setting = Setting.of(exp)
-            read = (exp.decay, exp.policy, exp.warmup, exp.algorithm.uses_critic)
+            compared = (COMBINE,) if point.key in both_ways else ()
+            read = (exp.decay, exp.policy, exp.warmup, exp.algorithm.uses_critic, compared)
             read = (*read, exp.sae.dictionary, exp.method)
             key = ["cautions", setting.key, repr(read)]
-            for caution in once(known, key, lambda exp=exp: cautions(exp)):
+            for caution in once(known, key, lambda e=exp, c=compared: cautions(e, compared=c)):
                 told.say(caution, str(point))
             if hasattr(exp.method, "stage2"):
                 alike.setdefault(_beside_stages(point.config), []).append((setting, point))
@@ -254,6 +257,19 @@ def check(
 
 def cautions_text(cautions: Sequence[str]) -> str:
     return "\n".join(["no fault, but worth knowing:", *cautions])
+
+
+def _combined_both_ways(points: Sequence[Point]) -> set[str]:
+    """Run keys of those with several features at once that the sweep has under each
+    `policy.combine`: a larger dose is then what is asked about, and isn't overlooked."""
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        plain = OmegaConf.to_container(point.config)
+        assert isinstance(plain, dict)
+        policy = plain["policy"] or {}
+        if policy.pop("combine", None) and policy.get("k") != 1:
+            found.setdefault(content_key({**plain, "resume": None}), []).append(point)
+    return {point.key for group in found.values() if len(group) > 1 for point in group}
 
 
 def _beside_stages(config: DictConfig) -> str:

@@ -65,6 +65,8 @@ class Task:
             for name in sizes
             if getattr(self, name) < 1
         ]
+        if self.train_seed is not None and self.train_seed < 0:  # -1 would draw what 1 does
+            found.append(f"task.train_seed={self.train_seed}: must be 0 or more, or null")
         if self.choices is not None and len(self.choices) < 2:
             found.append(
                 f"task.choices={self.choices}: give two answers or more, e.g. "
@@ -115,13 +117,22 @@ class Task:
         """Load the data and split it. Raises `UserError` where data is missing or too small."""
         raise NotImplementedError
 
-    def cut(
-        self, items: Sequence[Item], where: str
-    ) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
+    def cut(self, items: Sequence[Item], where: str) -> Splits:
         """Train, validation and test from one set of items, of the groups asked for."""
         sizes = {"train": self.n_train, "validation": self.n_validation, "test": self.n_test}
         kept = of_groups(items, self.groups, where)
-        return split_items(kept, sizes, self.split_seed, where, self.train_seed)
+        parts = split_items(kept, sizes, self.split_seed, where, self.train_seed)
+        all_taken = self.all_taken(len(kept) - self.n_validation - self.n_test)
+        return Splits(*parts, warnings=tuple(all_taken))
+
+    def all_taken(self, n_left: int) -> list[str]:
+        """A warning where `train_seed` has nothing to choose from. n_left: items for train."""
+        if self.train_seed is None or n_left > self.n_train:
+            return []
+        return [
+            f"task.train_seed={self.train_seed}: task.n_train={self.n_train} takes every item that "
+            "is left for training, so that all draws have the same items; lower task.n_train"
+        ]
 
     def load_scorer(self) -> None:
         """Make sure that answers can be scored, before anything is generated.

@@ -80,9 +80,11 @@ def split_items(
         if size < 1:
             raise UserError(f"task.n_{name}={size}: a split needs at least one item")
     if wanted > len(items):
+        left = len(items) - wanted + sizes["train"]
+        fits = f": task.n_train={left} fits" if left > 0 else ""
         raise UserError(
             f"{where} has {len(items)} items, but task.n_train + task.n_validation + task.n_test "
-            f"= {wanted}; lower one of them (task.n_train={sizes['train']} at present)"
+            f"= {wanted}; lower one of them (task.n_train={sizes['train']} at present){fits}"
         )
     order = shuffled(items, seed)
     n_test, n_validation = sizes["test"], sizes["validation"]

@@ -174,6 +174,7 @@ class HubTask(Task):
                         raise _too_small(pool, {"train": size, "validation": lacking})
                     order, filling = order[:there], order[there:]
                     if self.train_seed is not None:
+                        warnings += self.all_taken(len(order))
                         order = shuffled(order, self.train_seed)
                 parts[part], order = order[:size], order[size:]
         if lacking:

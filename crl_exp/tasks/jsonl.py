@@ -41,7 +41,7 @@ class JsonLines(ChoiceTask):
         """Raises `UserError` where the file is missing, or a line is not as it should be."""
         self._scorer()
         items = unique(list(self._items()))
-        return Splits(*self.cut(items, f"task.path={self.path}"))
+        return self.cut(items, f"task.path={self.path}")
 
     def _items(self) -> Iterator[Item]:
         path = home(self.path, "task.path")

@@ -58,7 +58,7 @@ class OneSentence(Worded):
         items = unique(
             [self.asked(text) for text in texts if self.min_chars <= len(text) <= self.max_chars]
         )
-        return Splits(*self.cut(items, f"{DATA}/{FILE}"))
+        return self.cut(items, f"{DATA}/{FILE}")
 
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
         """Reward 1 where the answer is one whole sentence; the rule: `crl_exp.scorers.sentence`."""

@@ -62,14 +62,15 @@ class Refusal(RefusalTask):
         """Raises `UserError` where a file is missing or damaged, or has too few prompts."""
         prompts = read_donotanswer(asset_path(HARMFUL))
         harmful = unique([_item(prompt, group=group) for prompt, group in prompts])
-        train, validation, test = self.cut(harmful, HARMFUL)
+        parts = self.cut(harmful, HARMFUL)
         benign_train, benign_validation, benign_test = self._benign_parts()
         harmbench = read_harmbench(asset_path(HARMBENCH), self.max_context_chars)
         return Splits(
-            train=tuple(shuffled([*train, *benign_train], self.split_seed)),
-            validation=tuple(shuffled([*validation, *benign_validation], self.split_seed)),
-            test=test,
+            train=tuple(shuffled([*parts.train, *benign_train], self.split_seed)),
+            validation=tuple(shuffled([*parts.validation, *benign_validation], self.split_seed)),
+            test=parts.test,
             extra={"harmbench": tuple(unique(harmbench)), "benign": tuple(benign_test)},
+            warnings=parts.warnings,
         )
 
     def _benign_parts(self) -> tuple[list[Item], list[Item], list[Item]]:
@@ -85,7 +86,10 @@ class Refusal(RefusalTask):
                 f"task.n_validation_benign + task.n_test_benign = {train}; lower one of them"
                 f"{self._fitting(train - len(order))}"
             )
-        return order[validation:train], order[test:validation], order[:test]
+        rest = order[validation:]
+        if self.train_seed is not None:
+            rest = shuffled(rest, self.train_seed)
+        return rest[: self.n_train_benign], order[test:validation], order[:test]
 
     def _fitting(self, too_many: int) -> str:
         """Which of the sizes, lowered alone, would do, to be typed."""

@@ -62,7 +62,7 @@ class Sentiment(Worded, ChoiceTask):
         """Raises `UserError` where the file is missing or damaged, or has too few sentences."""
         path = asset_path(DATA) / FILE
         items = unique([self._item(text, rating) for rating, text in self._kept(path)])
-        return Splits(*self.cut(items, f"{DATA}/{FILE}"))
+        return self.cut(items, f"{DATA}/{FILE}")
 
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
         """Reward 1 where the answer names the review's sign and not the other."""

@@ -6,6 +6,10 @@ union. Overrides on the command line go into every grid. One failed job doesn't 
 A typed value that stands in place of those of some grids (`layers.layer=4,8`) is left out, and said
 so, where a grid chooses an option that has no such key (`layers: all`).
 
+`+debug=tiny` beats what a grid chooses, as it beats a sweep's defaults list: the grid's models,
+SAEs and tasks are then its own. Of a model called `gemma…` that is `tiny_gemma`, where there is
+one, so that a sweep over families stays one.
+
 Every Hydra application of the environment imports this file: nothing heavy is imported at its top.
 """
 
@@ -32,6 +36,8 @@ from crl_exp.files import SWEEP_CONFIG, home, write_atomic
 from crl_exp.override_text import as_override
 
 log = logging.getLogger(__name__)
+PRESET = "debug"
+"""The group of presets that beat what grids choose."""
 
 
 class GridSweeper(Sweeper):
@@ -66,12 +72,18 @@ class GridSweeper(Sweeper):
         assert self.hydra_context is not None
         self._check_shape()
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        given = {override.key_or_group for override in parser.parse_overrides(arguments)}
+        typed = parser.parse_overrides(arguments)
+        given = {override.key_or_group for override in typed}
+        preset = {k: v for k, v in self._preset(typed).items() if k not in given}
         replaced = {key for grid in self.grids for key in map(str, grid) if key in given}
         points = []
         for grid in self.grids:
             # What the command line sets replaces the grid's values, so that no point comes twice.
-            asked = {k: v for k, v in {**self.params, **grid}.items() if k not in given}
+            asked = {
+                k: self._stand_in(k, preset[k], v) if k in preset else v
+                for k, v in {**self.params, **grid}.items()
+                if k not in given
+            }
             texts = [
                 # `params` are as Hydra's own sweeper takes them: a comma there parts values.
                 f"{key}={_choices(key, value) if key in grid else _raw(key, value)}"
@@ -81,7 +93,11 @@ class GridSweeper(Sweeper):
             for one in overrides:
                 _check_values(one)
             found = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
-            points += [self._understood(point, replaced, set(asked), given) for point in found]
+            chosen = [{**preset, **_values(point)} for point in found]
+            points += [
+                self._understood(point, values, replaced, set(asked), given | set(preset))
+                for point, values in zip(found, chosen, strict=True)
+            ]
         return list({" ".join(point): point for point in points}.values())
 
     def _check_shape(self) -> None:
@@ -103,15 +119,20 @@ class GridSweeper(Sweeper):
             )
 
     def _understood(
-        self, point: list[str], replaced: set[str], asked: set[str], given: set[str]
+        self,
+        point: list[str],
+        values: dict[str, str],
+        replaced: set[str],
+        asked: set[str],
+        given: set[str],
     ) -> list[str]:
         """A point without values of keys that the option isn't known to have: typed ones where its
         grid chose the option, and its grid's where the option was typed (`+sweep=demo task=tiny`).
 
-        replaced: keys that are typed and that some grid sets. asked: what this point's grid sets.
-        given: what is typed.
+        values: what is chosen for each key, by the point or by a preset. replaced: keys that are
+        typed and that some grid sets. asked: what this point's grid sets. given: what is typed, or
+        a preset chooses.
         """
-        values = dict(override.split("=", 1) for override in point if "=" in override)
         kept = []
         for override in point:
             key = override.split("=", 1)[0]
@@ -124,6 +145,34 @@ class GridSweeper(Sweeper):
             else:
                 kept.append(override)
         return kept
+
+    def _preset(self, typed: Sequence[Override]) -> dict[str, str]:
+        """By group, the options that `+debug=NAME` chooses in its own defaults list."""
+        repository = getattr(self.hydra_context.config_loader, "repository", None)  # type: ignore[union-attr]
+        found: dict[str, str] = {}
+        for override in typed:
+            if override.key_or_group != PRESET or repository is None:
+                continue
+            read = repository.load_config(f"{PRESET}/{override.value()}")
+            for part in (read.defaults_list or []) if read is not None else []:
+                if part.is_override():
+                    found[str(part.group).lstrip("/")] = str(part.value)
+        return found
+
+    def _stand_in(self, group: str, option: str, chosen: Any) -> list[str]:
+        """What a preset's option makes of those that a grid chooses in a group."""
+        repository = self.hydra_context.config_loader.repository  # type: ignore[union-attr]
+        families = [
+            other.removeprefix(f"{option}_")
+            for other in repository.get_group_options(group)
+            if other.startswith(f"{option}_")
+        ]
+        names = chosen if isinstance(chosen, (list, ListConfig)) else [chosen]
+        found = []
+        for name in map(str, names):
+            family = next((one for one in families if name.startswith(one)), None)
+            found.append(option if family is None else f"{option}_{family}")
+        return list(dict.fromkeys(found))
 
     def _has(self, group: str, option: str, key: str) -> bool:
         """Whether the option's own file has the key; True where that can't be told from it."""
@@ -172,6 +221,10 @@ class GridSweeper(Sweeper):
 
 def _is_nothing(grids: Any) -> bool:
     return grids is None or (isinstance(grids, (list, ListConfig)) and not len(grids))
+
+
+def _values(point: Sequence[str]) -> dict[str, str]:
+    return dict(override.split("=", 1) for override in point if "=" in override)
 
 
 def _check_values(override: Override) -> None:
