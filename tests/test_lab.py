@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from crl_exp import lab as labs
-from crl_exp import loaded, saes
+from crl_exp import lab_setup, loaded, saes
 from crl_exp.errors import UserError
 from crl_exp.sae_config import SAEConfig
 from tests import tiny
@@ -26,7 +25,7 @@ def nothing_loaded(monkeypatch) -> None:
 def test_another_model_is_loaded_once_the_last_ones_things_are_gone(
     tiny_files, tmp_path, monkeypatch
 ) -> None:
-    models, load = [], labs.load_model
+    models, load = [], lab_setup.load_model
 
     def counted(config):
         gc.collect()
@@ -36,7 +35,7 @@ def test_another_model_is_loaded_once_the_last_ones_things_are_gone(
         models.append(weakref.ref(lm))
         return lm
 
-    monkeypatch.setattr(labs, "load_model", counted)
+    monkeypatch.setattr(lab_setup, "load_model", counted)
     for kind, seed in (("llama", 0), ("llama", 1), ("gemma2", 0)):
         run_small([*tiny_files.overrides(kind), f"output_dir={tmp_path}", f"seed={seed}"])
     assert len(models) == 2, "runs of one model share it"
