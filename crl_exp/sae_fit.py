@@ -239,7 +239,7 @@ def from_result(result: Mapping[str, Any]) -> dict[int, SAEFit]:
         if own is None:
             return None
         value = {n: None if one is None else _number(one["value"]) for n, one in given.items()}
-        return TokenFit(own["n"], own["left_out"], **value)
+        return TokenFit(own["n"], own["left_out"], **value)  # type: ignore[arg-type]
 
     return {la: SAEFit(la, token_fit("steered", la), token_fit("prompt", la)) for la in layers}
 
