@@ -172,9 +172,22 @@ def test_debug_tiny_beats_what_a_grid_chooses():
     }  # fmt: skip
     typed = chosen("+debug=tiny", "task=sentiment", "model=tiny", "sae=tiny")
     assert typed == {("tiny-llama", "tiny", "sentiment")}
-    assert {pair[:2] for pair in chosen()} == {
-        ("gemma-2-2b-it", "gemma_scope_2b_res"), ("Llama-3.1-8B-Instruct", "llama31_8b_it"),
-    }  # fmt: skip
+
+
+DEPTHS = {
+    ("gemma-2-2b-it", "gemma_scope_2b_res"): 26,
+    ("Llama-3.1-8B-Instruct", "llama31_8b_it"): 32,
+}
+
+
+def test_each_family_has_its_own_saes_and_layers_that_have_one():
+    met = set()
+    for point in sweep_points("architectures", "seed=0"):
+        exp = configs.experiment(quickly_composed(point))
+        met.add((exp.model.name, exp.sae.name))
+        assert exp.layers.resolve(exp.sae.available, DEPTHS[exp.model.name, exp.sae.name])
+        assert exp.task.chat_template
+    assert met == set(DEPTHS)
 
 
 def test_what_debug_tinys_task_has_not_is_left_out_of_a_grid():
