@@ -57,6 +57,10 @@ class PlainSAE(nn.Module):
             return acts_BF
         return acts_BF * (pre_BF > self.threshold).to(acts_BF.dtype)
 
+    def decode(self, feature_acts_BF: Tensor) -> Tensor:
+        """Its reconstruction [B, D]: f W_dec + b_dec."""
+        return feature_acts_BF @ self.W_dec + self.b_dec
+
 
 def read_plain(folder: Path, device: Any) -> PlainSAE | None:
     """The SAE in a folder, or None where SAELens has to read it, or to say what is wrong with it.

@@ -55,6 +55,7 @@ def test_the_numbers_are_saelens_own(kind, subtracts, tmp_path):
     expected_BF = theirs.encode(x_BD)
     assert 0.1 < (expected_BF > 0).float().mean() < 0.9
     assert torch.equal(plain.encode(x_BD), expected_BF)
+    assert torch.equal(plain.decode(expected_BF), theirs.decode(expected_BF))
     assert torch.equal(plain.process_sae_in(x_BD), theirs.process_sae_in(x_BD))
     assert plain.state_dict().keys() == theirs.state_dict().keys()
     ours_, theirs_ = LayerSAE(1, SITE, plain), LayerSAE(1, SITE, theirs)
