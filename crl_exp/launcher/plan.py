@@ -264,11 +264,13 @@ def _combined_both_ways(points: Sequence[Point]) -> set[str]:
     `policy.combine`: a larger dose is then what is asked about, and isn't overlooked."""
     found: dict[str, list[Point]] = {}
     for point in points:
+        if OmegaConf.select(point.config, "policy.k") in (None, 1):
+            continue
         plain = OmegaConf.to_container(point.config)
         assert isinstance(plain, dict)
-        policy = plain["policy"] or {}
-        if policy.pop("combine", None) and policy.get("k") != 1:
-            found.setdefault(content_key({**plain, "resume": None}), []).append(point)
+        beside = {k: v for k, v in plain["policy"].items() if k != "combine"}
+        key = content_key({**plain, "policy": beside, "resume": None})
+        found.setdefault(key, []).append(point)
     return {point.key for group in found.values() if len(group) > 1 for point in group}
 
 
