@@ -67,7 +67,9 @@ NOT_RUN = {
 COMPOSED = {
     "gemma2_2b_it": HUB, "/models/mine": "a GPU, and a model of one's own",
     "method.path=": "a list, or a run, of one's own", "+sweep=harmbench_lists": HUB,
-    "task.groups=": "a data set of the hub", "task=refusal": "data that `make assets` fetches",
+    "task.groups=": "a data set of the hub", "task.choices=null": "a data set of the hub",
+    "task=refusal": "data that `make assets` fetches", "task=one_sentence": "likewise",
+    "+sweep=harmbench_parity": HUB, "EleutherAI/": HUB,
     "+sweep=null_action": "data that `make assets` fetches",
 }  # fmt: skip
 """Commands with these are composed, and neither checked nor run: the reason."""
