@@ -145,10 +145,11 @@ def test_equal_directions_are_the_fixed_vector(common):
         assert a.rows == b.rows and torch.equal(a.action.delta_BD, b.action.delta_BD)
 
 
-def test_what_was_read_first_holds_for_the_whole_answer(common):
+def test_what_was_read_first_holds_for_the_whole_answer(common, monkeypatch):
     """Whoever else leaves the batch."""
     lab = lab_of([*common, "method=probe_steering"], TASK)
-    lab.lm.model.generation_config.eos_token_id = [1, *range(30, 64)]
+    ends = [1, *range(30, 64)]  # of a model that other tests share
+    monkeypatch.setattr(lab.lm.model.generation_config, "eos_token_id", ends)
     probe, vector_CD = random_probe(), torch.stack([torch.ones(D_MODEL), -torch.ones(D_MODEL)])
     made = ProbeController({1: Branch(probe, vector_CD)}, {1: 1}, Decay(1.0))
     played = lab.answer(made, "test", record=True).generation

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crl_exp import fit_measuring, sae_fit, table_latex, tables
 from crl_exp.comparison import compare_runs
+from crl_exp.controllers import observer
 from crl_exp.controllers.base import StepContext
 from crl_exp.errors import UserError
 from crl_exp.fit_measuring import Collector, fits_of
@@ -71,7 +72,7 @@ def test_tokens_are_spread_evenly_and_in_parts_the_same(monkeypatch) -> None:
     whole = fit_on(sae, {1: x_ND})
     assert whole is not None and whole.n == sae_fit.TOKENS
     assert whole.explained_variance > 0.5, "what sets the two kinds apart counts"
-    monkeypatch.setattr(sae_fit, "ENCODED_TOGETHER", 7)
+    monkeypatch.setattr(observer, "ENCODED_TOGETHER", 7)
     assert fit_on(sae, {1: x_ND}) == whole
 
 

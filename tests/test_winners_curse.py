@@ -136,7 +136,8 @@ def test_layers_chosen_by_a_report_are_counted_too(tmp_path):
                 "validation": figures(float(on_validation.mean()) - 0.5, n=40, baseline=0.5),
             })  # fmt: skip
             tables = [
-                items_table(split, [f"{split}{i}" for i in range(len(now))], 0 * now, now, now > 0)
+                items_table(split, [f"{split}{i}" for i in range(len(now))], 0 * now, now, now > 0,
+                            [""] * len(now))
                 for split, now in (("test", item_rewards(Record(run.path)).steered),
                                    ("validation", on_validation))
             ]  # fmt: skip

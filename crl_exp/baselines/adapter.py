@@ -66,6 +66,7 @@ class Adapter:
                 fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in plain.values()),
             )  # fmt: skip
             inject_adapter_in_model(config, block)
+            del block.peft_config  # peft's note on the block, which it would take for a second one
             for name in names:
                 above, _, child = name.rpartition(".")
                 adapted = block.get_submodule(name)
