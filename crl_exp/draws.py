@@ -47,8 +47,7 @@ class Draws:
     def uniform(self, n: int) -> Tensor:
         """[B, N], evenly between 0 and 1 and never either of them."""
         self.key_B = _mix(self.key_B + _signed(GOLDEN))
-        step_N = torch.arange(1, n + 1, device=self.key_B.device) * _signed(GOLDEN)
-        hashed_BN = _mix(self.key_B[:, None] + step_N)
+        hashed_BN = _stepped_as_one(self.key_B, n) if _capturing else _stepped(self.key_B, n)
         # The 23 highest bits and a half: exact in float32, where 24 bits and a half would give 1.
         return (((hashed_BN >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23
 
@@ -99,15 +98,23 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
+def _stepped(x: Tensor, n: int) -> Tensor:
+    """n hashes [.., N] of each number, splitmix64's steps after it."""
+    return _mixed(x[..., None] + torch.arange(1, n + 1, device=x.device) * _signed(GOLDEN))
+
+
 _capturing = False
 
 
 @contextmanager
 def capturing() -> Iterator[None]:
-    """While a graph is recorded that is to be compiled: `_mix` is then one operator of it.
+    """While a graph is recorded that is to be compiled: `_mix` and `_stepped` are then one operator
+    of it each.
 
-    torch.compile would write it into one expression, which doubles with each of its lines: three
-    in a row took the compiler more than six minutes. Called by itself the operator is slow.
+    torch.compile would write the first into one expression, which doubles with each of its lines:
+    three in a row took the compiler more than six minutes. Of the second it makes code that on a
+    CPU with AVX2 alone is wrong in the numbers that don't fill a vector (torch 2.13). Called by
+    themselves the operators are slow.
     """
     global _capturing
     _capturing = True
@@ -130,6 +137,21 @@ def _(x: Tensor) -> Tensor:
 @_mix_as_one.register_vmap
 def _(info, in_dims: tuple, x: Tensor) -> tuple[Tensor, int]:
     return _mix_as_one(x), in_dims[0]
+
+
+@torch.library.custom_op("crl_exp::stepped", mutates_args=())
+def _stepped_as_one(x: Tensor, n: int) -> Tensor:
+    return _stepped(x, n)
+
+
+@_stepped_as_one.register_fake
+def _(x: Tensor, n: int) -> Tensor:
+    return x.new_empty((*x.shape, n))
+
+
+@_stepped_as_one.register_vmap
+def _(info, in_dims: tuple, x: Tensor, n: int) -> tuple[Tensor, int]:
+    return _stepped_as_one(x, n), in_dims[0]
 
 
 def _signed(x: int) -> int:
