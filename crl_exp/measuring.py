@@ -19,7 +19,6 @@ from crl_exp.contrast import harm
 from crl_exp.controllers.base import Controller
 from crl_exp.controllers.observer import Observer, Residuals
 from crl_exp.correlation import Moments, StreamingCorrelation
-from crl_exp.fit_measuring import measure_into
 from crl_exp.groups import Sums
 from crl_exp.histograms import LogHistogram
 from crl_exp.preemption import Pace
@@ -145,8 +144,7 @@ def measure_of(
     lab: Lab, saes: dict[int, LayerSAE], partial: PartialPass
 ) -> dict[int, LayerStatistics]:
     """The lab's training split, with its progress shown. In place of the reward `warmup.contrast`
-    may put whether a prompt is harmful. How the SAEs fit the prompts' tokens is stored on the way,
-    while they are there."""
+    may put whether a prompt is harmful."""
     exp, n, harm_I = lab.exp, len(lab.splits.train), harm(lab)
     lab.prompts("train")
     with lab.bar(f"warmup, layers {sorted(saes)}", n) as advance:
@@ -164,7 +162,6 @@ def measure_of(
             saes, exp.warmup.pooling, n, exp.engine.items_together, answer,
             KEPT.get(exp.warmup.score), exp.warmup.rewarded, (partial, exp.checkpoint), skip,
         )  # fmt: skip
-    measure_into(partial.home, lab, list(saes.values()))
     return found
 
 

@@ -34,12 +34,13 @@ RUN = [pair for pair in OPTIONS if pair[0] not in NOT_RUN]
 BUILT = [pair for pair in OPTIONS if pair not in RUN]
 # Values without a default, which a person has to give; any other is given a word.
 # Lists belong to an SAE, here of a model that can't be had: on a tiny one another is put in.
-GATED = ("architectures", "harmbench_lists")
+GATED = ("architectures", "harmbench_lists", "harmbench_parity")
 PUT_IN = {
     "harmbench_lists": [
         "model=tiny", "sae=tiny", "layers.first=17", "layers.last=18", "method=listed",
         "method.path=null", "method.which=null", "method.features=[[17,3,2.0],[18,3,2.0]]",
     ],
+    "harmbench_parity": ["model=tiny", "sae=tiny", "layers.first=17", "layers.last=18"],
 }  # fmt: skip
 ALSO = {("method", "listed"): ["method.features=[[1,3,2.0]]"]}  # one of two keys has to be given
 GIVEN = {"sae.id_template": '"layer_{layer}"'}

@@ -95,7 +95,8 @@ def moments(n_events: int, names: list[str], seed: int) -> list[dict[str, Any]]:
     ("method", "n"), [("crl", 12), ("corrsteer_p", 5), ("raw_residual", 4), ("best_layer", 4)]
 )
 def test_asked_to_end_nothing_is_done_twice(disturbing, method, n):
-    """25 signals. Saved only when asked to: every batch and update is generated exactly once."""
+    """25 signals. Saved only when asked to: every batch and update is generated exactly once. (How
+    the SAEs fit is measured at one go, and anew where that was cut off.)"""
     straight = disturbing.undisturbed(method)
     names = ["SIGUSR2" if i % 3 else "SIGTERM" for i in range(n)]
     signals = moments(len(straight["events"]), names, seed=n)
@@ -105,7 +106,10 @@ def test_asked_to_end_nothing_is_done_twice(disturbing, method, n):
     assert [a["code"] for a in cut_off] == [EXIT_CODE] * n
     assert [a["signal"] for a in cut_off] == names
     assert last["code"] == 0 and last["state"] == "done", told["output"]
-    assert told["events"] == straight["events"]
+    done, expected = (
+        [event for event in one["events"] if event[0] != "Collector"] for one in (told, straight)
+    )
+    assert done == expected
     assert outcome(Path(told["folder"])) == outcome(Path(straight["folder"]))
 
 

@@ -257,7 +257,6 @@ def test_it_is_stored_beside_statistics_that_it_leaves_alone(
     with pytest.raises(UserError, match="delete the file; it is measured anew"):
         run("out", 3)
     with monkeypatch.context() as patch:
-        patch.setattr("crl_exp.measuring.measure_into", lambda *_: None)
         patch.setattr("crl_exp.experiment.fits_of", lambda lab: {})
         assert "by_layer" not in run("without", 0)
     (plain,) = (tmp_path / "without").glob("shared/warmup/*/layer_1_*.safetensors")
