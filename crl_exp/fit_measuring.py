@@ -156,15 +156,18 @@ def measure_into(home: Path, lab: Lab, saes: Sequence[LayerSAE]) -> None:
         write_json(_file(home, lab, sae), asdict(fit))
 
 
-def fits_of(lab: Lab) -> dict[int, SAEFit]:
-    """How the lab's SAEs fit its training split, by layer, from stage 1's store; the result is told
-    of those that don't.
-
-    Measured now where the statistics were stored by a version that didn't.
-    """
+def store_fits(lab: Lab) -> None:
+    """Measure how those of the lab's SAEs fit whose fit isn't in stage 1's store, in one pass."""
     home, saes = lab.warmup_home, [lab.saes[layer] for layer in sorted(lab.saes)]
     with lab.engine.alone(), locked(home / ".lock"):
         measure_into(home, lab, saes)
+
+
+def fits_of(lab: Lab) -> dict[int, SAEFit]:
+    """How the lab's SAEs fit its training split, by layer, from stage 1's store; the result is told
+    of those that don't. Measured now where they aren't there."""
+    store_fits(lab)
+    home, saes = lab.warmup_home, [lab.saes[layer] for layer in sorted(lab.saes)]
     fits = {sae.layer: _load(_file(home, lab, sae)) for sae in saes}
     for message in warnings(fits.values()):
         lab.warn(message)

@@ -21,6 +21,7 @@ from crl_exp import preemption
 from crl_exp.engine import Engine, EngineConfig
 from crl_exp.errors import UserError
 from crl_exp.experiment import Place, run_experiment
+from crl_exp.fit_measuring import store_fits
 from crl_exp.lab import Lab
 from crl_exp.models import LanguageModel
 from crl_exp.run_keys import content_key, run_key
@@ -104,7 +105,9 @@ class PackPlace(Place):
         if layers == set(lab.saes):
             return
         try:
-            Lab(lab.exp, sorted(layers), lab.run, lambda lm, config: lab.engine).statistics()
+            whole = Lab(lab.exp, sorted(layers), lab.run, lambda lm, config: lab.engine)
+            whole.statistics()
+            store_fits(whole)
         except Exception as error:  # whatever it is: the run that it concerns meets it again
             log.warning("warmup of all layers at once failed, each run warms up alone: %s", error)
 

@@ -42,6 +42,8 @@ NOT_RUN = {
     "python -m crl_exp sync outputs --uri http://tracking:5000": "tests/test_tracking_servers.py",
     "python -m crl_exp prefetch +sweep=layerwise model=gemma2_2b_it sae=gemma_scope_2b_res": HUB,
     "python launch.py --help": "Hydra's own; tests/test_config.py composes all that it lists",
+    "python launch.py --cfg job": "Hydra's own; tests/test_startup.py",
+    "python launch.py task.n_tst=3": "refused, which is the point; tests/test_startup.py",
     "python launch.py -m hydra/sweeper=trials hydra.sweeper.n_trials=20 hydra.sweeper.n_jobs=4 "
     "hydra/launcher=slurm hydra.launcher.wait=true 'algorithm.lr_policy=interval(1e-4,1e-2)' "
     "sweep_name=tuned": "tests/test_optuna.py",
