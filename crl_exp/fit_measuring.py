@@ -147,28 +147,22 @@ def measured(lab: Lab, saes: Sequence[LayerSAE]) -> list[SAEFit]:
     return fits
 
 
-def measure_into(home: Path, lab: Lab, saes: Sequence[LayerSAE]) -> None:
-    """Measure those of these SAEs whose fit isn't stored. For who holds the store's lock."""
-    missing = [sae for sae in saes if not _file(home, lab, sae).exists()]
-    if not missing:
-        return
-    for sae, fit in zip(missing, measured(lab, missing), strict=True):
-        write_json(_file(home, lab, sae), asdict(fit))
-
-
 def store_fits(lab: Lab) -> None:
     """Measure how those of the lab's SAEs fit whose fit isn't in stage 1's store, in one pass."""
     home, saes = lab.warmup_home, [lab.saes[layer] for layer in sorted(lab.saes)]
     with lab.engine.alone(), locked(home / ".lock"):
-        measure_into(home, lab, saes)
+        missing = [sae for sae in saes if not _file(home, lab, sae).exists()]
+        if missing:
+            for sae, fit in zip(missing, measured(lab, missing), strict=True):
+                write_json(_file(home, lab, sae), asdict(fit))
 
 
 def fits_of(lab: Lab) -> dict[int, SAEFit]:
     """How the lab's SAEs fit its training split, by layer, from stage 1's store; the result is told
     of those that don't. Measured now where they aren't there."""
     store_fits(lab)
-    home, saes = lab.warmup_home, [lab.saes[layer] for layer in sorted(lab.saes)]
-    fits = {sae.layer: _load(_file(home, lab, sae)) for sae in saes}
+    home = lab.warmup_home
+    fits = {layer: _load(_file(home, lab, sae)) for layer, sae in sorted(lab.saes.items())}
     for message in warnings(fits.values()):
         lab.warn(message)
     return fits
