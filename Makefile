@@ -94,14 +94,15 @@ format: setup ## rewrite the code in the one format
 format-check: setup ## fail if `make format` would change a file
 	$(BIN)/ruff format --check .
 
-lint: setup ## ruff's rules
+lint: setup ## ruff's rules, and which way imports go
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 
 types: setup ## the type checker
 	$(BIN)/pyright
 
 bench: assets ## measure speed and memory
-	$(BIN)/python -m crl_exp.bench
+	$(BIN)/python -m crl_exp bench
 
 mlflow: setup ## compare runs in the browser, on loopback (PORT=5000); docs/mlflow.md
 	@mkdir -p "$(MLFLOW_DIR)"

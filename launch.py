@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from crl_exp.preemption import guard
+from crl_exp.runs.preemption import guard
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -20,10 +20,10 @@ def run(config: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from crl_exp.cli import check_alone, check_sweeper, people_errors
-    from crl_exp.experiment import run_experiment
-    from crl_exp.runs import objective
-    from crl_exp.written import check_written
+    from crl_exp.experiments.run import run_experiment
+    from crl_exp.launcher.command_line import check_alone, check_sweeper, people_errors
+    from crl_exp.launcher.planning.written import check_written
+    from crl_exp.runs.directory import objective
 
     hydra_node = HydraConfig.get()
     in_sweep = hydra_node.mode == RunMode.MULTIRUN
@@ -41,8 +41,8 @@ def main() -> None:
     with guard():
         import hydra
 
-        from crl_exp.cli import people_errors, register
-        from crl_exp.shown import lossy_terminal
+        from crl_exp.config.display import lossy_terminal
+        from crl_exp.launcher.command_line import people_errors, register
 
         register()
         lossy_terminal()

@@ -8,24 +8,35 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from crl_exp import slurm
-from crl_exp.errors import UserError
-from crl_exp.preemption import guard
-from crl_exp.shown import lossy_terminal, plain
+from crl_exp.config.display import lossy_terminal, plain
+from crl_exp.config.errors import UserError
+from crl_exp.runs import slurm
+from crl_exp.runs.preemption import guard
 
 # Each module has `main(argv) -> int` and is imported only when its command is called.
 COMMANDS = {
-    "assets": ("crl_exp.assets_command", "fetch the model and the data into the cache"),
+    "assets": ("crl_exp.launcher.assets.command", "fetch the model and the data into the cache"),
     "run": ("crl_exp.launcher.job", "run directories from their frozen configs, as a job does"),
-    "status": ("crl_exp.status", "state, progress and time left of a sweep's runs"),
-    "logs": ("crl_exp.logs", "what a run's job printed, and why it ended"),
-    "retry": ("crl_exp.launcher.retry", "start a sweep's failed, lost and cancelled runs again"),
-    "cancel": ("crl_exp.launcher.cancel", "end a sweep's queued and running runs"),
-    "prefetch": ("crl_exp.launcher.prefetch", "download what a sweep loads, for offline nodes"),
-    "sync": ("crl_exp.tracking", "bring MLflow up to date with the run directories"),
-    "report": ("crl_exp.report", "tables and figures of a finished sweep"),
-    "compare": ("crl_exp.compare", "two runs, or rows of a report, on the same items"),
-    "options": ("crl_exp.options_page", "write docs/options.md from conf/"),
+    "status": (
+        "crl_exp.launcher.commands.status",
+        "state, progress and time left of a sweep's runs",
+    ),
+    "logs": ("crl_exp.launcher.commands.logs", "what a run's job printed, and why it ended"),
+    "retry": (
+        "crl_exp.launcher.commands.retry",
+        "start a sweep's failed, lost and cancelled runs again",
+    ),
+    "cancel": ("crl_exp.launcher.commands.cancel", "end a sweep's queued and running runs"),
+    "prefetch": (
+        "crl_exp.launcher.commands.prefetch",
+        "download what a sweep loads, for offline nodes",
+    ),
+    "sync": ("crl_exp.tracking.sync", "bring MLflow up to date with the run directories"),
+    "report": ("crl_exp.report.command", "tables and figures of a finished sweep"),
+    "compare": ("crl_exp.report.compare", "two runs, or rows of a report, on the same items"),
+    "train-sae": ("crl_exp.launcher.commands.train_sae", "train SAEs of a model, a layer each"),
+    "bench": ("crl_exp.launcher.bench.command", "measure speed and memory, in ratios"),
+    "options": ("crl_exp.launcher.commands.options", "write docs/options.md from conf/"),
 }
 
 

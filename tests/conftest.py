@@ -17,10 +17,10 @@ if sys.dont_write_bytecode:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
-from tests.sharing import Sharing, long_ones_first
+from tests.helpers.sharing import Sharing, long_ones_first
 
 if TYPE_CHECKING:  # seconds of imports, which the process that only hands out tests can do without
-    from tests.tiny_run import TinyFiles
+    from tests.helpers.tiny_run import TinyFiles
 
 
 def pytest_configure() -> None:
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config, items) -> None:
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory) -> TinyFiles:
     """Tiny models, SAEs and a task on disk; tests that change a file work on a copy."""
-    from tests.tiny_run import make_files
+    from tests.helpers.tiny_run import make_files
 
     return make_files(tmp_path_factory.mktemp("tiny"))
 
@@ -55,7 +55,7 @@ def no_fsync(monkeypatch) -> None:
 @pytest.fixture
 def quick_figures(monkeypatch) -> None:
     """Figures of few pixels, and in PDF files no fonts."""
-    from crl_exp import figure_style
+    from crl_exp.report.figures import style as figure_style
 
     monkeypatch.setitem(figure_style.STYLE, "savefig.dpi", 40)
     monkeypatch.setitem(figure_style.STYLE, "pdf.use14corefonts", True)
@@ -63,7 +63,7 @@ def quick_figures(monkeypatch) -> None:
 
 @pytest.fixture
 def quick_reports(quick_figures, monkeypatch) -> None:
-    """And not sent to MLflow, which tests/test_report_tracking.py tries."""
-    from crl_exp import report
+    """And not sent to MLflow, which tests/report/test_report_tracking.py tries."""
+    from crl_exp.report import command as report
 
     monkeypatch.setattr(report, "attach", lambda records, folder: None)

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from crl_exp import preemption
 from crl_exp.launcher.states import in_work, states_of
 from crl_exp.launcher.sweep_file import SweepFile
-from crl_exp.records import Record
+from crl_exp.runs import preemption
+from crl_exp.runs.records import Record
 
 POLL_SECONDS = 2.0
 # squeue is asked then, and a cluster's controller has others to answer.

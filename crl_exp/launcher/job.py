@@ -14,16 +14,17 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from crl_exp import config as configs
-from crl_exp import logs, slurm
-from crl_exp.errors import UserError
-from crl_exp.experiment import run_experiment
+from crl_exp.config.errors import UserError
+from crl_exp.config.keys import frozen_config
+from crl_exp.experiments import config as configs
+from crl_exp.experiments.packing import pack_key, run_pack
+from crl_exp.experiments.run import run_experiment
+from crl_exp.experiments.turns import Outcome
+from crl_exp.launcher.commands import logs
 from crl_exp.launcher.local_workers import next_job
-from crl_exp.packing import pack_key, run_pack
-from crl_exp.preemption import Preempted
-from crl_exp.run_keys import frozen_config
-from crl_exp.run_status import RunStatus
-from crl_exp.seats import Outcome
+from crl_exp.runs import slurm
+from crl_exp.runs.preemption import Preempted
+from crl_exp.runs.status import RunStatus
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def _queued(list_path: Path) -> Iterator[list[Path]]:
 def _status(path: Path) -> dict[str, Any]:
     """A run's status; of a damaged one it is told, and the others go on."""
     try:
-        return RunStatus(path, anew=False).status()
+        return RunStatus(path, from_scratch=False).status()
     except UserError as error:
         log.error("left out: %s", error)
         return {}
@@ -169,7 +170,7 @@ def _checked(path: Path) -> DictConfig:
 def _record(path: Path, error: BaseException) -> None:
     """Keep an error that came before the run could record it itself. Where the directory can't be
     written, or another process has it, the log must do: the other runs of the job go on."""
-    run = RunStatus(path, anew=False)
+    run = RunStatus(path, from_scratch=False)
     try:
         if not path.is_dir() or run.status().get("state") not in ("queued", "preempted", "running"):
             return

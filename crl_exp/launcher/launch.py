@@ -10,27 +10,26 @@ from pathlib import Path
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
 
-from crl_exp import config as configs
-from crl_exp.errors import UserError
+from crl_exp.config.errors import UserError
+from crl_exp.experiments import config as configs
 from crl_exp.launcher import slurm_jobs
-from crl_exp.launcher.estimate import estimate
-from crl_exp.launcher.packs import pack_lines, packs_of
-from crl_exp.launcher.plan import (
+from crl_exp.launcher.planning.estimate import estimate
+from crl_exp.launcher.planning.packs import pack_lines, packs_of
+from crl_exp.launcher.planning.plan import (
     Point,
-    Settings,
     cautions_text,
     check,
     compose_points,
     folder_of,
 )
-from crl_exp.launcher.settings import LocalSettings, SlurmSettings
-from crl_exp.launcher.shows import shows_text
+from crl_exp.launcher.planning.shows import shows_text
+from crl_exp.launcher.settings import LocalSettings, Settings, SlurmSettings
 from crl_exp.launcher.states import is_started, states_of
 from crl_exp.launcher.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.sweep_file import SweepFile, locked
-from crl_exp.records import Record
-from crl_exp.runs import SWEEP_CONFIG, write_atomic
-from crl_exp.tracking import announce
+from crl_exp.runs.directory import SWEEP_CONFIG, write_atomic
+from crl_exp.runs.records import Record
+from crl_exp.tracking.sync import announce
 
 
 @dataclass(frozen=True)

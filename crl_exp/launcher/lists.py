@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from crl_exp.errors import UserError
+from crl_exp.config.errors import UserError
 
 
 def write_list(folder: Path, jobs: Sequence[Sequence[Path]]) -> Path:

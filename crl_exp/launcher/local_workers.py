@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock
 from submitit import LocalExecutor
 
-from crl_exp.errors import UserError
+from crl_exp.config.errors import UserError
 from crl_exp.launcher.lists import read_list, write_list
 from crl_exp.launcher.settings import LocalSettings
 from crl_exp.launcher.sweep_file import this_process
@@ -74,17 +74,44 @@ def start_workers(
     python = settings.python or shlex.quote(sys.executable)
     command = f"{python} -u -m crl_exp.launcher.local_workers {shlex.quote(str(list_path))}"
     workers = []
-    for i in range(min(settings.parallel, len(jobs))):
+    n_workers = min(settings.parallel, len(jobs))
+    for i in range(n_workers):
         executor = LocalExecutor(folder / "logs", python=python)
         gpus = settings.gpus or 0
         executor.update_parameters(
             timeout_min=FOREVER_MINUTES, gpus_per_node=gpus, setup=settings.setup,
             visible_gpus=tuple(range(i * gpus, (i + 1) * gpus)),
         )  # fmt: skip
-        with _detached(folder / "logs" / "workers.log"):
+        with _detached(folder / "logs" / "workers.log"), share_of_cores(n_workers):
             job = executor._submit_command(command)
         workers.append(this_process(int(job.job_id)))
     return workers
+
+
+THREADS = "OMP_NUM_THREADS"
+
+
+def n_cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def share_of_cores(n_workers: int) -> Iterator[None]:
+    """What is started in the block computes with its share of the cores, unless the user has set
+    `OMP_NUM_THREADS`. Workers that each take all of them wait for each other in every product of
+    matrices, spinning: measured ten times slower.
+    """
+    if THREADS in os.environ or n_workers < 2:
+        yield
+        return
+    os.environ[THREADS] = str(max(1, n_cores() // n_workers))
+    try:
+        yield
+    finally:
+        del os.environ[THREADS]
 
 
 @contextmanager

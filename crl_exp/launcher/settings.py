@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from crl_exp.errors import UserError, did_you_mean
+from crl_exp.config.errors import UserError, did_you_mean
 
 # Written into the batch script by the launcher itself.
 OURS = ("array", "output", "error", "hold", "requeue", "signal", "open-mode", "chdir", "job-name")
@@ -23,14 +23,14 @@ class LaunchSettings:
     """What both launchers are told.
 
     gpus: of each job; null: one where model.device is a CUDA device, else none.
-    pack: runs that one job holds at most; it runs them together (`crl_exp.packing`). Only runs of
-        the same model, SAEs, task, engine and launcher settings share one.
+    pack: runs that one job holds at most; it runs them together (`experiments.packing`). Only runs
+        of the same model, SAEs, task, engine and launcher settings share one.
     setup: shell lines that are run before Python, such as `module load cuda`.
     python: the interpreter of the jobs, as a shell command; null: the one that launches.
     wait: stay until all runs have ended, with a live table, and hand their results to the sweeper.
     extend: allow a sweep into a folder that holds runs of which this sweep has none.
     assumed_change, assumed_seed_deviation: what the plan takes for granted when it says what a
-        sweep can show (`crl_exp.power`): the share of the test items that come right or go wrong,
+        sweep can show (`analysis.power`): the share of the test items that come right or go wrong,
         and the standard deviation of the seeds' differences, as a share.
     """
 
@@ -64,6 +64,10 @@ class LaunchSettings:
     def for_device(self, device: str) -> Any:
         """These settings with the number of GPUs made plain."""
         return self if self.gpus is not None else replace(self, gpus=int(device[:4] == "cuda"))
+
+
+MINUTES_MEANT = 1440
+"""Of a time limit typed as a bare number: more may be seconds."""
 
 
 @dataclass
@@ -108,6 +112,13 @@ class SlurmSettings(LaunchSettings):
                 f"hydra.launcher.time={self.time}: must be minutes or [DAYS-]HH:MM:SS, "
                 "such as hydra.launcher.time=08:00:00"
             )
+        elif self.time.isdecimal() and int(self.time) > MINUTES_MEANT:
+            days, minutes = divmod(int(self.time), 1440)
+            found.append(
+                f"hydra.launcher.time={self.time}: a bare number is minutes, which makes "
+                f"{days} days (YAML also reads 4:00:00 as 14400): write it as DAYS-HH:MM:SS, "
+                f"such as hydra.launcher.time={days}-{minutes // 60:02}:{minutes % 60:02}:00"
+            )
         elif (seconds := seconds_of(self.time)) <= self.signal_seconds:
             found.append(
                 f"hydra.launcher.time={self.time}: is {seconds} s (SLURM takes 0 for no limit); it "
@@ -151,6 +162,9 @@ class LocalSettings(LaunchSettings):
     @property
     def gpus_asked(self) -> int:
         return self.gpus or 0
+
+
+Settings = SlurmSettings | LocalSettings
 
 
 def seconds_of(time: str) -> int:
@@ -202,9 +216,7 @@ def make_settings(kind: str, values: dict[str, Any]) -> SlurmSettings | LocalSet
     return made
 
 
-def changed(
-    settings: SlurmSettings | LocalSettings, overrides: Sequence[str]
-) -> SlurmSettings | LocalSettings:
+def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
     """The settings with `KEY=VALUE` overrides, `hydra.launcher.` before the key or not.
 
     Raises `UserError` for what isn't one.

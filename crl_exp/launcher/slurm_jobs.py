@@ -20,10 +20,10 @@ from typing import Any
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from crl_exp import slurm
-from crl_exp.errors import UserError
+from crl_exp.config.errors import UserError
 from crl_exp.launcher.lists import write_list
 from crl_exp.launcher.settings import SlurmSettings
+from crl_exp.runs import slurm
 
 log = logging.getLogger(__name__)
 ASKING_SECONDS = 60.0
@@ -139,11 +139,20 @@ def _sbatch_parameters(settings: SlurmSettings, list_path: Path, name: str) -> d
     return {key: value for key, value in given.items() if value is not None}
 
 
+def _told(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Raises `UserError` where there is no such command."""
+    try:
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"there is no {command[0]} here, which `{' '.join(command)}` needs: type it on a node "
+            "of the cluster that submits jobs"
+        ) from error
+
+
 def release(job_ids: list[str]) -> None:
     """Let held arrays start. Raises `UserError` with scontrol's words where it can't."""
-    done = subprocess.run(
-        ["scontrol", "release", *job_ids], capture_output=True, encoding="utf-8", errors="replace"
-    )
+    done = _told(["scontrol", "release", *job_ids])
     if done.returncode != 0:
         raise UserError(f"SLURM did not release the jobs: {(done.stderr or done.stdout).strip()}")
 
@@ -157,9 +166,7 @@ def cancel(job_ids: list[str], by_signal: str | None = None) -> None:
     if not job_ids:
         return
     how = [f"--signal={by_signal}"] if by_signal else []
-    done = subprocess.run(
-        ["scancel", *how, *job_ids], capture_output=True, encoding="utf-8", errors="replace"
-    )
+    done = _told(["scancel", *how, *job_ids])
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
         raise UserError(f"scancel {' '.join(job_ids)}: {(done.stderr or done.stdout).strip()}")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from crl_exp import slurm
 from crl_exp.launcher.sweep_file import SweepFile, alive
-from crl_exp.records import Record, judged
-from crl_exp.run_status import RETRIED
+from crl_exp.runs import slurm
+from crl_exp.runs.records import Record, inferred_state
+from crl_exp.runs.status import RETRIED
 
 UNASKED = "squeue can't be asked, so nobody knows whether its job is still there"
 
@@ -26,7 +26,7 @@ def states_of(records: Iterable[Record], sweep: SweepFile) -> dict[str, tuple[st
         if not record.status:
             found[record.key] = ("missing", "")
             continue
-        state, why = judged(record, jobs)
+        state, why = inferred_state(record, jobs)
         if state == "queued" and not _has_workers(record, sweep):
             state, why = "lost", "the processes that would have run it are gone"
         elif jobs is None and state in ("queued", "preempted") and record.status["slurm_job_id"]:

@@ -10,19 +10,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from crl_exp.code_state import code_state
-from crl_exp.files import replacing
+from crl_exp.config.files import replacing
+from crl_exp.config.keys import content_key
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.local_workers import check_gpus, check_shell, start_workers
-from crl_exp.launcher.settings import LocalSettings, SlurmSettings, kind_of
+from crl_exp.launcher.settings import LocalSettings, Settings, SlurmSettings, kind_of
 from crl_exp.launcher.sweep_file import SweepFile
-from crl_exp.run_keys import content_key
-from crl_exp.runs import RunDirectory
-
-if TYPE_CHECKING:  # `cancel` needs this module, and no torch
-    from crl_exp.launcher.plan import Settings
+from crl_exp.runs.code_state import code_state
+from crl_exp.runs.directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +45,7 @@ def submit(starts: Sequence[Start], sweep: SweepFile) -> dict[str, Any]:
     The sweep is `locked`. Raises `UserError` where it is refused; nothing is then queued and no
     run was touched.
     """
-    from crl_exp.launcher.packs import packs_of
+    from crl_exp.launcher.planning.packs import packs_of
 
     submission: dict[str, Any] = {
         "time": time.time(), "cwd": os.getcwd(), "command": sys.argv,
@@ -77,6 +74,12 @@ def submit(starts: Sequence[Start], sweep: SweepFile) -> dict[str, Any]:
 
 def _to_slurm(packs: Sequence[Pack], sweep: SweepFile, parts: list[dict[str, Any]]) -> None:
     ids: dict[str, str | None] = {}
+    for python in {start.settings.python for pack in packs for start in pack}:
+        if python and Path(python).is_absolute() and not Path(python).exists():
+            log.warning(
+                "hydra.launcher.python=%s isn't on this machine: where the nodes don't have it "
+                "either, every job ends at once", python,
+            )  # fmt: skip
     for chunk in _chunks(packs):
         settings = chunk[0][0].settings
         assert isinstance(settings, SlurmSettings)

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from crl_exp.errors import UserError
-from crl_exp.files import read_json, write_json
+from crl_exp.config.errors import UserError
+from crl_exp.config.files import read_json, write_json
 
 FORMAT = 1
 ADVICE = "move it away; the runs themselves are in their own folders, and a launch writes it anew"

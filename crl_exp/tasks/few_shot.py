@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from crl_exp.errors import UserError
+from crl_exp.config.errors import UserError
 from crl_exp.tasks.hub import HubTask, Pool, Question
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from crl_exp.errors import UserError, did_you_mean
+from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.tasks.base import Item, Splits, Task, content_id, of_groups, shuffled, unique
-from crl_exp.tasks.rows import Row, Source
+from crl_exp.tasks.data.rows import Row, Source
 
 PARTS = ("test", "validation", "train")  # in the order in which they are cut
 
@@ -134,7 +134,19 @@ class HubTask(Task):
 
     def _pool(self, split: str) -> Pool:
         rows = self.source.read(split, self.columns, self.optional_columns)
-        asked = [question for row in rows if (question := self.question(row)) is not None]
+        asked: list[Question] = []
+        answered: dict[str, tuple[tuple[str | None, bool], str]] = {}
+        for row in rows:
+            if (question := self.question(row)) is None:
+                continue
+            asked.append(question)
+            mine = question.target, question.benign
+            before, first = answered.setdefault(question.item_id, (mine, row.where))
+            if before != mine and self.data_files is not None:
+                raise UserError(
+                    f"{row.where}: this question has another answer than in {first} "
+                    f"({question.content[:60]!r}); keep one of them"
+                )
         return Pool(f"{self.source.name} ({split})", unique(asked), len(asked))
 
     def _keep_groups(self, pools: dict[str, Pool], warnings: list[str]) -> None:

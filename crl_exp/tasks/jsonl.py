@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crl_exp.errors import UserError
-from crl_exp.files import home
-from crl_exp.scorers.choice import ChoiceScorer
+from crl_exp.config.errors import UserError
+from crl_exp.config.files import home
 from crl_exp.tasks.base import Item, Score, Splits, content_id, unique
 from crl_exp.tasks.choice_task import ChoiceTask
-from crl_exp.tasks.files import json_line, users_text
+from crl_exp.tasks.data.files import json_line, users_text
+from crl_exp.tasks.scorers.choice import ChoiceScorer
 
 
 @dataclass

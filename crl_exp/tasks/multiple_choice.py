@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from crl_exp.scorers.letter import LETTERS, LetterScorer
 from crl_exp.tasks.base import Item, Score
+from crl_exp.tasks.data.rows import Row
 from crl_exp.tasks.few_shot import FewShotTask
 from crl_exp.tasks.hub import Question
-from crl_exp.tasks.rows import Row
+from crl_exp.tasks.scorers.letter import LETTERS, LetterScorer
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Unlike a choice between two words, this can't be had by moving a threshold at one token: the answer
 has to begin, go on and end. And since the reward doesn't read it, it is a task on which reward and
-quality can part; the result has both (`crl_exp.quality`).
+quality can part; the result has both (`crl_exp.experiments.kinds.quality`).
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crl_exp.assets import asset_path
-from crl_exp.scorers.sentence import SentenceScorer
-from crl_exp.tasks.base import Item, Score, Splits, unique
+from crl_exp.config.assets import asset_path
+from crl_exp.tasks.base import Item, Score, Splits, Worded, unique
+from crl_exp.tasks.scorers.sentence import SentenceScorer
 from crl_exp.tasks.sentiment import DATA, FILE, read_ratings
-from crl_exp.tasks.worded import Worded
 
 
 @dataclass
@@ -61,5 +60,5 @@ class OneSentence(Worded):
         return self.cut(items, f"{DATA}/{FILE}")
 
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
-        """Reward 1 where the answer is one whole sentence; the rule: `crl_exp.scorers.sentence`."""
+        """Reward 1 where the answer is one whole sentence; the rule: `scorers.sentence`."""
         return self._scorer()(items, outputs)

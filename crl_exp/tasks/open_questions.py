@@ -7,16 +7,16 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crl_exp.errors import did_you_mean
-from crl_exp.scorers.base import Scorer
-from crl_exp.scorers.models import ScorerModel
-from crl_exp.scorers.number import MARK, NumberScorer, read_number
-from crl_exp.scorers.semantic import WHERE, SemanticScorer
-from crl_exp.scorers.token_f1 import TokenF1Scorer, words
+from crl_exp.config.errors import did_you_mean
 from crl_exp.tasks.base import Item, Score
+from crl_exp.tasks.data.rows import Row
 from crl_exp.tasks.few_shot import FewShotTask
 from crl_exp.tasks.hub import Question
-from crl_exp.tasks.rows import Row
+from crl_exp.tasks.scorers.base import Scorer
+from crl_exp.tasks.scorers.models import ScorerModel
+from crl_exp.tasks.scorers.number import MARK, NumberScorer, read_number
+from crl_exp.tasks.scorers.semantic import WHERE, SemanticScorer
+from crl_exp.tasks.scorers.token_f1 import TokenF1Scorer, words
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 

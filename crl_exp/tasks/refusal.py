@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from crl_exp.assets import asset_path
-from crl_exp.errors import UserError
+from crl_exp.config.assets import asset_path
+from crl_exp.config.errors import UserError
 from crl_exp.tasks.base import Item, Splits, content_id, shuffled, unique
-from crl_exp.tasks.files import damaged, read_text
-from crl_exp.tasks.refusal_scoring import RefusalTask
+from crl_exp.tasks.data.files import damaged, read_text
+from crl_exp.tasks.scorers.refusal_scoring import RefusalTask
 
 HARMFUL = "data/donotanswer"
 HARMBENCH = "data/harmbench"
@@ -70,8 +70,20 @@ class Refusal(RefusalTask):
             validation=tuple(shuffled([*parts.validation, *benign_validation], self.split_seed)),
             test=parts.test,
             extra={"harmbench": tuple(unique(harmbench)), "benign": tuple(benign_test)},
-            warnings=parts.warnings,
+            warnings=(*parts.warnings, *self._same_benign()),
         )
+
+    def _same_benign(self) -> list[str]:
+        """A warning where `train_seed` finds no benign prompts to choose from."""
+        left = len(unique([_item(p, benign=True) for p in read_benign_prompts()]))
+        left -= self.n_test_benign + self.n_validation_benign
+        if self.train_seed is None or not self.n_train_benign or left > self.n_train_benign:
+            return []
+        return [
+            f"task.train_seed={self.train_seed}: task.n_train_benign={self.n_train_benign} takes "
+            "every benign prompt that is left for training, so that all draws have the same ones; "
+            "lower task.n_train_benign"
+        ]
 
     def _benign_parts(self) -> tuple[list[Item], list[Item], list[Item]]:
         """Train, validation and test parts; the test part is cut first, then validation."""

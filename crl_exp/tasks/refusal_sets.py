@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crl_exp.errors import UserError
+from crl_exp.config.errors import UserError
 from crl_exp.tasks.base import Item, content_id, shuffled, unique
+from crl_exp.tasks.data.rows import Row
 from crl_exp.tasks.hub import HubTask, Question
 from crl_exp.tasks.refusal import read_benign_prompts, with_context
-from crl_exp.tasks.refusal_scoring import RefusalTask
-from crl_exp.tasks.rows import Row
+from crl_exp.tasks.scorers.refusal_scoring import RefusalTask
 
 
 @dataclass

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crl_exp.assets import asset_path
-from crl_exp.scorers.choice import ChoiceScorer
-from crl_exp.tasks.base import Item, Score, Splits, unique
+from crl_exp.config.assets import asset_path
+from crl_exp.tasks.base import Item, Score, Splits, Worded, unique
 from crl_exp.tasks.choice_task import ChoiceTask
-from crl_exp.tasks.files import damaged, read_text
-from crl_exp.tasks.worded import Worded
+from crl_exp.tasks.data.files import damaged, read_text
+from crl_exp.tasks.scorers.choice import ChoiceScorer
 
 DATA = "data/hutto_icwsm_2014"
 FILE = "movieReviewSnippets_GroundTruth.txt"

@@ -14,9 +14,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from crl_exp.errors import UserError
+from crl_exp.config.errors import UserError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # every Hydra application in the environment reads this file
     from crl_exp.launcher.launch import Launch
 
 # Sweepers that take no account of results.
@@ -43,7 +43,7 @@ class FrozenLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Submit; with `wait`, return every job's result, else jobs without one."""
-        from crl_exp.cli import check_sweeper
+        from crl_exp.launcher.command_line import check_sweeper
         from crl_exp.launcher.follow import wait_for
         from crl_exp.launcher.launch import launch
         from crl_exp.launcher.settings import make_settings
@@ -75,7 +75,7 @@ class LocalProcessesLauncher(FrozenLauncher):
 
 def _returns(launched: Launch, states: dict[str, tuple[str, str]]) -> list[JobReturn]:
     """Every job's result, as `launch.py` returns it, or how it ended."""
-    from crl_exp.runs import objective
+    from crl_exp.runs.directory import objective
 
     returns = []
     for point in launched.points:

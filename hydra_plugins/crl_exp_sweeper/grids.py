@@ -31,9 +31,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from crl_exp.errors import UserError
-from crl_exp.files import SWEEP_CONFIG, home, write_atomic
-from crl_exp.override_text import as_override
+from crl_exp.config.errors import UserError
+from crl_exp.config.files import SWEEP_CONFIG, home, write_atomic
+from crl_exp.launcher.planning.override_text import as_override
 
 log = logging.getLogger(__name__)
 PRESET = "debug"
@@ -44,7 +44,7 @@ class GridSweeper(Sweeper):
     """Runs the union of grids, each the product of its values.
 
     grids: list of {override: value or list of values}, a text being one value whatever is in it
-        (`crl_exp.override_text`). params: one more set of overrides for every
+        (`crl_exp.launcher.planning.override_text`). params: one more set of overrides for every
         grid, as Hydra's own sweeper takes them.
     check: composes all points of the application at hand and raises for a fault of one.
     """

@@ -18,7 +18,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, flag_override
 
-from crl_exp.errors import UserError
+from crl_exp.config.errors import UserError
 
 log = logging.getLogger(__name__)
 AGAIN = (
@@ -60,8 +60,8 @@ class TrialSweeper(Sweeper):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """Raises `UserError` where Optuna isn't here or can't do what is asked for."""
-        from crl_exp.files import home
-        from crl_exp.names import check_sweep
+        from crl_exp.config.files import home
+        from crl_exp.config.paths import check_sweep
 
         try:
             from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
@@ -80,7 +80,7 @@ class TrialSweeper(Sweeper):
         composes = getattr(self.impl.launcher, "composes", False)  # and checks what it takes itself
 
         def check(jobs: list[list[str]]) -> None:
-            from crl_exp.launcher.plan import check_all
+            from crl_exp.launcher.planning.plan import check_all
 
             check_all(hydra_context.config_loader, config, jobs)
 

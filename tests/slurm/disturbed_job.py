@@ -7,13 +7,13 @@ import os
 import sys
 from pathlib import Path
 
-from crl_exp.preemption import guard
+from crl_exp.runs.preemption import guard
 
 if __name__ == "__main__":
     with guard():  # as `python -m crl_exp run` does, before anything heavy is imported
-        from crl_exp import slurm
         from crl_exp.__main__ import main
-        from tests.disturbed import watch_generation, write_freely
+        from crl_exp.runs import slurm
+        from tests.helpers.disturbed import watch_generation, write_freely
 
         slurm.claim()  # it stands for a job that the launcher submitted
         write_freely()

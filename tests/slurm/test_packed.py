@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from crl_exp.launcher.cancel import cancel
-from crl_exp.packing import run_pack
-from crl_exp.records import Record, find_records
-from tests.launching import attempts, launched, points_of, states, until
-from tests.test_packing import close, told
+from crl_exp.experiments.packing import run_pack
+from crl_exp.launcher.commands.cancel import cancel
+from crl_exp.runs.records import Record, find_records
+from tests.experiments.test_packing import close, told
+from tests.helpers.launching import attempts, launched, points_of, states, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.usefixtures("tiny_cache")]
 SWEEP = [

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from crl_exp.records import Record
-from crl_exp.runs import RunDirectory
-from tests.disturbed import n_lines
-from tests.test_disturbed import METHODS, RARELY, SIZES, moments
-from tests.test_resume import outcome
-from tests.tiny_run import ROOT, small
+from crl_exp.runs.directory import RunDirectory
+from crl_exp.runs.records import Record
+from tests.helpers.disturbed import n_lines
+from tests.helpers.tiny_run import ROOT, small
+from tests.runs.test_disturbed import METHODS, RARELY, SIZES, moments
+from tests.runs.test_resume import outcome
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 PATIENCE_SECONDS = 300.0

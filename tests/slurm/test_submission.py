@@ -6,12 +6,12 @@ import os
 
 import pytest
 
-from crl_exp.errors import UserError
+from crl_exp.config.errors import UserError
 from crl_exp.launcher import slurm_jobs
-from crl_exp.launcher.cancel import cancel
+from crl_exp.launcher.commands.cancel import cancel
 from crl_exp.launcher.settings import SlurmSettings
 from crl_exp.launcher.sweep_file import SweepFile
-from tests.launching import launched, points_of, settings, states, told, until
+from tests.helpers.launching import launched, points_of, settings, states, told, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.usefixtures("tiny_cache")]
 QUICK = ["+debug=tiny", "method=none", "sweep_name=s"]

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from crl_exp.launcher.retry import retry
+from crl_exp.launcher.commands.retry import retry
 from crl_exp.launcher.sweep_file import SweepFile
-from crl_exp.records import Record, find_records
-from tests.launching import attempts, figures, launched, over, states, told, until
-from tests.tiny_run import CONF, ROOT
+from crl_exp.runs.records import Record, find_records
+from tests.helpers.launching import attempts, figures, launched, over, states, told, until
+from tests.helpers.tiny_run import CONF, ROOT
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.usefixtures("tiny_cache")]
 # 12 runs; layer 15 is steered in one of them.
@@ -66,7 +66,7 @@ def test_twelve_jobs_are_done_and_reported(undisturbed, cluster):
 
 
 def test_twelve_child_runs_lie_under_one_parent(undisturbed):
-    from tests.mlflow_reading import children, client
+    from tests.helpers.mlflow_reading import children, client
 
     uri = f"sqlite:///{undisturbed[0].parent / 'mlflow.db'}"
     found = children(uri)

@@ -39,7 +39,7 @@ def serve(path: str) -> None:
     """Fork for one job after another."""
     import torch
 
-    from tests.disturbed import watch_generation, write_freely
+    from tests.helpers.disturbed import watch_generation, write_freely
 
     torch.set_num_threads(1)
     write_freely()
@@ -76,8 +76,8 @@ def serve(path: str) -> None:
 
 def _run(arguments: list[str]) -> None:
     """What a job that the launcher submitted does, in the fork."""
-    from crl_exp import slurm
     from crl_exp.__main__ import main
+    from crl_exp.runs import slurm
 
     slurm.claim()
 

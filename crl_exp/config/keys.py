@@ -1,0 +1,83 @@
+"""What tells runs apart: the key of a config, and the config as it is frozen in a run directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from crl_exp.config import compatibility
+from crl_exp.config.errors import UserError
+from crl_exp.config.files import write_atomic
+
+# Where a run is written and logged, how it is asked for, and where a report puts it, don't change
+# what it computes.
+NOT_IN_KEY = ("hydra", "output_dir", "sweep_name", "tracking", "resume", "checkpoint", "rung")
+RESUME = ("new", "retry", "force")
+
+
+def content_key(value: Any) -> str:
+    """Short stable hash of a JSON-like value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_key(config: DictConfig) -> str:
+    """Hash of the resolved config without paths, tracking and other things that don't matter."""
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return content_key(
+        compatibility.hashed({k: v for k, v in plain.items() if k not in NOT_IN_KEY})
+    )
+
+
+def frozen_config(path: Path) -> DictConfig:
+    """The config frozen in a run directory, for running it from where the directory lies now.
+
+    One frozen by an earlier version means what it meant then (`compatibility`).
+    Raises `UserError` where there is none, where it is damaged or was changed since.
+    """
+    path = path.absolute()
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is no run directory: it has no config.yaml")
+    config = read_config(path / "config.yaml")
+    config.sweep_name, config.output_dir = path.parent.name, str(path.parent.parent)
+    compatibility.fill_missing(config)
+    if run_key(config) != path.name:
+        raise UserError(
+            f"{path}/config.yaml belongs to the run {run_key(config)}: it was changed by hand or "
+            "written by another version. Launch the sweep again; it freezes the config anew"
+        )
+    return config
+
+
+def read_config(path: Path) -> DictConfig:
+    """A config as it was frozen. Raises `UserError` for a damaged file."""
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        why = str(error).splitlines()[0]
+    else:
+        if isinstance(config, DictConfig) and not config._is_none() and len(config):
+            return config
+        why = "it holds no keys"
+    raise UserError(
+        f"{path} is damaged ({why}): launch the sweep, or type the run's line, again; it writes "
+        "the config anew"
+    )
+
+
+def freeze(config: DictConfig, path: Path) -> None:
+    """Write the config that a run directory's run is started from, resolved.
+
+    It says resume=new: however often a job is started from it, it goes on.
+    """
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    plain.pop("hydra", None)
+    plain["resume"] = "new"
+    write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(plain)))

@@ -1,0 +1,72 @@
+"""The files that an experiment reads, and what lies in them; `crl_exp.runs.inputs` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from crl_exp.config.files import home
+from crl_exp.runs.inputs import Inputs, digest, folder_digest, sae_digest
+from crl_exp.steering.feature_lists import list_file
+from crl_exp.tasks.data.rows import files_of
+
+
+class Reads(Protocol):
+    """Of an experiment, what names files."""
+
+    @property
+    def task(self) -> Any: ...
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def sae(self) -> Any: ...
+
+    @property
+    def method(self) -> Any: ...
+
+
+def inputs_of(exp: Reads, layers: Sequence[int]) -> Inputs:
+    """What the experiment would read now: the task's files, the folders of the model and of those
+    that score, the SAEs of these layers, a list of features.
+
+    Raises `UserError` where one can't be read.
+    """
+    found = task_inputs(exp.task) | scorer_inputs(exp.task)
+    if not exp.model.path.startswith(("asset:", "tiny:")):  # those are what they are
+        folder = home(exp.model.path, "model.path")
+        if folder.is_dir():
+            key = f"model.path={exp.model.path}"
+            found[key] = folder_digest(folder, key)
+    if isinstance(path := getattr(exp.method, "path", None), str):  # a list of features
+        found[f"method.path={path}"] = digest([list_file(path)], "method.path")
+    for layer in layers:
+        if of_sae := sae_digest(exp.sae, layer):
+            found[f"sae.folder={exp.sae.folder}, layer {layer}"] = of_sae
+    return found
+
+
+def task_inputs(task: Any) -> Inputs:
+    """What lies in a task's own files; {} where it has none."""
+    found: Inputs = {}
+    if isinstance(path := getattr(task, "path", None), str):
+        key = f"task.path={path}"
+        found[key] = digest([home(path, "task.path")], key)
+    if (given := getattr(task, "data_files", None)) is not None:
+        parts = given.values() if isinstance(given, dict) else [given]
+        files = [file for part in parts for file in files_of(part)]
+        key = f"task.data_files={given}"
+        found[key] = digest(files, key)
+    return found
+
+
+def scorer_inputs(task: Any) -> Inputs:
+    """What lies in the folders of models that score a task's answers; {} where there are none."""
+    found: Inputs = {}
+    for name in ("classifier", "cross_encoder"):
+        path = getattr(getattr(task, name, None), "path", None)
+        if isinstance(path, str) and (folder := home(path, f"task.{name}.path")).is_dir():
+            key = f"task.{name}.path={path}"
+            found[key] = folder_digest(folder, key)
+    return found

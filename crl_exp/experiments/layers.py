@@ -1,0 +1,152 @@
+"""Layer sets: which layers are steered. Each option is resolved against the layers with an SAE."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from crl_exp.config.errors import UserError
+from crl_exp.steering.answerer import Answering
+from crl_exp.steering.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+
+def _repeated(key: str, layers: list[int]) -> list[str]:
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    return [f"{key}={layers}: names {twice} more than once"] if twice else []
+
+
+@dataclass
+class LayerSet:
+    """Base of the layer sets."""
+
+    @abstractmethod
+    def wanted(self, available: list[int]) -> list[int]:
+        raise NotImplementedError
+
+    def faults(self) -> list[str]:
+        return []
+
+    def resolve(self, available: list[int], n_layers: int) -> list[int]:
+        """The layers, sorted. Raises `UserError` for one out of range or without an SAE."""
+        layers = sorted(set(self.wanted(available)))
+        if not layers:
+            raise UserError(
+                f"layers: the set is empty (layers with an SAE: {available}); try layers=all"
+            )
+        for layer in layers:
+            if not 0 <= layer < n_layers:
+                raise UserError(
+                    f"layer {layer} is out of range: the model has layers 0 to {n_layers - 1}; "
+                    f"set layers=single layers.layer={available[0]}"
+                )
+            if layer not in available:
+                raise UserError(
+                    f"layer {layer} has no SAE; those that have one: {available}. "
+                    f"Set layers=single layers.layer={available[0]}, or train one with "
+                    f"`python -m crl_exp train-sae 'layers=[{layer}]' out=saes/mine`"
+                )
+        return layers
+
+    def prepare(self, workspace: Workspace) -> tuple[Answering, list[int]]:
+        """What the method found for these layers, and the layers that it reads or steers."""
+        return workspace.exp.method.prepare(workspace), sorted(workspace.saes)
+
+
+@dataclass
+class Single(LayerSet):
+    """One layer."""
+
+    layer: int
+
+    def wanted(self, available: list[int]) -> list[int]:
+        return [self.layer]
+
+
+@dataclass
+class Listed(LayerSet):
+    """These layers, steered together."""
+
+    layers: list[int]
+
+    def faults(self) -> list[str]:
+        return _repeated("layers.layers", self.layers)
+
+    def wanted(self, available: list[int]) -> list[int]:
+        return self.layers
+
+
+@dataclass
+class Range(LayerSet):
+    """Every step-th layer from `first` to `last`, both included, that has an SAE, together."""
+
+    first: int
+    last: int
+    step: int
+
+    def faults(self) -> list[str]:
+        if self.step >= 1 and 0 <= self.first <= self.last:
+            return []
+        return [
+            f"layers: first={self.first}, last={self.last}, step={self.step}: must be "
+            "0 ≤ layers.first ≤ layers.last and layers.step ≥ 1"
+        ]
+
+    def wanted(self, available: list[int]) -> list[int]:
+        return [n for n in range(self.first, self.last + 1, self.step) if n in available]
+
+    def resolve(self, available: list[int], n_layers: int) -> list[int]:
+        if self.last >= n_layers:
+            raise UserError(
+                f"layers.last={self.last} is out of range: the model has layers 0 to "
+                f"{n_layers - 1}; set layers.last={n_layers - 1}"
+            )
+        return super().resolve(available, n_layers)
+
+
+@dataclass
+class All(LayerSet):
+    """Every layer that has an SAE, steered together."""
+
+    def wanted(self, available: list[int]) -> list[int]:
+        return available
+
+
+@dataclass
+class BestOnValidation(LayerSet):
+    """One layer: the one at which the method does best on the validation split.
+
+    The method is run at each candidate alone; the test split plays no part. Of equals the lowest
+    layer is taken. The result's notes hold every candidate's mean reward; the run's journal is that
+    of the layer chosen, the others' lie in `layer_N/`.
+
+    among: candidates; null, every layer that has an SAE.
+    """
+
+    among: list[int] | None
+
+    def faults(self) -> list[str]:
+        return _repeated("layers.among", self.among or [])
+
+    def wanted(self, available: list[int]) -> list[int]:
+        return available if self.among is None else self.among
+
+    def prepare(self, workspace: Workspace) -> tuple[Answering, list[int]]:
+        tried: dict[int, tuple[float, Answering, Workspace]] = {}
+        for layer in sorted(workspace.saes):
+            alone = workspace.alone(layer)
+            found = workspace.exp.method.prepare(alone)
+            tried[layer] = (workspace.validation_reward(found), found, alone)
+            log.info("layer %d: %.4f on validation", layer, tried[layer][0])
+        best = max(tried, key=lambda layer: tried[layer][0])
+        workspace.note(
+            "validation_reward_by_layer", {str(n): reward for n, (reward, *_) in tried.items()}
+        )
+        workspace.note("layer_chosen_on_validation", best)
+        _, found, alone = tried[best]
+        for name, value in alone.notes.items():
+            workspace.note(name, value)
+        workspace.run.take_journal(alone.run)
+        return found, [best]

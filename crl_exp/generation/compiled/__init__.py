@@ -1,0 +1,1 @@
+"""`engine.decode=compiled`: one decoding step captured as a graph, for GPUs."""

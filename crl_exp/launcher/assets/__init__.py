@@ -1,0 +1,1 @@
+"""`python -m crl_exp assets`: published archives fetched, checked and converted into the cache."""

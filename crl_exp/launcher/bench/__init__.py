@@ -1,0 +1,1 @@
+"""`make bench`: ratios of times measured side by side in one process."""

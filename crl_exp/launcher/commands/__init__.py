@@ -1,0 +1,1 @@
+"""Commands of `python -m crl_exp`: each module has `main(argv)`."""

@@ -1,0 +1,1 @@
+"""What a sweep would do, before anything starts: its points, faults, packs, time and power."""

@@ -1,0 +1,60 @@
+"""What a sweep will be able to show, said before anything starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from omegaconf import OmegaConf
+
+from crl_exp.analysis.power import TARGET, Spread, both_needed, items_needed, smallest_difference
+from crl_exp.config.keys import NOT_IN_KEY, content_key
+from crl_exp.launcher.planning.plan import Point
+
+
+def shows_text(points: Sequence[Point]) -> list[str]:
+    """A line for each number of test items and seeds that these runs have; none where nothing is
+    steered."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    seeds: dict[str, set[tuple[int, int | None]]] = {}
+    items: dict[str, int] = {}
+    steered = [point for point in points if point.config.method.name != "none"]
+    for point in steered:
+        plain = OmegaConf.to_container(point.config, resolve=True)
+        assert isinstance(plain, dict)
+        draw = plain["task"].pop("train_seed", None)  # type: ignore[union-attr]
+        row = content_key({k: v for k, v in plain.items() if k not in (*NOT_IN_KEY, "seed")})
+        seeds.setdefault(row, set()).add((int(point.config.seed), draw))
+        items[row] = int(point.config.task.n_test)
+    for row, mine in seeds.items():
+        sizes[items[row], len(mine)] += 1
+    if not steered:
+        return []
+    settings = steered[0].settings
+    change, deviation = settings.assumed_change, settings.assumed_seed_deviation
+    lines = [_line(n, n_seeds, change, deviation) for n, n_seeds in sorted(sizes)]
+    assumed = f"assumed: {100 * change:.0f} % of the items change"
+    if any(n_seeds > 1 for _, n_seeds in sizes):
+        assumed += f", seeds deviate by {100 * deviation:.1f} points"
+    return [*lines, f"  ({assumed}; docs/statistics.md)"]
+
+
+def _line(n: int, n_seeds: int, change: float, deviation: float) -> str:
+    spread = Spread.assumed(change, deviation)
+    found = smallest_difference(spread, n, n_seeds)
+    target = f"{100 * TARGET:.0f} points"
+    have = f"{n:,} test items, {_seeds(n_seeds)}"
+    text = f"can show, with {have}: {100 * found:.1f} points in four of five cases"
+    if found <= TARGET:
+        return text
+    needed = items_needed(spread, n_seeds)
+    if needed is not None:
+        return f"{text}; {target} would need {needed:,} items with {_seeds(n_seeds)}"
+    both = both_needed(spread, n_seeds)
+    if both is None:
+        return f"{text}; {target} is out of reach"
+    return f"{text}; {target} would need {both[0]:,} items and {_seeds(both[1])}"
+
+
+def _seeds(n: int) -> str:
+    return "1 seed" if n == 1 else f"{n} seeds"

@@ -1,0 +1,200 @@
+"""`python -m crl_exp report SWEEP`: what a sweep found, as a table, CSV and figures."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from crl_exp.report.comparison.feature_credit import (
+    CREDIT_COLUMNS,
+    ITEM_COLUMNS,
+    FeatureCredit,
+    credit_lines,
+    credits_of,
+    item_lines,
+)
+from crl_exp.report.comparison.feature_use import metric_lines
+from crl_exp.report.comparison.pairs import chosen_pairs
+from crl_exp.report.comparison.rows import SweepComparison
+from crl_exp.report.figures import by_labels as label_figure
+from crl_exp.report.figures import features as feature_figures
+from crl_exp.report.figures import heat_map
+from crl_exp.report.figures import ladder as ladder_figure
+from crl_exp.report.figures import steering as figures
+from crl_exp.report.figures import training as curves
+from crl_exp.report.files import Files
+from crl_exp.report.page import page
+from crl_exp.report.parts import ReportPart, SweepParts, compare_parts
+from crl_exp.report.tables import csv as table_csv
+from crl_exp.report.tables import ladder as table_ladder
+from crl_exp.report.tables import latex as table_latex
+from crl_exp.report.tables import terminal as tables
+from crl_exp.report.tables.groups import GROUP_CSV, group_lines
+from crl_exp.report.tables.pairs import PAIR_CSV, pair_line
+from crl_exp.runs.directory import SWEEP_CONFIG
+from crl_exp.runs.records import Record, find_records, find_sweep
+from crl_exp.tracking.report import attach_report
+from crl_exp.tracking.sync import resolved_uri
+
+log = logging.getLogger(__name__)
+CHANGED = {
+    "sweep",
+    "sweep_name",
+    "task",
+    "method",
+    "layers",
+    "layers.layer",
+    "seed",
+    "resume",
+    "mask",
+}
+"""What a sweep asks for that isn't asked for again with the commands to type next."""
+# Table columns don't fit a narrow terminal; where there is none, this many characters.
+WIDTH = 130
+# Each draws into a file, or returns False where the sweep has nothing of the kind.
+FIGURES = {
+    "ladder": ladder_figure.ladder,
+    "by_layer": figures.by_layer,
+    "by_option": figures.by_option,
+    "by_labels": label_figure.by_labels,
+    "heat_map": heat_map.heat_map,
+    "training": curves.training,
+    "overlap": feature_figures.overlap,
+    "diversity": feature_figures.diversity,
+    "correlation": feature_figures.correlation,
+}
+
+
+def write_report(parts: SweepParts, folder: Path) -> list[Path]:
+    """Write tables, figures and the page into `folder`; returns what was written.
+
+    Where there are several parts, each has a folder of its own in it.
+    """
+    files = Files(folder)
+    figures_of: dict[str, list[Path]] = {}
+    credits: dict[str, list[FeatureCredit]] = {}
+    for part in parts.parts:
+        inside = files.inside(part.folder) if parts.several else files
+        credits[part.folder] = write_texts(part, inside)
+        figures_of[part.folder] = [
+            png for name, draw in FIGURES.items() if (png := inside.figure(name, draw, part.sweep))
+        ]
+    files.text("table.csv", table_csv.rows_csv(parts))
+    if parts.several:
+        files.text("table.md", tables.markdown_of_parts(parts))
+        files.text("table.tex", table_latex.latex_of_parts(parts))
+        files.text("overview.csv", table_csv.overview_csv(parts))
+        drawn = files.figure("overview", figures.overview, parts)
+        figures_of[""] = [drawn] if drawn else []
+    files.text("report.html", page(parts, figures_of, credits))
+    files.remove_others()
+    return files.written
+
+
+def write_texts(part: ReportPart, files: Files) -> list[FeatureCredit]:
+    """The tables of one part; returns what its features did."""
+    sweep = part.sweep
+    label = f"{sweep.first.sweep}-{part.folder}".rstrip("-")
+    credits = sorted(
+        (credit for row in sweep.rows for credit in credits_of(row)),
+        key=lambda credit: credit.weight, reverse=True,
+    )  # fmt: skip
+    files.text("table.md", tables.markdown(sweep) + tables.feature_section(credits))
+    files.text("table.tex", table_latex.latex(sweep, label))
+    if pairs := chosen_pairs(sweep):
+        files.text("pairs.csv", table_csv.as_csv(PAIR_CSV, [pair_line(pair) for pair in pairs]))
+    if steps := table_ladder.ladder_lines(sweep):
+        files.text("ladder.csv", table_csv.as_csv(table_ladder.CSV, steps))
+    if lines := group_lines(sweep):
+        files.text("groups.csv", table_csv.as_csv(GROUP_CSV, lines))
+    if credits:
+        files.text("features.csv", table_csv.as_csv(CREDIT_COLUMNS, credit_lines(credits)))
+        files.text("by_layer.csv", table_csv.as_csv(*metric_lines(sweep)))
+    if items := [line for row in sweep.rows for line in item_lines(row)]:
+        files.text("items.csv", table_csv.as_csv(ITEM_COLUMNS, items))
+    return credits
+
+
+def typed_for_all(folder: Path) -> list[str]:
+    """Overrides of the sweep's command that held for all its runs, but for those of `CHANGED`."""
+    path = folder / SWEEP_CONFIG
+    asked = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    typed: list[str] = OmegaConf.select(asked, "hydra.overrides.task") or []
+    kept = [one for one in typed if "," not in one and one.lstrip("+").split("=")[0] not in CHANGED]
+    if folder.parent != Path("outputs") and not any(one.startswith("output_dir=") for one in kept):
+        kept.append(f"output_dir={folder.parent}")
+    return kept
+
+
+def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:
+    """What one would type next, made for this sweep."""
+    config = sweep.first.config
+    layers = sorted({layer for row in sweep.rows for layer in row.layers if len(row.layers) == 1})
+    which = ",".join(map(str, layers)) or "8,18"
+    names = f"sweep_name={sweep.first.sweep} task={config['task']['name']}"
+    launch = " ".join(["python launch.py -m", names, *map(shlex.quote, typed_for_all(folder))])
+    tracking = config["tracking"]
+    uri = resolved_uri(tracking["uri"], folder.parent)
+    see = f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    lines = {
+        f"{launch} layers.layer={which} seed=3,4": "more seeds; finished runs are not run again",
+        f"{launch} layers.layer={which} mask=active": "another option beside it",
+        f"{launch} layers.layer={which} resume=force": "again from the start",
+        see if tracking["enabled"] else f"python -m crl_exp sync {folder}": "all runs in MLflow",
+    }
+    width = max(map(len, list(lines)[:3]))
+    return [f"{line:<{width}}  # {why}" for line, why in lines.items()]
+
+
+def attach(records: list[Record], folder: Path) -> None:
+    """Log the report wherever the sweep's runs are logged."""
+    sections = [record.config["tracking"] for record in records]
+    places = {(section["uri"], section["experiment"]): section for section in sections}
+    for section in places.values():
+        count = attach_report(folder, section)
+        if count is not None:
+            where = resolved_uri(section["uri"], folder.absolute().parent)
+            log.info("%d new files of the report logged to the sweep's run in %s", count, where)
+
+
+def main(argv: list[str]) -> int:
+    """`python -m crl_exp report SWEEP_OR_DIR [--output-dir DIR]`. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m crl_exp report",
+        description="Compare a sweep's runs: table, CSV and figures in outputs/SWEEP/report/.",
+    )
+    parser.add_argument("sweep", help="name of a sweep in the output folder, or its folder")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
+    parser.add_argument(
+        "--by", metavar="KEY", action="append", default=[],
+        help="report runs that differ in this key of the config (model.dtype) apart; may be given "
+        "several times. Tasks, models and SAE releases always are",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    log.setLevel(logging.INFO)
+    folder = find_sweep(arguments.sweep, arguments.output_dir)
+    records = find_records(folder)
+    parts = compare_parts(records, tuple(arguments.by))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    # The files first: whatever a terminal can't show, they are whole.
+    written = write_report(parts, folder / "report")
+    tables.print_parts(parts, console)
+    console.print("\nwritten:")
+    here = [path for path in written if path.parent == folder / "report"]
+    for path in here:
+        console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
+    if len(here) < len(written):
+        console.print(f"  and {len(written) - len(here)} files in folders there, one for each part")
+    attach(records, folder)
+    console.print("to type next:")
+    for line in next_lines(parts.parts[0].sweep, folder):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    return 0

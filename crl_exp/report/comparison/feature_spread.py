@@ -1,0 +1,99 @@
+"""How sure a figure of the features used is, over items and seeds.
+
+The items' part by a grouped jackknife: the figure is made again without each twentieth of the test
+items, the same for every seed (Tukey 1958; Miller 1974). Shapes: S seeds, G groups.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+from crl_exp.analysis.statistics import Crossed, crossed_parts
+from crl_exp.report.comparison.feature_use import LayerUse
+from crl_exp.runs.items import BATCH_ROWS
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported, unseen by type checkers
+GROUPS = 20
+Counts = dict[int, list[Counter[int]]]
+"""By layer and group of items: at how many tokens each feature was added."""
+
+
+def spread_over_items(
+    uses: Sequence[LayerUse], metric: Callable[[LayerUse], float]
+) -> tuple[Crossed, bool]:
+    """The mean of a figure over seeds with its uncertainty, and whether items are in it.
+
+    They aren't where a run has no interventions.parquet.
+    """
+    value_S = np.array([metric(use) for use in uses])
+    without = [without_groups(use) for use in uses]
+    known = [one for one in without if one is not None]
+    if len(known) < len(without):
+        return crossed_parts(value_S, 0.0, 0.0, 0), False
+    value_SG = np.array([[metric(part) for part in parts] for parts in known])
+    v_of_one = float(np.mean([_jackknife(value_G) for value_G in value_SG]))
+    return crossed_parts(value_S, _jackknife(value_SG.mean(axis=0)), v_of_one, GROUPS), True
+
+
+def _jackknife(value_G: np.ndarray) -> float:
+    """Variance of a figure from its values without each group of items."""
+    return float((len(value_G) - 1) * value_G.var())
+
+
+def without_groups(use: LayerUse) -> list[LayerUse] | None:
+    """A run's features at a layer, counted without each group of items; None where the items that
+    had them aren't known, or all lie in one group."""
+    path = use.record.path / "interventions.parquet"
+    if not path.exists():
+        return None
+    of_groups = _counted(path, path.stat().st_mtime_ns).get(use.layer)
+    if of_groups is None:
+        return None
+    found = []
+    for counts in of_groups:
+        left = [{**row, "tokens": row["tokens"] - counts[row["feature"]]} for row in use.used]
+        kept = tuple(row for row in left if row["tokens"] > 0)
+        if not kept:
+            return None
+        found.append(replace(use, used=kept))
+    return found
+
+
+@lru_cache(maxsize=64)
+def _counted(path: Path, _written: int) -> Counts:
+    """Read in batches: a long answer steered at every layer has millions of rows."""
+    found: Counts = {}
+    file = pq.ParquetFile(path, read_dictionary=["item"])
+    columns = ["split", "item", "layer", "features"]
+    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+        rows = pa.Table.from_batches([batch])
+        rows = rows.filter(pc.equal(rows["split"], "test"))
+        features = rows["features"].combine_chunks()
+        at = pc.list_parent_indices(features)
+        table = pa.table(
+            {
+                "item": rows["item"].cast(pa.string()).take(at),
+                "layer": rows["layer"].take(at),
+                "feature": pc.list_flatten(features),
+            }
+        )
+        counts = table.group_by(["item", "layer", "feature"]).aggregate([([], "count_all")])
+        for line in counts.to_pylist():
+            groups = found.setdefault(line["layer"], [Counter() for _ in range(GROUPS)])
+            groups[group_of(line["item"])][line["feature"]] += line["count_all"]
+    return found
+
+
+def group_of(item_id: str) -> int:
+    return zlib.crc32(item_id.encode()) % GROUPS

@@ -1,0 +1,20 @@
+"""The tables below a sweep's main one, in their order."""
+
+from __future__ import annotations
+
+from crl_exp.report.comparison.rows import SweepComparison
+from crl_exp.report.tables.cells import FurtherTable
+from crl_exp.report.tables.fit import fit_tables
+from crl_exp.report.tables.groups import group_tables
+from crl_exp.report.tables.ladder import ladder_tables
+from crl_exp.report.tables.left_alone import left_alone_tables
+from crl_exp.report.tables.pairs import pair_tables
+from crl_exp.report.tables.quality import quality_tables
+
+
+def further_tables(sweep: SweepComparison) -> list[FurtherTable]:
+    """Those that have a line."""
+    return [
+        *group_tables(sweep), *ladder_tables(sweep), *pair_tables(sweep), *quality_tables(sweep),
+        *left_alone_tables(sweep), *fit_tables(sweep),
+    ]  # fmt: skip

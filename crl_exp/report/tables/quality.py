@@ -1,0 +1,80 @@
+"""What the table of quality says: reward and log-likelihood side by side, for free text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from crl_exp.analysis.statistics import Z, crossed_parts
+from crl_exp.report.comparison.estimates import split
+from crl_exp.report.comparison.rows import Row, SweepComparison
+from crl_exp.report.tables.cells import FurtherTable, points, row_layers
+
+KEYS = ("log_likelihood_baseline", "log_likelihood_steered", "log_likelihood_delta")
+TITLE = "Reward against quality: log-likelihood of the answers under the unsteered model"
+COLUMNS = (
+    "method", "layers", "seeds", "Δ points [95 %]", "unsteered → steered, nats a token",
+    "Δ nats a token [95 %]",
+)  # fmt: skip
+NOTE = (
+    "Mean over items of each answer's mean log-probability a token, its end included, read by the "
+    "unsteered model behind the item's own prompt. Below 0 in the last column: the answers are "
+    "less like what the model itself would write. Its own greedy answers are likely by "
+    "construction, so a small loss is no damage yet; read some. 95 % over items and seeds."
+)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """In nats a token; means over seeds. interval: 95 %, of delta."""
+
+    baseline: float
+    steered: float
+    delta: float
+    interval: tuple[float, float]
+
+    @property
+    def values(self) -> list[float]:
+        return [self.baseline, self.steered, self.delta, *self.interval]
+
+
+def quality_of(row: Row, test_set: str | None = None) -> Quality | None:
+    """None where a run has no such figures: the output is restricted, or it ran before there were
+    any."""
+    runs = [split(run, test_set) for run in row.runs]
+    if any(figures.get(key) is None for figures in runs for key in KEYS):
+        return None
+    baseline, steered, delta = (float(np.mean([one[key] for one in runs])) for key in KEYS)
+    delta_S = np.array([figures[KEYS[2]] for figures in runs])
+    ends = np.array([figures["log_likelihood_delta_ci95"] for figures in runs])
+    v_items = float((((ends[:, 1] - ends[:, 0]) / 2) ** 2).mean()) / Z**2
+    interval = crossed_parts(delta_S, v_items, v_items, int(runs[0]["n"])).interval
+    return Quality(baseline, steered, delta, interval)
+
+
+def quality_cells(row: Row, found: Quality) -> list[str]:
+    low, high = found.interval
+    return [
+        row.family, row_layers(row), str(len(row.runs)),
+        points(row.mean("delta"), row.interval()),
+        f"{found.baseline:.2f} → {found.steered:.2f}",
+        f"{found.delta + 0.0:+.2f} [{low:.2f}, {high:.2f}]",
+    ]  # fmt: skip
+
+
+def quality_tables(sweep: SweepComparison) -> list[FurtherTable]:
+    """Reward against quality, for free text."""
+    pairs = [(row, quality_of(row)) for row in sweep.rows]
+    lines = [quality_cells(row, found) for row, found in pairs if found is not None]
+    return [FurtherTable(TITLE, "quality", COLUMNS, lines, [NOTE])] if lines else []
+
+
+CSV_COLUMNS = (*KEYS, "log_likelihood_delta_low", "log_likelihood_delta_high")
+
+
+def quality_csv(row: Row, test_set: str | None) -> list[Any]:
+    """Cells of table.csv, empty where there is nothing."""
+    found = quality_of(row, test_set)
+    return [""] * len(CSV_COLUMNS) if found is None else found.values

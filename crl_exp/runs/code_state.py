@@ -1,0 +1,86 @@
+"""Which code a run was made by: commit, whether it was changed since, and how."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crl_exp.config.paths import REPO
+from crl_exp.runs.directory import write_atomic, write_json
+
+SOURCES = ("crl_exp", "hydra_plugins", "conf", "sweeps", "launch.py")
+"""Where a file that git doesn't know yet changes what a run does."""
+DIFF_CHARS = 5_000_000
+
+
+@dataclass(frozen=True)
+class CodeState:
+    """commit, dirty: null outside a git checkout. diff: against the commit, new files included."""
+
+    commit: str | None
+    dirty: bool | None
+    diff: str
+
+    @property
+    def digest(self) -> str | None:
+        """Of the diff; None where there is none."""
+        return hashlib.sha256(self.diff.encode()).hexdigest()[:12] if self.diff else None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As in code.json and result.json."""
+        return {"git_commit": self.commit, "git_dirty": self.dirty, "git_diff": self.digest}
+
+    def write_diff(self, sweep: Path) -> None:
+        """Into the sweep's folder: once, as runs with the same changes share it."""
+        if self.digest is None:
+            return
+        path = sweep / f"code-{self.digest}.diff"
+        if not path.exists():
+            write_atomic(path, self.diff)
+
+
+@functools.cache
+def code_state() -> CodeState:
+    """Read once a process: what is edited later is not what was loaded."""
+    return read_code_state(REPO)
+
+
+def read_code_state(repo: Path) -> CodeState:
+    commit = _git(repo, "rev-parse", "HEAD")
+    if commit is None:
+        return CodeState(None, None, "")
+    diff = _git(repo, "diff", "HEAD", "--no-color", "--no-ext-diff") or ""
+    new = _git(repo, "ls-files", "--others", "--exclude-standard", "--", *SOURCES) or ""
+    for name in new.splitlines():
+        diff += _git(repo, "diff", "--no-color", "--no-index", "--", "/dev/null", name) or ""
+    if len(diff) > DIFF_CHARS:
+        diff = f"{diff[:DIFF_CHARS]}\n(cut off: the whole has {len(diff)} characters)\n"
+    return CodeState(commit.strip(), diff != "", diff)
+
+
+def note_code(run: Path) -> dict[str, Any]:
+    """Write code.json into a run directory, at its start; returns what it holds."""
+    state = code_state()
+    state.write_diff(run.parent)
+    write_json(run / "code.json", state.facts)
+    return state.facts
+
+
+def _git(repo: Path, *words: str) -> str | None:
+    """What git prints; None where it fails or isn't there."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(repo), *words],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except FileNotFoundError:
+        return None
+    # 1 is how `git diff --no-index` says that there is a difference.
+    return done.stdout if done.returncode in (0, 1) else None

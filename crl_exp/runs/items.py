@@ -1,0 +1,197 @@
+"""items.parquet: a line for each evaluated item, so that any two runs can be paired by item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+from crl_exp.config.errors import UserError
+from crl_exp.config.files import replacing
+from crl_exp.runs.records import Record
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported, unseen by type checkers
+NAME = "items.parquet"
+ITEMS = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("split", pa.string()),
+        ("reward_baseline", pa.float64()),
+        ("reward_steered", pa.float64()),
+        ("changed", pa.bool_()),
+        ("group", pa.string()),
+    ]
+)
+"""`changed`: whether the tokens of the answer differ from the unsteered ones. `group`: the item's
+subject, category or the like, "" where it has none. Readers name the columns that they want: others
+may stand beside them."""
+GROUP = "group"  # not in files of earlier versions
+BATCH_ROWS = 500_000
+
+
+class NoItemsError(UserError):
+    """A run whose items aren't all on disk: it was made before there was an items.parquet."""
+
+
+@dataclass(frozen=True)
+class ItemRewards:
+    """Rewards of a split's items, unsteered and steered [I], in the order of evaluation.
+
+    groups: of each item; None where the run was made before they were written.
+    """
+
+    ids: tuple[str, ...]
+    baseline: np.ndarray
+    steered: np.ndarray
+    groups: tuple[str, ...] | None = None
+
+
+def items_table(
+    split: str,
+    ids: Sequence[str],
+    baseline: Sequence[float],
+    steered: Sequence[float],
+    changed: Sequence[bool],
+    groups: Sequence[str],
+) -> pa.Table:
+    """A split's part of items.parquet."""
+    columns = {
+        "item_id": list(ids), "split": [split] * len(ids), "reward_baseline": list(baseline),
+        "reward_steered": list(steered), "changed": [bool(one) for one in changed],
+        "group": list(groups),
+    }  # fmt: skip
+    return pa.table(columns, schema=ITEMS)
+
+
+def write_items(folder: Path, tables: Sequence[pa.Table]) -> None:
+    path = folder / NAME
+    with replacing(path, path.with_suffix(".partial")) as file:
+        pq.write_table(pa.concat_tables(tables), file, compression="zstd")
+
+
+def item_rewards(run: Record, split: str = "test") -> ItemRewards:
+    """The rewards of every item of a split, from items.parquet, or else from interventions.parquet,
+    which has them for every item that was steered.
+
+    Raises `NoItemsError` where neither covers the split, and `UserError` where an id comes twice or
+    items are missing.
+    """
+    for name, read in ((NAME, _from_items), ("interventions.parquet", _from_interventions)):
+        path = run.path / name
+        if path.exists():
+            found = read(path, split, path.stat().st_mtime_ns)
+            if found is not None:
+                return _checked(run, split, path, found)
+    raise NoItemsError(
+        f"{run.path} has no rewards of the single items of {split}: it was run before "
+        f"{NAME} was written. `resume=force` runs it again"
+    )
+
+
+def _checked(run: Record, split: str, path: Path, found: ItemRewards) -> ItemRewards:
+    twice = len(found.ids) - len(set(found.ids))
+    if twice:
+        raise UserError(
+            f"{path}: {twice} of the {len(found.ids)} items of {split} have an id that another one "
+            "has, so that they can't be paired; give each item an id of its own"
+        )
+    n = _n_of(run, split)
+    if n is not None and n != len(found.ids):
+        if path.name != NAME:
+            raise NoItemsError(
+                f"{path} has rewards of {len(found.ids)} of the {n} items of {split}, those that "
+                f"were steered, and there is no {NAME}. `resume=force` runs it again"
+            )
+        raise UserError(f"{path} has {len(found.ids)} items of {split}, but result.json has {n}")
+    return found
+
+
+def _n_of(run: Record, split: str) -> int | None:
+    if run.result is None:
+        return None
+    if split == "test":
+        return run.result["n"]
+    sets = {**run.result["test_sets"], "validation": run.result["validation"]}
+    return sets[split]["n"] if split in sets else None
+
+
+@lru_cache(maxsize=512)
+def _from_items(path: Path, split: str, _written: int) -> ItemRewards | None:
+    """_written: when the file was, so that one written anew is read anew."""
+    columns = ["item_id", "split", "reward_baseline", "reward_steered"]
+    try:
+        there = pq.read_schema(path).names
+        table = pq.read_table(path, columns=[*columns, *([GROUP] if GROUP in there else [])])
+    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); resume=force runs it again") from error
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise UserError(f"{path} has no column {', '.join(missing)}; resume=force runs it again")
+    kind = table.schema.field("item_id").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UserError(
+            f"{path}: item_id is {kind}, but ids are text (007 and 7 are two items); write them so"
+        )
+    table = table.filter(pc.equal(table["split"], split))
+    return _rewards(table, "item_id") if len(table) else None
+
+
+@lru_cache(maxsize=512)
+def _from_interventions(path: Path, split: str, _written: int) -> ItemRewards | None:
+    """One line an item of those that were steered. A long answer steered at every layer has
+    millions of rows: they are read in batches."""
+    file = pq.ParquetFile(path, read_dictionary=["item"])
+    columns = ["item", "reward_baseline", "reward_steered"]
+    if not set(columns) <= set(file.schema_arrow.names):
+        return None
+    parts = []
+    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["split", *columns]):
+        rows = pa.Table.from_batches([batch])
+        rows = rows.filter(pc.equal(rows["split"], split)).select(columns)
+        rows = rows.set_column(0, "item", rows["item"].cast(pa.string()))
+        parts.append(rows.group_by(columns, use_threads=False).aggregate([]))
+    if not parts:
+        return None
+    table = pa.concat_tables(parts).group_by(columns, use_threads=False).aggregate([])
+    return _rewards(table, "item") if len(table) else None
+
+
+def _rewards(table: pa.Table, id_column: str) -> ItemRewards:
+    was, now = (table[f"reward_{name}"].to_numpy() for name in ("baseline", "steered"))
+    groups = tuple(table[GROUP].to_pylist()) if GROUP in table.column_names else None
+    return ItemRewards(
+        tuple(table[id_column].to_pylist()), was.astype(np.float64), now.astype(np.float64), groups
+    )
+
+
+def aligned(runs: Sequence[tuple[Record, ItemRewards]], split: str) -> list[ItemRewards]:
+    """The same items in one order, that of the first run.
+
+    Raises `UserError` with counts where the items are not the same.
+    """
+    (first, wanted), *others = runs
+    found = [wanted]
+    for run, rewards in others:
+        if rewards.ids == wanted.ids:
+            found.append(rewards)
+            continue
+        place = {item: at for at, item in enumerate(rewards.ids)}
+        only = [len(set(a) - set(b)) for a, b in ((wanted.ids, place), (place, wanted.ids))]
+        if any(only):
+            raise UserError(
+                f"{first.path.parent.name}/{first.key} and {run.path.parent.name}/{run.key} were "
+                f"not asked the same items of {split}: {only[0]} are only in the first, {only[1]} "
+                "only in the second. Pairing takes the same items: the same task, split_seed, "
+                f"n_test and data"
+            )
+        at = [place[item] for item in wanted.ids]
+        groups = None if rewards.groups is None else tuple(rewards.groups[i] for i in at)
+        found.append(ItemRewards(wanted.ids, rewards.baseline[at], rewards.steered[at], groups))
+    return found

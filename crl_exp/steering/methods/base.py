@@ -1,0 +1,90 @@
+"""What a method is: it makes what will be evaluated, mostly a controller."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from crl_exp.generation.controller import Controller, Unsteered
+from crl_exp.steering.answerer import Answering
+from crl_exp.steering.workspace import SteeringConfig, Workspace
+
+
+@dataclass
+class Method:
+    """Base. name: what results are filed under.
+
+    label: what a report calls it; None: its name. control: whether it is one, so that a report
+    neither chooses among its layers nor holds it for a result.
+    """
+
+    name: str
+    label: ClassVar[str | None] = None
+    control: ClassVar[bool] = False
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether stage 1 is made for it."""
+        return True
+
+    @property
+    def uses_layers(self) -> bool:
+        """Whether `layers` says anything to it; if not, no SAE is looked for."""
+        return True
+
+    @property
+    def uses_dictionary(self) -> bool:
+        """Whether it depends on what the SAE's decoder adds for a feature (`sae.dictionary`)."""
+        return True
+
+    @property
+    def nothing_instead(self) -> str:
+        """What to set so that it does nothing where all that it tries does harm; "" if it can't."""
+        return ""
+
+    def faults(self) -> list[str]:
+        return []
+
+    def conflicts(self, exp: SteeringConfig) -> list[str]:
+        """What of the rest of the config this method can't honour."""
+        return []
+
+    @abstractmethod
+    def prepare(self, workspace: Workspace) -> Answering:
+        """Find, choose or learn what answers the test items, on train and validation items only;
+        for most methods a controller."""
+        raise NotImplementedError
+
+
+@dataclass
+class WithoutFeatures(Method):
+    """Base of those that have no use for features: they are spared stage 1."""
+
+    @property
+    def needs_statistics(self) -> bool:
+        return False
+
+    @property
+    def uses_dictionary(self) -> bool:
+        return False
+
+
+@dataclass
+class WithoutLayers(WithoutFeatures):
+    """Base of those that don't look at residuals either: no SAE is looked for."""
+
+    @property
+    def uses_layers(self) -> bool:
+        return False
+
+
+@dataclass
+class NoSteering(WithoutFeatures):
+    """The unsteered model against itself: what a difference of zero looks like."""
+
+    label = "unsteered"
+    control = True
+
+    def prepare(self, workspace: Workspace) -> Controller:
+        return Unsteered()

@@ -1,0 +1,187 @@
+"""Methods: how what will be evaluated, mostly a controller, comes about. `method=…` picks one.
+
+Each is one dataclass and one YAML file. All go through the same engine and the same evaluation.
+CRL is here; what a method is, and CorrSteer, in `methods.base` and `methods.corrsteer`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from crl_exp.analysis.row_random import own_seed
+from crl_exp.config.errors import UserError
+from crl_exp.generation.controller import Controller, Unsteered
+from crl_exp.steering.controllers.policy import PolicyController
+from crl_exp.steering.feature_statistics.running import online_conflicts
+from crl_exp.steering.methods.base import Method, NoSteering, WithoutFeatures, WithoutLayers
+from crl_exp.steering.methods.corrsteer import (
+    CorrSteer,
+    CorrSteerA,
+    CorrSteerP,
+    CorrSteerS,
+    best_scale,
+    multiplier_faults,
+    warn_of_nothing,
+)
+from crl_exp.steering.policy.agent import AgentSetting, LayerAgent
+from crl_exp.steering.policy.trainer import Trainer
+from crl_exp.steering.stages.base import Pipeline
+from crl_exp.steering.stages.effects import Setting, follows_correlation
+from crl_exp.steering.workspace import SteeringConfig, Workspace
+
+__all__ = [
+    "CRL", "CorrSteer", "CorrSteerA", "CorrSteerP", "CorrSteerS", "Method", "NoSteering",
+    "PublishedCRL", "WithoutFeatures", "WithoutLayers", "best_scale", "multiplier_faults",
+    "warn_of_nothing",
+]  # fmt: skip
+NOTHING_TO_CHOOSE_BY = (
+    "method.stage2=false leaves the policy's logits at 0, and with these stages the choice is then "
+    "not by stage 1's correlations: it would be any feature, such as the first. Set fusion=add and "
+    "activation=identity, or method.stage2=true"
+)
+
+
+@dataclass
+class CRL(CorrSteer):
+    """Control reinforcement learning (arXiv 2602.10437): a policy picks the feature at each token.
+
+    stage2: train by `algorithm`; off, the untrained (zero) policy steers by the correlation alone.
+    features: `free`, any allowed feature, or `fixed`, CorrSteer-A's at each layer with its
+        coefficient. With stage2=false and features=fixed the outputs equal CorrSteer-A's.
+    online_correlation: go on measuring the correlations in stage 2, on its rollouts, where the
+        chosen features count at their added coefficient.
+    """
+
+    stage2: bool
+    features: str
+    online_correlation: bool
+
+    label = "CRL"
+
+    def faults(self) -> list[str]:
+        ok = self.features in ("free", "fixed")
+        found = "" if ok else f"method.features={self.features}: must be free or fixed"
+        return [*super().faults(), found]
+
+    @property
+    def nothing_instead(self) -> str:
+        """`multipliers` are of fixed features alone."""
+        return super().nothing_instead if self.features == "fixed" else ""
+
+    def conflicts(self, exp: SteeringConfig) -> list[str]:
+        found = []
+        if self.features == "fixed" and exp.policy.k > 1:
+            found.append(
+                f"method.features=fixed has one feature a layer, but policy.k={exp.policy.k}"
+            )
+        if not self.stage2:
+            found += exp.policy.untrained_faults()
+        for stage in exp.stages.values():
+            found += stage.conflicts(exp.policy, exp.algorithm)
+        for i, name in enumerate(exp.order):
+            later = {other: exp.stages[other] for other in exp.order[i + 1 :]}
+            found += exp.stages[name].conflicts_behind(later)
+        if not self.stage2 and self.features == "free" and not follows_correlation(Setting.of(exp)):
+            found.append(NOTHING_TO_CHOOSE_BY)
+        if self.online_correlation:
+            found += online_conflicts(exp.warmup, self.stage2)
+        prompts_per_update, n_train = exp.algorithm.prompts_per_update, exp.task.n_train
+        if self.stage2 and prompts_per_update > n_train:
+            found.append(
+                f"algorithm.prompts_per_update={prompts_per_update} exceeds task.n_train={n_train}"
+            )
+        return found
+
+    def prepare(self, workspace: Workspace) -> Controller:
+        exp = workspace.exp
+        torch.manual_seed(exp.seed)  # initial weights of hidden layers
+        agents = (
+            self.fixed_agents(workspace)
+            if self.features == "fixed"
+            else self.free_agents(workspace)
+        )
+        if not agents:
+            return Unsteered()
+        if self.stage2:
+            trainer = Trainer(
+                agents, exp.algorithm, exp.decay, exp.seed, len(workspace.splits.train),
+                workspace.run,
+                exp.checkpoint,
+            )  # fmt: skip
+            with workspace.bar("training", exp.algorithm.n_updates) as advance:
+                trainer.train(workspace.play, workspace.training_reward, advance)
+            workspace.note("best_update", trainer.best_step)
+            for reward_I in trainer.tried:
+                workspace.tried.add(reward_I.numpy(), "updates of the policy")
+        return PolicyController(agents, exp.decay)
+
+    def free_agents(self, workspace: Workspace) -> dict[int, LayerAgent]:
+        agents = {}
+        for layer, statistics in workspace.statistics().items():
+            allowed_C = statistics.allowed(workspace.exp.warmup.min_frequency)
+            drops = workspace.exp.warmup.negative == "drop"
+            if drops and not len(allowed_C):
+                warn_of_nothing(workspace, layer)
+                continue
+            if len(allowed_C) < workspace.exp.policy.k:
+                keep = ", or set warmup.negative=keep" if drops else ""
+                raise UserError(
+                    f"layer {layer}: only {len(allowed_C)} features may be steered, but "
+                    f"policy.k={workspace.exp.policy.k}; lower policy.k or "
+                    f"warmup.min_frequency{keep}"
+                )
+            agents[layer] = _agent(workspace, layer, allowed_C, workspace.coefficients(layer))
+            if not self.stage2 and not agents[layer].tells_apart():
+                raise UserError(f"layer {layer}: {NOTHING_TO_CHOOSE_BY}")
+        return agents
+
+    def fixed_agents(self, workspace: Workspace) -> dict[int, LayerAgent]:
+        agents = {}
+        for steer in self.each_layer(workspace):
+            coefficient_F = torch.zeros(workspace.saes[steer.layer].d_sae)
+            coefficient_F[steer.feature_idx] = steer.coefficient
+            agents[steer.layer] = _agent(
+                workspace, steer.layer, torch.tensor([steer.feature_idx]), coefficient_F
+            )
+        return agents
+
+
+@dataclass
+class PublishedCRL(CRL):
+    """CRL with the parts that its paper gives it; `conf/method/crl_published.yaml` sets them."""
+
+    label = "CRL as published"
+
+
+def _agent(
+    workspace: Workspace, layer: int, allowed_C: torch.Tensor, coefficient_F: torch.Tensor
+) -> LayerAgent:
+    exp = workspace.exp
+    online = isinstance(exp.method, CRL) and exp.method.online_correlation
+    if exp.policy.first_weights == "by_layer":
+        torch.manual_seed(own_seed("policy", exp.seed, layer))
+    return LayerAgent(
+        workspace.saes[layer], workspace.statistics()[layer], allowed_C, coefficient_F,
+        Pipeline(exp.stages, exp.order),
+        AgentSetting(
+            exp.policy, exp.warmup, workspace.n_tokens, exp.algorithm.uses_critic, online,
+            _score_scale(workspace), exp.seed,
+        ),
+    )  # fmt: skip
+
+
+def _score_scale(workspace: Workspace) -> float:
+    """The largest score of a feature that may be steered, of all steered layers; 1 for r.
+
+    So that another score enters the logits in r's range and layers stay comparable.
+    """
+    warmup = workspace.exp.warmup
+    if warmup.score == "pearson":
+        return 1.0
+    sizes = [
+        one.score[one.allowed(warmup.min_frequency)].abs()
+        for one in workspace.statistics().values()
+    ]
+    return max(float(torch.cat(sizes).max()), 1e-12)

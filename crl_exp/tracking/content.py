@@ -1,0 +1,254 @@
+"""What of a run directory MLflow is given, and under which names. Knows nothing of MLflow."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crl_exp.config.display import plain, undefined
+from crl_exp.config.files import read_json as read_our_json
+from crl_exp.config.option_names import DICTIONARIES
+from crl_exp.runs.directory import NOT_IN_KEY
+from crl_exp.runs.records import AGAIN, Record, flatten
+from crl_exp.tracking.sent import digest
+
+ARTIFACTS = (
+    "config.yaml", "code.json", "data.json", "result.json", "features.json",
+    "interventions.parquet", "items.parquet", "*.png", "figures/*",
+)  # fmt: skip
+SWEEP_ARTIFACTS = ("submission.json", "code-*.diff", "report/**/*")
+STATUS = {
+    "queued": "SCHEDULED",
+    "unknown": "SCHEDULED",
+    "running": "RUNNING",
+    "done": "FINISHED",
+    "failed": "FAILED",
+    "cancelled": "KILLED",
+    "preempted": "KILLED",
+    "lost": "KILLED",
+}
+"""State of a run directory to MLflow's status of a run."""
+UNFINISHED = ("SCHEDULED", "RUNNING")
+# MLflow's own limits of a param's name and value.
+PARAM_CHARS, NAME_CHARS = 6000, 250
+WHOLE_PARAMS = "long_params.json"
+
+# Final metric's name, and its key in the figures of a split.
+COMPARED = {
+    "n": "n",
+    "accuracy_baseline": "accuracy_baseline",
+    "accuracy_steered": "accuracy_steered",
+    "delta": "delta",
+    "p_value": "p_value",
+    "ser": "ser",
+    "invalid": "invalid_steered",
+}
+# Of free text alone, and not in results of earlier versions.
+QUALITY = ("log_likelihood_baseline", "log_likelihood_steered", "log_likelihood_delta")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A metric at a step; `time_ms` since the epoch, taken from the run directory, so that a point
+    sent twice is the same point."""
+
+    name: str
+    value: float
+    step: int
+    time_ms: int
+
+
+@dataclass
+class Params:
+    """A config as MLflow takes it.
+
+    given: by name, at most `PARAM_CHARS` characters. whole: by name, those that had to be cut.
+    """
+
+    given: dict[str, str] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+
+
+def parameters(config: dict[str, Any]) -> Params:
+    """The flattened config without what doesn't change the run, as text: JSON, strings bare."""
+    kept = {key: value for key, value in config.items() if key not in NOT_IN_KEY}
+    made = Params()
+    for key, value in flatten(kept).items():
+        text = plain(value) if isinstance(value, str) else json.dumps(value)
+        name = re.sub(r"[^\w.\- /:]", "_", key)
+        if len(name) > NAME_CHARS or name in made.given:
+            name = f"{name[: NAME_CHARS - 18]}_{digest(key)}"
+        if len(text) > PARAM_CHARS:
+            made.whole[key] = text
+            pointer = f"… (all {len(text)} characters: artifact {WHOLE_PARAMS})"
+            text = text[: PARAM_CHARS - len(pointer)] + pointer
+        elif name != key:
+            made.whole[key] = text
+        made.given[name] = text
+    return made
+
+
+def tags(record: Record, code: dict[str, Any] | None = None) -> dict[str, str]:
+    """What runs are filtered and grouped by. What isn't known yet is left out.
+
+    code: what to say of the code where the run, not started yet, hasn't said it.
+    """
+    config, result = record.config, record.result or {}
+    sae = config["sae"]
+    found = {
+        "sweep": record.sweep,
+        "run_key": record.key,
+        "method": config["method"]["name"],
+        "model": config["model"]["name"],
+        "sae": sae["name"],
+        "sae_release": sae.get("release") or sae.get("folder"),
+        "task": config["task"]["name"],
+        "wording": config["task"].get("wording"),
+        "layers": layers_text(record),
+        "seed": str(config["seed"]),
+        **code_tags(read_json(record.path / "code.json") or code or result),
+        "mlflow.source.name": "launch.py",
+        "mlflow.source.type": "LOCAL",
+        "run_directory": f"{record.status.get('host', '')}:{record.path}",
+        "error": record.status.get("error"),
+    }
+    return {key: plain(str(value)) for key, value in found.items() if value is not None}
+
+
+def code_tags(code: dict[str, Any]) -> dict[str, str]:
+    """Tags of code.json's facts. git_diff: digest of the sweep's artifact code-DIGEST.diff."""
+    dirty = None if code.get("git_dirty") is None else json.dumps(code["git_dirty"])
+    found = {
+        "git_commit": code.get("git_commit"),
+        "git_dirty": dirty,
+        "git_diff": code.get("git_diff"),
+        "mlflow.source.git.commit": code.get("git_commit"),
+        "mlflow.source.git.dirty": dirty,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def layers_text(record: Record) -> str:
+    """`18`, `8,12,15` or `all`; `none` of a method that has no use for them."""
+    if record.layers == []:
+        return "none"
+    return "all" if record.layers is None else ",".join(map(str, record.layers))
+
+
+def run_name(record: Record) -> str:
+    """How a run is listed: `crl layer 18 seed 0`."""
+    word = "layer" if record.layers is not None and len(record.layers) == 1 else "layers"
+    where = "" if record.layers == [] else f" {word} {layers_text(record)}"
+    name = f"{record.config['method']['name']}{where}"
+    dictionary = DICTIONARIES[(record.config.get("sae") or {}).get("dictionary", "sae")]
+    shuffled = "shuffled labels" if record.config["task"].get("shuffle_labels") else ""
+    return " ".join(filter(None, [name, f"seed {record.config['seed']}", dictionary, shuffled]))
+
+
+def points(lines: list[dict[str, Any]], prefix: str = "") -> list[Point]:
+    """Every metric of journal lines, under the journal's own names.
+
+    Undefined ones are left out: MLflow stores NaN as 0 and infinity as the largest number.
+    """
+    return [
+        Point(prefix + name, float(value), line["step"], int(line["time"] * 1000))
+        for line in lines
+        for name, value in line["metrics"].items()
+        if not undefined(value)
+    ]
+
+
+def final_points(result: dict[str, Any], time_ms: int) -> list[Point]:
+    """The result's figures: `eval/…`, and `eval_NAME/…` for further test sets and validation.
+
+    Undefined figures (null, or not finite in a result of before) are left out.
+    """
+    values = _split_values("eval", result)
+    values["eval/over_refusal"] = result["over_refusal_steered"]
+    values["eval/unique_features"] = result["unique_features"]
+    values["eval/left_alone"] = result.get("left_alone")  # not in results of before
+    values["eval/runtime"] = sum(result["seconds"].values())
+    sets = {**result["test_sets"], "validation": result["validation"]}
+    for name, figures in sets.items():
+        values |= _split_values(f"eval_{name}", figures)
+    known = {n: float(v) for n, v in values.items() if v is not None and not undefined(v)}
+    return [
+        *[Point(name, value, 0, time_ms) for name, value in known.items()],
+        *by_layer_points(result.get("by_layer", {}), time_ms),
+    ]
+
+
+def by_layer_points(by_layer: dict[str, dict[str, Any]], time_ms: int) -> list[Point]:
+    """Series over layers, as MLflow draws them: `by_layer/NAME`, the step being the layer.
+
+    by_layer: by name and layer, as JSON has it, a figure {"value": …} or a number; undefined ones
+    are left out.
+    """
+    found = []
+    for name, series in by_layer.items():
+        for layer, figure in series.items():
+            value = figure["value"] if isinstance(figure, dict) else figure
+            if not undefined(value):
+                found.append(Point(f"by_layer/{name}", float(value), int(layer), time_ms))
+    return sorted(found, key=lambda point: (point.name, point.step))
+
+
+def _split_values(prefix: str, figures: dict[str, Any]) -> dict[str, float | None]:
+    low, high = figures["delta_ci95"]
+    values = {f"{prefix}/{name}": figures[key] for name, key in COMPARED.items()}
+    values |= {f"{prefix}/{name}": figures.get(name) for name in QUALITY}
+    return {**values, f"{prefix}/delta_low": low, f"{prefix}/delta_high": high}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The items of a run's splits, as MLflow's data sets are described; `source`, `profile`: JSON.
+
+    digest: content hash of all splits; runs may be compared only where it is equal.
+    """
+
+    name: str
+    digest: str
+    source_type: str
+    source: str
+    profile: str
+
+
+def data_set(record: Record) -> DataSet | None:
+    """What the run worked with; None where it hasn't got to loading it."""
+    facts = read_json(record.path / "data.json")
+    if facts is None and record.result is not None:
+        facts = {"digest": record.result["data_digest"], "n": {"test": record.result["n"]}}
+    if facts is None:
+        return None
+    task = record.config["task"]
+    kind, source = _data_source(task)
+    return DataSet(task["name"], facts["digest"], kind, json.dumps(source), json.dumps(facts["n"]))
+
+
+def _data_source(task: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where a task's items come from: kind and description, in MLflow's words."""
+    files = task.get("data_files") or task.get("path")
+    if files is not None:
+        return "local", {"uri": files if isinstance(files, str) else json.dumps(files)}
+    if "hub_id" in task:
+        names = ("subsets", "revision", "sources")
+        return "hugging_face", {"path": task["hub_id"], **{n: task.get(n) for n in names}}
+    return "code", {"tags": {"mlflow.source.name": task.get("_target_")}}
+
+
+def files(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[Path, str | None]]:
+    """Each file and the artifact folder that it belongs into; hidden ones are left out."""
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file() and not path.name.startswith("."):
+                inside = str(path.parent.relative_to(folder))
+                yield path, None if inside == "." else inside
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    return read_our_json(path, AGAIN)

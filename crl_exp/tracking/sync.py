@@ -1,0 +1,192 @@
+"""MLflow, fed from run directories: before, during and after a run, and at any time by
+`python -m crl_exp sync`.
+
+The run directory is the truth. A tracking server that is away, slow or wrong never ends a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from crl_exp.config.errors import UserError
+from crl_exp.runs.code_state import code_state
+from crl_exp.runs.records import Record, find_records
+from crl_exp.tracking.client import connect, outside_faults, plain, resolved_uri
+from crl_exp.tracking.mlflow_runs import Runs
+from crl_exp.tracking.upload import Uploader
+
+log = logging.getLogger(__name__)
+# A submission waits no longer than this for MLflow; runs not announced by then announce themselves.
+ANNOUNCE_SECONDS = 60.0
+
+
+@dataclass
+class TrackingConfig:
+    """Where runs are compared.
+
+    enabled: whether runs are sent to MLflow.
+    uri: `http(s)://HOST:PORT` or `sqlite:///FILE`; null: the file mlflow.db in output_dir.
+    experiment: MLflow's name for what the sweeps are filed under.
+    sync_seconds: a running run sends what is new so often, or less often where that would cost
+        more than a tenth of one core.
+    system_seconds: the load of processor, memory, disk and GPU is noted so often; null: never.
+    """
+
+    enabled: bool
+    uri: str | None
+    experiment: str
+    sync_seconds: float
+    system_seconds: float | None
+
+    def faults(self) -> list[str]:
+        found = [] if self.experiment else ["tracking.experiment is empty; give it a name"]
+        for name in ("sync_seconds", "system_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                found.append(f"tracking.{name}={value:g}: must be positive, e.g. {name}=10")
+        if self.uri is not None:
+            found += [fault for fault in [uri_fault(self.uri)] if fault]
+        return found
+
+
+def uri_fault(uri: str) -> str | None:
+    """What is wrong with a tracking URI as it is typed."""
+    if not re.fullmatch(r"sqlite:///.+|https?://[^/\s].*", uri):
+        return (
+            f"tracking.uri={uri}: must be http://HOST:PORT, https://HOST, sqlite:///FILE, or null "
+            "for a file in output_dir"
+        )
+    if re.match(r"https?://[^/]*:[^/]*@", uri):
+        return (
+            "tracking.uri holds a password, which would be written into every run directory; "
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class MlflowTarget:
+    """One MLflow, and the output folder that is sent to it."""
+
+    uri: str | None
+    experiment: str
+    output_dir: Path
+
+    @property
+    def resolved(self) -> str:
+        return resolved_uri(self.uri, self.output_dir)
+
+    def uploader(self, deadline: float | None) -> Uploader:
+        """Connects. deadline: on `time.monotonic()`'s clock."""
+        uri = self.resolved
+        recorded = None if uri == resolved_uri(None, self.output_dir) else uri
+        sqlite = uri.startswith("sqlite")
+        artifacts = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if sqlite else None
+        return Uploader(Runs(connect(uri, deadline), recorded, self.experiment, artifacts))
+
+    def refused(self, folder: Path, error: Exception) -> str:
+        """What a person is told."""
+        return (
+            f"MLflow did not take {folder} (tracking.uri={self.resolved}): {plain(error)}. Nothing "
+            "is lost: the run directory has everything. Once MLflow is right, "
+            f"`python -m crl_exp sync {folder}` catches up (with --uri to another one)"
+        )
+
+
+def place_of(record: Record, uri: str | None = None) -> MlflowTarget:
+    """Where a record's own config says that it is sent, or another MLflow."""
+    section = record.config["tracking"]
+    return MlflowTarget(uri or section["uri"], section["experiment"], record.path.parent.parent)
+
+
+def _attempt(place: MlflowTarget, folder: Path, deadline: float | None,
+             work: Callable[[Uploader], None]) -> str | None:  # fmt: skip
+    """Do it, or say what went wrong in plain words."""
+    try:
+        work(place.uploader(deadline))
+    except outside_faults() as error:
+        return place.refused(folder, error)
+    return None
+
+
+def announce(records: list[Record], config: TrackingConfig) -> None:
+    """At submission: make the sweep's parent run and a scheduled child run for each record.
+
+    Records that MLflow has under their present state are passed over. Where MLflow can't be
+    reached, refuses or is slow: warns, and returns; a run that isn't there makes itself known when
+    it starts.
+    """
+    waiting = [r for r in records if r.state == "queued" and r.config["resume"] != "force"]
+    if not config.enabled or not waiting:
+        return
+    sweep, code = waiting[0].path.parent, code_state()
+    code.write_diff(sweep)
+
+    def work(uploader: Uploader) -> None:
+        parent = uploader.parent(sweep, code.facts)
+        for record in waiting:
+            uploader.announce(record, parent, code.facts)
+        uploader.send_sweep(sweep)
+
+    place = MlflowTarget(config.uri, config.experiment, sweep.parent)
+    fault = _attempt(place, sweep, time.monotonic() + ANNOUNCE_SECONDS, work)
+    if fault is not None:
+        log.warning("%s", fault)
+
+
+def send(records: list[Record], place: MlflowTarget) -> str | None:
+    """Send run directories of one output folder, and their sweeps' reports; returns what went
+    wrong in plain words."""
+    damaged: list[str] = []
+
+    sweeps = sorted({record.path.parent for record in records})
+
+    def work(uploader: Uploader) -> None:
+        for sweep in sweeps if len(records) > 1 else []:
+            uploader.runs.look(uploader.parent(sweep))
+        for record in records:
+            try:
+                uploader.send(record)
+            except UserError as error:
+                damaged.append(str(error))
+        for sweep in sweeps:
+            uploader.send_sweep(sweep)
+
+    folder = records[0].path if len(records) == 1 else records[0].path.parent
+    return _attempt(place, folder, None, work) or "\n".join(damaged) or None
+
+
+def main(argv: list[str]) -> int:
+    """`python -m crl_exp sync PATH [--uri URI]`. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m crl_exp sync",
+        description="Bring MLflow up to date with run directories, without duplicates.",
+    )
+    parser.add_argument(
+        "path", type=Path, help="a sweep's name, outputs/SWEEP, outputs/SWEEP/RUN_KEY or outputs"
+    )
+    parser.add_argument("--uri", help="instead of the runs' own tracking.uri")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # here no run is kept waiting
+    fault = None if arguments.uri is None else uri_fault(arguments.uri)
+    if fault:
+        raise UserError(fault)
+    named = arguments.output_dir / arguments.path
+    folder = arguments.path if arguments.path.is_dir() or not named.is_dir() else named
+    groups: dict[MlflowTarget, list[Record]] = {}
+    for record in find_records(folder):
+        groups.setdefault(place_of(record, arguments.uri), []).append(record)
+    for place, records in groups.items():
+        fault = send(records, place)
+        if fault:
+            raise UserError(fault)
+        print(f"{len(records)} runs up to date in {place.resolved}")
+    return 0

@@ -1,0 +1,289 @@
+"""Run directories to one MLflow, as often as you like, without duplicates.
+
+What was sent is kept beside what it was sent from (`mlflow_runs`). A point that was sent and not
+noted is not sent again: MLflow is asked for the last step it has, and drops equal points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crl_exp.runs.records import Record
+from crl_exp.tracking.content import (
+    ARTIFACTS,
+    SWEEP_ARTIFACTS,
+    UNFINISHED,
+    WHOLE_PARAMS,
+    Point,
+    code_tags,
+    data_set,
+    files,
+    final_points,
+    parameters,
+    points,
+    read_json,
+    tags,
+)
+from crl_exp.tracking.mlflow_runs import Runs, code_of_the_last, ended, status_of, status_of_all
+from crl_exp.tracking.sent import Sent, Tail, digest
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+# MLflow's own limits: points, and params or tags, of one request; characters of it and of a tag.
+POINTS_A_REQUEST = 1000
+BY_LAYER = "by_layer/"
+"""Metrics whose step is a layer, so that they come in any order and begin at -1, the embedding."""
+TEXTS_A_REQUEST, REQUEST_CHARS = 100, 500_000
+TAG_CHARS = 5000
+
+
+class ArtifactError(OSError):
+    """MLflow's artifact store didn't take a file."""
+
+
+@dataclass
+class Reading:
+    """How far a run directory's growing files have been read."""
+
+    tails: dict[str, Tail] = field(default_factory=dict)
+
+    def parts(self, path: Path) -> Iterator[list[dict[str, Any]]]:
+        return self.tails.setdefault(path.name, Tail(path)).parts()
+
+
+class Uploader:
+    """Sends run directories to one MLflow."""
+
+    def __init__(self, runs: Runs):
+        self.runs, self.client = runs, runs.client
+
+    # --- a run ---
+
+    def announce(self, record: Record, parent: str, code: dict[str, Any]) -> None:
+        """Make the run of a run directory that waits to be started. Two requests."""
+        with self.runs.noted(record.path) as sent:
+            run = self.runs.child(record, sent, parent, _cut(tags(record, code)))
+            self._status(record, run)
+
+    def send(
+        self, record: Record, reading: Reading | None = None, at_most: float = float("inf")
+    ) -> bool:
+        """Bring MLflow up to date with the run directory as it is now.
+
+        reading: how far it was read by an earlier call with the same record's directory.
+        Returns False where more than `at_most` points were there and some are left.
+        """
+        parent = self.parent(record.path.parent, read_json(record.path / "code.json"))
+        over = status_of(record) not in UNFINISHED
+        with self.runs.noted(record.path) as sent:
+            run = self.runs.child(record, sent, parent, _cut(tags(record)))
+            self._texts(record, sent)
+            if not over:
+                self._status(record, run)
+            self._input(record, sent)
+            whole = self._journals(record, sent, run, reading or Reading(), at_most)
+            self._result(record, sent, run)
+            self.artifacts(record.path, sent, (*ARTIFACTS, "status.json") if over else ARTIFACTS)
+            self._status(record, run)
+        return whole
+
+    def _texts(self, record: Record, sent: Sent) -> None:
+        from mlflow.entities import Param, RunTag
+
+        run_id = sent.record["run_id"]
+        if not sent.record.get("params"):
+            params = parameters(record.config)
+            for part in _chunks(params.given.items()):
+                self.client.log_batch(run_id, params=[Param(k, v) for k, v in part])
+            if params.whole:
+                _stored(WHOLE_PARAMS, self.client.log_dict, run_id, params.whole, WHOLE_PARAMS)
+            sent.record["params"] = len(params.given)
+            sent.save()
+        found = tags(record)
+        if sent.record.get("error") and "error" not in found:
+            found["error"] = ""  # of an earlier attempt
+        if sent.record.get("tags") == digest(found):
+            return
+        for part in _chunks(_cut(found).items()):
+            self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in part])
+        sent.record |= {"tags": digest(found), "error": bool(found.get("error"))}
+        sent.save()
+
+    def _status(self, record: Record, run: Run) -> None:
+        self.runs.set_status(run.info.run_id, status_of(record), ended(record))
+
+    def _input(self, record: Record, sent: Sent) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = data_set(record)
+        if data is None or sent.record.get("data") == data.digest:
+            return
+        made = Dataset(data.name, data.digest, data.source_type, data.source, None, data.profile)
+        context = InputTag("mlflow.data.context", "train, validation, test")
+        self.client.log_inputs(sent.record["run_id"], [DatasetInput(made, [context])])
+        sent.record["data"] = data.digest
+        sent.save()
+
+    # --- points ---
+
+    def _journals(
+        self, record: Record, sent: Sent, run: Run, reading: Reading, at_most: float
+    ) -> bool:
+        """Points later than the last one sent of their name.
+
+        Where a resumed run cut its journal back, it goes over the same steps again; they are sent
+        once.
+        """
+        if "last_step" not in sent.record:  # a new run; the one before was deleted there, say
+            reading.tails.clear()
+        last: dict[str, int] = sent.record.setdefault("last_step", {})
+        for metric in run.data._metric_objs:  # what came through, noted or not
+            if not metric.key.startswith(BY_LAYER):
+                last[metric.key] = max(metric.step, last.get(metric.key, -1))
+        n_sent = 0
+        for name, prefix in (("journal.jsonl", ""), ("system.jsonl", "system/")):
+            for lines in reading.parts(record.path / name):
+                found = points(lines, prefix)
+                by_layer = [p for p in found if p.name.startswith(BY_LAYER)]
+                others = [p for p in found if not p.name.startswith(BY_LAYER)]
+                new = [p for p in others if p.step > last.get(p.name, -1)]
+                for part in _requests(new):
+                    self._log(run.info.run_id, part)
+                    last |= {p.name: p.step for p in part}
+                    sent.save()
+                n_sent += len(new) + self._any_order(by_layer, sent, run)
+                if n_sent > at_most:
+                    return False
+        return True
+
+    def _result(self, record: Record, sent: Sent, run: Run) -> None:
+        if record.result is None:
+            return
+        time_ms = int((record.path / "result.json").stat().st_mtime * 1000)
+        found = final_points(record.result, time_ms)
+        # Of the points, not of the result: a version that knows more of them sends those.
+        now = digest([[point.name, point.step, point.value] for point in found])
+        if sent.record.get("final_points") == now:
+            return
+        if sent.record.get("result") is not None and "final_points" not in sent.record:
+            found = [
+                p for p in found if p.name.startswith(BY_LAYER)
+            ]  # an older version sent the rest
+        self._any_order(found, sent, run)
+        sent.record |= {"result": digest(record.result), "final_points": now}
+        sent.save()
+
+    def _any_order(self, found: list[Point], sent: Sent, run: Run) -> int:
+        """Send points whose steps come in any order (layers), each once; returns how many.
+
+        MLflow has only the highest step of a metric at hand: of those that it may have and that
+        weren't noted, it is asked for every step.
+        """
+        run_id = sent.record["run_id"]
+        may_have = {metric.key for metric in run.data._metric_objs}
+        steps: dict[str, list[int]] = sent.record.setdefault("steps", {})
+        there = {name: set(known) for name, known in steps.items()}
+        new = [p for p in found if p.step not in there.get(p.name, ())]
+        for name in may_have & {p.name for p in new}:
+            history = self.client.get_metric_history(run_id, name)
+            there.setdefault(name, set()).update(metric.step for metric in history)
+        new = [p for p in new if p.step not in there.setdefault(p.name, set())]
+        for part in _requests(new):
+            self._log(run_id, part)
+            for point in part:
+                there[point.name].add(point.step)
+            steps |= {point.name: sorted(there[point.name]) for point in part}
+            sent.save()
+        return len(new)
+
+    def _log(self, run_id: str, new: list[Point]) -> None:
+        from mlflow.entities import Metric
+
+        if new:
+            made = [Metric(p.name, p.value, p.time_ms, p.step) for p in new]
+            self.client.log_batch(run_id, metrics=made)
+
+    # --- files ---
+
+    def artifacts(self, folder: Path, sent: Sent, patterns: tuple[str, ...]) -> int:
+        """Send files that MLflow hasn't got as they are now; returns how many it was sent."""
+        count = 0
+        known: dict[str, str] = sent.record.setdefault("artifacts", {})
+        stats: dict[str, list[int]] = sent.record.setdefault("artifact_stats", {})
+        for path, inside in files(folder, patterns):
+            name = str(path.relative_to(folder))
+            stat = [path.stat().st_size, path.stat().st_mtime_ns]
+            if stats.get(name) == stat:
+                continue
+            now = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            if known.get(name) != now:
+                run_id = sent.record["run_id"]
+                _stored(name, self.client.log_artifact, run_id, str(path), inside)
+                count += 1
+            known[name], stats[name] = now, stat
+            sent.save()
+        return count
+
+    # --- a sweep ---
+
+    def parent(self, sweep: Path, code: dict[str, Any] | None = None) -> str:
+        """Id of the sweep's run. code: as in code.json, for its tags where it is made now."""
+        with self.runs.noted(sweep) as sent:
+            return self.runs.parent(sent, _cut(code_tags(code or {})))
+
+    def send_sweep(self, sweep: Path) -> None:
+        """The parent's status, tags and files, such as the code's changes and the report."""
+        with self.runs.noted(sweep) as sent:
+            run_id = self.runs.parent(sent, {})
+            self.artifacts(sweep, sent, SWEEP_ARTIFACTS)
+            records = [Record(path.parent) for path in sweep.glob("*/config.yaml")]
+            self._code(sent, code_tags(code_of_the_last(records)))
+            now = status_of_all({status_of(record) for record in records})
+            self.runs.set_status(run_id, now, max(map(ended, records), default=time.time()))
+
+    def _code(self, sent: Sent, found: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        if found and sent.record.get("tags") != digest(found):
+            tags = [RunTag(key, value) for key, value in _cut(found).items()]
+            self.client.log_batch(sent.record["run_id"], tags=tags)
+            sent.record["tags"] = digest(found)
+            sent.save()
+
+
+def _stored(name: str, call: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        call(*arguments)
+    except Exception as error:  # each artifact store raises its own kinds
+        raise ArtifactError(f"its artifact store didn't take {name}: {error}") from error
+
+
+def _requests(found: list[Point]) -> Iterator[list[Point]]:
+    for start in range(0, len(found), POINTS_A_REQUEST):
+        yield found[start : start + POINTS_A_REQUEST]
+
+
+def _chunks(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Params or tags in requests of a size that MLflow takes."""
+    part: list[tuple[str, str]] = []
+    chars = 0
+    for key, value in texts:
+        size = len(json.dumps([key, value]))
+        if part and (len(part) == TEXTS_A_REQUEST or chars + size > REQUEST_CHARS):
+            yield part
+            part, chars = [], 0
+        part.append((key, value))
+        chars += size
+    if part:
+        yield part
+
+
+def _cut(texts: dict[str, str]) -> dict[str, str]:
+    return {k: v if len(v) <= TAG_CHARS else v[: TAG_CHARS - 1] + "…" for k, v in texts.items()}

@@ -1,0 +1,217 @@
+"""Every command that README and docs show is typed here, with tiny models in place of large ones.
+
+Each is found by `documented`, and run by one of the tests below or named in `NOT_RUN` with the
+reason. Of a sweep all points are composed and checked, and the first one is run.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from crl_exp import __main__ as program
+from crl_exp.experiments.run import run_experiment
+from crl_exp.launcher.bench import command as bench
+from crl_exp.launcher.command_line import check_alone
+from crl_exp.launcher.commands.typed import typed_sweep
+from crl_exp.launcher.planning.plan import HERE, check, compose_points
+from crl_exp.launcher.settings import make_settings
+from crl_exp.launcher.sweep_file import SweepFile
+from tests.helpers import hub_data
+from tests.helpers.documented import documented, words
+from tests.helpers.launching import settings, tiny
+from tests.helpers.tiny_run import ROOT
+
+HUB = "weights of the hub"
+LONG = "takes minutes to hours"
+NOT_RUN = {
+    "python -m crl_exp options": "writes into docs/; test_options_page.py makes the page",
+    "python -m crl_exp bench": f"{LONG}; test_bench.py has its parts",
+    "python -m crl_exp train-sae": LONG,
+    "python -m tests.helpers.planted_table": f"{LONG}, and writes into docs/",
+    "python -m tests.helpers.planted_table --seeds 2": f"{LONG}, and writes into docs/",
+    "python -m tests.slurm.cluster": "tests/slurm/ start that cluster",
+    "python -m crl_exp sync": "test_tracking.py",
+    "python -m crl_exp sync outputs/NAME": "test_tracking.py",
+    "python -m crl_exp sync outputs --uri http://tracking:5000": "test_tracking_servers.py",
+    "python -m crl_exp prefetch +sweep=layerwise model=gemma2_2b_it sae=gemma_scope_2b_res": HUB,
+    "python launch.py --help": "Hydra's own; test_config.py composes all that it lists",
+    "python launch.py --cfg job": "Hydra's own; test_startup.py",
+    "python launch.py task.n_tst=3": "refused, which is the point; test_startup.py",
+    "python launch.py -m hydra/sweeper=trials hydra.sweeper.n_trials=20 hydra.sweeper.n_jobs=4 "
+    "hydra/launcher=slurm hydra.launcher.wait=true 'algorithm.lr_policy=interval(1e-4,1e-2)' "
+    "sweep_name=tuned": "test_optuna.py",
+    "python launch.py … || { [ $? = 75 ] && scontrol requeue $SLURM_JOB_ID; }": "of a batch script",
+    "python -m crl_exp compare demo:CRL@22 demo:CorrSteer-S@18": "test_compare.py",
+    "python -m crl_exp compare demo:CRL@22 'demo:bias on the answer'": "test_compare.py",
+    "python -m crl_exp compare demo:CRL demo:CorrSteer-S --items 50": "test_compare.py",
+    "python -m crl_exp compare demo/0123456789ab other/ba9876543210": "test_compare.py",
+    "python -m tests.helpers.simulated": f"{LONG}, and writes into docs/; test_simulated.py",
+    "git apply": "of a diff of one's own",
+    "hf auth login": "an account",
+    "pip install hydra-optuna-sweeper": "an index",
+    "pip install 'mlflow[auth]'": "an index",
+    "pip install --no-deps steering-vectors==0.12.2": "an index",
+    "apt-get install munge slurmctld slurmd slurm-client": "root",
+    "squeue -r": "SLURM's own",
+    "scontrol show config": "SLURM's own",
+    "scontrol requeue": "SLURM's own",
+    "scontrol update JobId=123_4 StartTime=now": "SLURM's own",
+    "export HF_HOME=/shared/hub": "the shell's own",
+    "export SLURM_CONF=/tmp/slurm-k2x1/slurm.conf": "the shell's own",
+}
+COMPOSED = {
+    "gemma2_2b_it": HUB, "/models/mine": "a GPU, and a model of one's own",
+    "method.path=": "a list, or a run, of one's own", "+sweep=harmbench_lists": HUB,
+    "task.groups=": "a data set of the hub", "task.choices=null": "a data set of the hub",
+    "task=refusal": "data that `make assets` fetches", "task=one_sentence": "likewise",
+    "+sweep=harmbench_parity": HUB, "EleutherAI/": HUB,
+    "+sweep=null_action": "data that `make assets` fetches",
+}  # fmt: skip
+"""Commands with these are composed, and neither checked nor run: the reason."""
+DOCUMENTED = documented()
+WANTED = [command for command in DOCUMENTED if command not in NOT_RUN]
+LAUNCHES = [command for command in WANTED if command.startswith("python launch.py")]
+MAKES = [command for command in WANTED if command.startswith("make ")]
+TRAININGS = [command for command in WANTED if command.startswith("python -m crl_exp train-sae ")]
+BENCHES = [command for command in WANTED if command.startswith("python -m crl_exp bench ")]
+COMMANDS = [
+    command
+    for command in WANTED
+    if command.startswith("python -m crl_exp ") and command not in (*TRAININGS, *BENCHES)
+]
+# Names in the docs that stand for a sweep, a run, or its folder.
+SWEEP = "layerwise"
+STANDS_FOR = {"mine": SWEEP, "NAME": SWEEP, "SWEEP": SWEEP, "tiny/layerwise": SWEEP}
+
+
+def test_every_command_is_run_or_it_says_why_not():
+    kinds = [*LAUNCHES, *MAKES, *TRAININGS, *BENCHES, *COMMANDS]
+    assert sorted(kinds) == sorted(WANTED), "of a kind that nobody runs"
+    assert set(NOT_RUN) <= set(DOCUMENTED), "no page has them any more"
+    assert len(LAUNCHES) > 15 and len(COMMANDS) > 10
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with the files that the docs name, and an empty cache."""
+    home = tmp_path_factory.mktemp("home")
+    hub_data.on_files("gsm8k", home / "gsm8k", "jsonl")
+    hub_data.on_files("mmlu", home / "mmlu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRL_EXP_CACHE", str(home / "cache"))
+        yield home  # type: ignore[misc]
+
+
+def overrides_of(command: str, home: Path) -> list[str]:
+    """What is typed after `launch.py`, made tiny."""
+    typed = [word for word in words(command)[2:] if word != "-m"]
+    typed = [word.replace("+sweep=NAME", f"+sweep={SWEEP}") for word in typed]
+    for text, path in (
+        ("/data/gsm8k.jsonl", home / "gsm8k" / "*.jsonl"),
+        ("auxiliary_train:a.parquet", f"auxiliary_train:{home}/mmlu/*auxiliary_train*.parquet"),
+        ("validation:v.parquet", f"validation:{home}/mmlu/*validation*.parquet"),
+        ("test:t.parquet", f"test:{home}/mmlu/*test*.parquet"),
+    ):
+        typed = [word.replace(text, str(path)) for word in typed]
+    made_tiny = [] if "+debug=tiny" in typed else ["+debug=tiny"]
+    return [*typed, *made_tiny, f"output_dir={home / 'out'}"]
+
+
+@pytest.mark.parametrize("command", LAUNCHES)
+def test_a_launch(command, home):
+    overrides = overrides_of(command, home)
+    why = next((reason for text, reason in COMPOSED.items() if text in command), None)
+    with typed_sweep(overrides) as (loader, master, jobs):
+        launcher = OmegaConf.to_container(master.hydra.launcher)
+        assert isinstance(launcher, dict)
+        kind = str(launcher.pop("_target_")).rpartition(".")[2]
+        own = {"SlurmLauncher": "slurm", "LocalProcessesLauncher": "local_processes"}.get(kind)
+        how = make_settings(own, launcher) if own else HERE  # type: ignore[arg-type]
+        if " -m " not in command:
+            assert len(jobs) == 1
+            check_alone(master.hydra)
+        points = compose_points(loader, master, jobs[:3] if why else jobs, how)
+    if why:
+        return
+    check(points)
+    result = run_experiment(points[0].config, skip_finished=True)
+    assert result is not None and result["n"] >= 1
+
+
+@pytest.mark.parametrize("command", TRAININGS)
+def test_a_training_of_saes_is_understood(command):
+    """As Hydra reads it; tests/saes/test_train_sae.py trains."""
+    from hydra import compose, initialize_config_dir
+
+    from crl_exp.launcher.commands.train_sae import TrainSaeConfig
+
+    assert TrainSaeConfig  # importing it registers the schema
+    typed = [word for word in words(command)[4:] if word != "model=mine"]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "sae_training"), version_base="1.3"):
+        raw = compose("train_sae", overrides=typed)
+    assert (raw.layers, raw.out) == ([10], "saes/mine")
+
+
+def test_what_make_is_asked_for():
+    """Make itself says what it would do; its recipes type nothing that isn't tried here."""
+    for command in MAKES:
+        asked = [word.replace("…", SWEEP) for word in shlex.split(command)]
+        done = subprocess.run(["make", "-n", *asked[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        for line in done.stdout.splitlines():
+            if "crl_exp" in line and " -m crl_exp " in line:
+                assert shlex.split(line.split(" -m crl_exp ")[1])[0] in program.COMMANDS, line
+
+
+def test_the_list_of_benches(capsys):
+    for command in BENCHES:
+        assert bench.main(words(command)[4:]) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def outputs(home) -> tuple[Path, str]:
+    """A folder `outputs` with a finished sweep that was submitted, and the key of a run."""
+    folder = home / "work" / "outputs"
+    with typed_sweep(tiny(folder, "method=none,corrsteer_s", f"sweep_name={SWEEP}")) as typed:
+        loader, master, jobs = typed
+        points = compose_points(loader, master, jobs, HERE)
+    for point in points:
+        run_experiment(point.config, skip_finished=True)
+    keys = [point.key for point in points]
+    part = {"job": None, "workers": [], "settings": vars(settings("local_processes")),
+            "runs": keys, "packs": [[key] for key in keys]}  # fmt: skip
+    submission = {"cwd": str(home), "launcher": "local_processes", "released": True,
+                  "parts": [part]}  # fmt: skip
+    SweepFile(folder / SWEEP, {key: [] for key in keys}, [submission]).write()
+    return folder, keys[0]
+
+
+def stood_for(word: str, folder: Path, key: str) -> str:
+    if word in ("RUN_KEY", "RUN"):
+        return key
+    if word in ("RUN_DIRECTORY", "DIR"):
+        return str(folder / SWEEP / key)
+    word = STANDS_FOR.get(word, word)
+    return word.replace("/SWEEP/", f"/{SWEEP}/").replace("RUN_KEY", key)
+
+
+def test_the_commands(outputs, quick_reports, monkeypatch, capsys):
+    """In one process; what differs only in the name of the sweep is typed once."""
+    folder, key = outputs
+    monkeypatch.chdir(folder.parent)
+    before = {path: path.read_bytes() for path in folder.glob("*/*/*.json")}
+    typed = [[stood_for(word, folder, key) for word in words(command)[3:]] for command in COMMANDS]
+    for line in dict.fromkeys(map(tuple, typed)):
+        assert program.main(line) == 0, (line, capsys.readouterr())
+    assert (folder / SWEEP / "report" / "table.md").exists()
+    assert {path: path.read_bytes() for path in before} == before, "finished runs stay as they were"
+    shutil.rmtree(folder / SWEEP / "report")
