@@ -10,6 +10,7 @@ import torch
 from crl_exp.analysis.regression import Regression, fit
 from crl_exp.config.errors import UserError
 from crl_exp.experiments.config import experiment, validate
+from crl_exp.runs import kept
 from crl_exp.steering.coefficients import Decay
 from crl_exp.steering.controllers.vector import FixedVectors
 from crl_exp.steering.methods.baselines.options import right_options
@@ -154,6 +155,7 @@ def test_equal_directions_are_the_fixed_vector(common):
 
 def test_what_was_read_first_holds_for_the_whole_answer(common, monkeypatch):
     """Whoever else leaves the batch."""
+    monkeypatch.setattr(kept, "LOADED", {})  # its answers are no other test's
     workspace = lab_of([*common, "method=probe_steering"], TASK)
     ends = [1, *range(30, 64)]  # of a model that other tests share
     monkeypatch.setattr(workspace.lm.model.generation_config, "eos_token_id", ends)
@@ -206,7 +208,8 @@ def test_probe_steering_leads_towards_what_it_reads(direction, common):
         assert cosine_C.tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
 
 
-def test_in_free_text_it_steers_where_it_reads_a_failure(common):
+def test_in_free_text_it_steers_where_it_reads_a_failure(common, monkeypatch):
+    monkeypatch.setattr(kept, "LOADED", {})  # nor answers that others changed the model for
     workspace = lab_of([*common, "method=probe_steering", "method.doses=[0.5]"], TASK)
     made = workspace.exp.method.prepare(workspace)
     (branch,) = made.branches.values()

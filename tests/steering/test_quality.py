@@ -14,6 +14,7 @@ from crl_exp.report.tables import csv as table_csv
 from crl_exp.report.tables import latex as table_latex
 from crl_exp.report.tables import terminal as tables
 from crl_exp.report.tables.further import further_tables
+from crl_exp.runs import kept
 from crl_exp.runs.records import find_records
 from crl_exp.tracking import content as tracking_content
 from tests.helpers.synthetic import config, finished_run
@@ -41,7 +42,8 @@ def directly(workspace, prompt: list[int], tokens: list[int]) -> float:
     return float(np.mean(said))
 
 
-def test_quality_is_what_a_plain_pass_gives(common):
+def test_quality_is_what_a_plain_pass_gives(common, monkeypatch):
+    monkeypatch.setattr(kept, "LOADED", {})  # its answers are no other test's
     workspace = lab_of(common, TASK)
     workspace.lm.tokenizer.eos_token = "w8"  # one that this random model says now and then
     try:
