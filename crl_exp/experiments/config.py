@@ -27,7 +27,8 @@ from crl_exp.saes.config import SAEConfig
 from crl_exp.steering.coefficients import Coefficient, Decay
 from crl_exp.steering.feature_statistics.config import WarmupConfig
 from crl_exp.steering.feature_statistics.contrast import contrast_faults
-from crl_exp.steering.methods.crl import CRL, Method
+from crl_exp.steering.methods.base import Method
+from crl_exp.steering.methods.crl import CRL
 from crl_exp.steering.policy.algorithms import Algorithm
 from crl_exp.steering.policy.config import PolicyConfig
 from crl_exp.steering.stages.base import STAGES, Stage

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from crl_exp.config.files import home
 from crl_exp.experiments.fed import prompt_ids
-from crl_exp.experiments.inputs import scorer_inputs
 from crl_exp.experiments.workspace_setup import WorkspaceSetup
 from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.generation.engine import Prompts
@@ -170,8 +169,8 @@ class RunWorkspace(WorkspaceSetup):
         """What answers to a split depend on besides the controller."""
         kind = type(self.exp.task).__qualname__  # which scores answers, whatever its fields
         task = [kind, asdict(self.exp.task), self.splits.asked(), self.fed(split)]
-        scorers = scorer_inputs(self.exp.task)  # nothing where none lies in a folder
-        return [self.engine_key, self.lm.fingerprint(), *task, *([scorers] if scorers else [])]
+        scorers = [self.scorers] if self.scorers else []  # nothing where none lies in a folder
+        return [self.engine_key, self.lm.fingerprint(), *task, *scorers]
 
     def play(self, controller: Controller, items: list[int]) -> tuple[Generation, Tensor]:
         """A recorded rollout on training items, and its rewards [B]."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from crl_exp.analysis.winners_curse import Tried
 from crl_exp.experiments.config import Experiment
 from crl_exp.experiments.fed import look_at, options_for
+from crl_exp.experiments.inputs import scorer_inputs
 from crl_exp.experiments.shared import shared_model, shared_sae, shared_splits
 from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.generation.engine import Engine, EngineConfig
@@ -45,6 +46,7 @@ class WorkspaceSetup:
         self.notes: dict[str, Any] = {}
         self.warnings: list[str] = []
         self.splits: Splits = shared_splits(exp.task)
+        self.scorers = scorer_inputs(exp.task)
         self.model_key = asdict(exp.model)
         self.engine_key = [self.model_key, asdict(exp.engine)]
         self.lm = shared_model(self.model_key, lambda: checked(load_model(exp.model)))

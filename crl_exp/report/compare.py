@@ -112,21 +112,33 @@ def text(
 
 
 def shared_features(ours: Row, theirs: Row) -> list[str]:
-    """At how many layers two rows steer by the same feature, one line; none where they share no
+    """At how many layers two rows steer by the same features, one line; none where they share no
     layer. Of a policy it is the feature that it added at the most tokens; of several seeds the
     first's is taken.
     """
-    mine, their = (
-        {int(layer): int(feature) for layer, feature, _ in rows_of_run(row.runs[0].features)}
-        for row in (ours, theirs)
-    )
+    mine, their = (_features_by_layer(row.runs[0]) for row in (ours, theirs))
     if not (both := sorted(mine.keys() & their.keys())):
         return []
     same = [layer for layer in both if mine[layer] == their[layer]]
     seeds = "" if len(ours.runs) == len(theirs.runs) == 1 else " (of each row's first seed)"
-    others = [f"{layer}: {mine[layer]}, {their[layer]}" for layer in both if layer not in same]
+    others = [
+        f"{layer}: {_listed(mine[layer])}, {_listed(their[layer])}"
+        for layer in both
+        if layer not in same
+    ]
     told = f"; others, A and B: {'; '.join(others)}" if same and others else ""
     return [f"the same feature at {len(same)} of {len(both)} layers{seeds}{told}"]
+
+
+def _features_by_layer(run: Record) -> dict[int, set[int]]:
+    found: dict[int, set[int]] = {}
+    for layer, feature, _ in rows_of_run(run.features):
+        found.setdefault(int(layer), set()).add(int(feature))
+    return found
+
+
+def _listed(features: set[int]) -> str:
+    return "+".join(map(str, sorted(features)))
 
 
 def _test(found: Difference) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ INPUTS, DATA = "inputs.json", "data.json"
 Inputs = dict[str, str]
 """Digest of what lies there, by the key of the config that names it."""
 DIGEST_CHARS = 16
-_known: dict[tuple[str, int, int, int], str] = {}
+_known: dict[tuple[str, str, int, int, int], str] = {}
 
 
 class Drawn(Protocol):
@@ -51,21 +52,10 @@ def folder_digest(folder: Path, key: str) -> str:
     """Of a model's folder: its config, tokenizer and template as they are, its weights sampled."""
     there = sorted(path for path in folder.iterdir() if path.is_file())
     each = [f"{p.name} {_file_digest(p, key)}" for p in there if p.suffix in TEXTS]
-    each += [f"{p.name} {_sampled(p, key)}" for p in there if p.suffix == ".safetensors"]
+    each += [
+        f"{p.name} {_file_digest(p, key, _sampled)}" for p in there if p.suffix == ".safetensors"
+    ]
     return hashlib.sha256("\n".join(each).encode()).hexdigest()[:DIGEST_CHARS]
-
-
-def _sampled(path: Path, key: str) -> str:
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            found = hashlib.sha256(str(size).encode())
-            for at in (0, size // 2, max(size - SAMPLED, 0)):
-                file.seek(at)
-                found.update(file.read(SAMPLED))
-    except OSError as error:
-        raise UserError(f"{key}: can't be read ({error})") from error
-    return found.hexdigest()
 
 
 def digest(paths: Sequence[Path], key: str) -> str:
@@ -77,15 +67,28 @@ def digest(paths: Sequence[Path], key: str) -> str:
     return hashlib.sha256("\n".join(each).encode()).hexdigest()[:DIGEST_CHARS]
 
 
-def _file_digest(path: Path, key: str) -> str:
+def _whole(file: BufferedReader, size: int) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sampled(file: BufferedReader, size: int) -> str:
+    found = hashlib.sha256(str(size).encode())
+    for at in (0, size // 2, max(size - SAMPLED, 0)):
+        file.seek(at)
+        found.update(file.read(SAMPLED))
+    return found.hexdigest()
+
+
+def _file_digest(path: Path, key: str, of: Callable[[BufferedReader, int], str] = _whole) -> str:
+    """Read once in each state of the file. of: what of it is looked at."""
     if path.exists() and not path.is_file():  # a device may go on for ever
         raise UserError(f"{key}: {path} is no file")
     try:
         stat = path.stat()
-        state = (str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        state = (of.__name__, str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if state not in _known:
             with path.open("rb") as file:
-                _known[state] = hashlib.file_digest(file, "sha256").hexdigest()
+                _known[state] = of(file, stat.st_size)
     except OSError as error:
         raise UserError(f"{key}: can't be read ({error})") from error
     return _known[state]

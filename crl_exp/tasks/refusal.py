@@ -63,21 +63,20 @@ class Refusal(RefusalTask):
         prompts = read_donotanswer(asset_path(HARMFUL))
         harmful = unique([_item(prompt, group=group) for prompt, group in prompts])
         parts = self.cut(harmful, HARMFUL)
-        benign_train, benign_validation, benign_test = self._benign_parts()
+        benign_left, benign_validation, benign_test = self._benign_parts()
+        benign_train = benign_left[: self.n_train_benign]
         harmbench = read_harmbench(asset_path(HARMBENCH), self.max_context_chars)
         return Splits(
             train=tuple(shuffled([*parts.train, *benign_train], self.split_seed)),
             validation=tuple(shuffled([*parts.validation, *benign_validation], self.split_seed)),
             test=parts.test,
             extra={"harmbench": tuple(unique(harmbench)), "benign": tuple(benign_test)},
-            warnings=(*parts.warnings, *self._same_benign()),
+            warnings=(*parts.warnings, *self._same_benign(len(benign_left))),
         )
 
-    def _same_benign(self) -> list[str]:
+    def _same_benign(self, n_left: int) -> list[str]:
         """A warning where `train_seed` finds no benign prompts to choose from."""
-        left = len(unique([_item(p, benign=True) for p in read_benign_prompts()]))
-        left -= self.n_test_benign + self.n_validation_benign
-        if self.train_seed is None or not self.n_train_benign or left > self.n_train_benign:
+        if self.train_seed is None or not self.n_train_benign or n_left > self.n_train_benign:
             return []
         return [
             f"task.train_seed={self.train_seed}: task.n_train_benign={self.n_train_benign} takes "
@@ -86,7 +85,7 @@ class Refusal(RefusalTask):
         ]
 
     def _benign_parts(self) -> tuple[list[Item], list[Item], list[Item]]:
-        """Train, validation and test parts; the test part is cut first, then validation."""
+        """What is left for train, in the order drawn, validation and test; test is cut first."""
         order = shuffled(
             unique([_item(p, benign=True) for p in read_benign_prompts()]), self.split_seed
         )
@@ -101,7 +100,7 @@ class Refusal(RefusalTask):
         rest = order[validation:]
         if self.train_seed is not None:
             rest = shuffled(rest, self.train_seed)
-        return rest[: self.n_train_benign], order[test:validation], order[:test]
+        return rest, order[test:validation], order[:test]
 
     def _fitting(self, too_many: int) -> str:
         """Which of the sizes, lowered alone, would do, to be typed."""

@@ -114,6 +114,17 @@ def test_the_features_that_two_share_are_counted_by_layer(tmp_path, capsys):
     assert "the same feature at 0 of 1 layers\n" in said(capsys, tmp_path, *names)
 
 
+def test_of_several_features_of_a_layer_all_are_compared(sweep, capsys):
+    folder, runs = sweep
+    for run, features in ((runs[18, 0], (3, 7)), (runs["s"], (5, 7))):
+        chosen = [{"feature": f, "coefficient": 1.0} for f in features]
+        layer = {"n": 100, "allowed": 40, "found": [], "used": [], "chosen": chosen}
+        write_json(run.path / "features.json", {"8": layer, "18": {**layer, "chosen": chosen[1:]}})
+    told = said(capsys, folder, "demo:CRL@18", "demo:CorrSteer-S")
+    assert "the same feature at 1 of 2 layers (of each row's first seed)" in told
+    assert "others, A and B: 8: 3+7, 5+7" in told
+
+
 def test_of_a_policy_the_feature_that_it_added_most_is_taken(sweep, capsys):
     folder, runs = sweep
     used = [{"feature": f, "tokens": n, "mean_coefficient": 1.0} for f, n in ((1, 5), (2, 9))]

@@ -11,7 +11,7 @@ from crl_exp.config import compatibility
 from crl_exp.experiments.workspace import RunWorkspace
 from crl_exp.generation.controller import Unsteered
 from crl_exp.steering.controllers.fixed import Steer
-from crl_exp.steering.methods.crl import CorrSteerP
+from crl_exp.steering.methods.corrsteer import CorrSteerP
 from tests.helpers.tiny_run import lab_of
 from tests.steering.test_parity import TASK
 

@@ -24,7 +24,7 @@ from crl_exp.runs import preemption
 from crl_exp.runs.kept import shared
 from crl_exp.steering.controllers.fixed import Steer
 from crl_exp.steering.feature_statistics.scores import handle_negative
-from crl_exp.steering.methods.crl import CorrSteerS
+from crl_exp.steering.methods.corrsteer import CorrSteerS
 from crl_exp.steering.workspace import SteeringConfig, Workspace
 
 OBJECTIVES = ("auto", "target", "reward")

@@ -15,14 +15,8 @@ from crl_exp.config.errors import UserError
 from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.steering.controllers.policy import PolicyController
 from crl_exp.steering.feature_statistics.running import online_conflicts
-from crl_exp.steering.methods.base import Method, NoSteering, WithoutFeatures, WithoutLayers
 from crl_exp.steering.methods.corrsteer import (
     CorrSteer,
-    CorrSteerA,
-    CorrSteerP,
-    CorrSteerS,
-    best_scale,
-    multiplier_faults,
     warn_of_nothing,
 )
 from crl_exp.steering.policy.agent import AgentSetting, LayerAgent
@@ -31,11 +25,6 @@ from crl_exp.steering.stages.base import Pipeline
 from crl_exp.steering.stages.effects import Setting, follows_correlation
 from crl_exp.steering.workspace import SteeringConfig, Workspace
 
-__all__ = [
-    "CRL", "CorrSteer", "CorrSteerA", "CorrSteerP", "CorrSteerS", "Method", "NoSteering",
-    "PublishedCRL", "WithoutFeatures", "WithoutLayers", "best_scale", "multiplier_faults",
-    "warn_of_nothing",
-]  # fmt: skip
 NOTHING_TO_CHOOSE_BY = (
     "method.stage2=false leaves the policy's logits at 0, and with these stages the choice is then "
     "not by stage 1's correlations: it would be any feature, such as the first. Set fusion=add and "
