@@ -23,7 +23,7 @@ def run(config: DictConfig) -> float | None:
     from crl_exp.experiments.run import run_experiment
     from crl_exp.launcher.command_line import check_alone, check_sweeper, people_errors
     from crl_exp.launcher.planning.written import check_written
-    from crl_exp.runs.directory import objective
+    from crl_exp.runs.result import objective
 
     hydra_node = HydraConfig.get()
     in_sweep = hydra_node.mode == RunMode.MULTIRUN

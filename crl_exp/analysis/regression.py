@@ -52,12 +52,7 @@ def fit(
     C = 2 / (N · penalty). A dimension that never changes is left as it is, and takes no part.
     Raises `UserError` where a fit doesn't end.
     """
-    x_ND = x_ND.double().cpu()
-    mean_D, std_D = x_ND.mean(dim=0), x_ND.std(dim=0, correction=0)
-    # A constant in floating point has a deviation of rounding's size, which must not be blown up.
-    constant_D = std_D <= 1e-7 * x_ND.abs().amax(dim=0)
-    std_D = torch.where(constant_D, 1.0, std_D)
-    z_ND = ((x_ND - mean_D) / std_D).masked_fill(constant_D, 0.0)
+    mean_D, std_D, constant_D, z_ND = _standardised(x_ND)
     problem = _Problem(z_ND.numpy(), class_N.cpu().numpy(), n_classes)
     found, start = {}, np.zeros((z_ND.shape[1] + 1) * n_classes)
     for penalty in sorted(penalties, reverse=True):  # each begins where a stronger one ended
@@ -66,6 +61,67 @@ def fit(
         W_DC = weights[:-1].masked_fill(constant_D[:, None], 0.0)
         found[penalty] = Regression(mean_D, std_D, W_DC, weights[-1])
     return found
+
+
+def fit_two(
+    x_ND: Tensor, class_N: Tensor, penalties: Sequence[float]
+) -> dict[float, Regression]:
+    """What `fit` gives for two classes, several times as fast for some hundred dimensions.
+
+    By Newton's method with halved steps (iteratively reweighted least squares). The two classes'
+    weights are opposite at the optimum, so that one vector v = w_1 - w_0 is sought, with
+    penalty/4 · ‖v‖². Raises `UserError` where a fit doesn't end.
+    """
+    mean_D, std_D, constant_D, z_ND = _standardised(x_ND)
+    z_NX = np.concatenate([z_ND.numpy(), np.ones((len(z_ND), 1))], axis=1)
+    sign_N = 2.0 * class_N.cpu().numpy() - 1
+    found, v_X = {}, np.zeros(z_NX.shape[1])
+    for penalty in sorted(penalties, reverse=True):
+        v_X = _newton(z_NX, sign_N, penalty, v_X)
+        half_X = torch.from_numpy(v_X / 2)
+        weights = torch.stack([-half_X, half_X], dim=1)
+        W_DC = weights[:-1].masked_fill(constant_D[:, None], 0.0)
+        found[penalty] = Regression(mean_D, std_D, W_DC, weights[-1])
+    return found
+
+
+def _newton(z_NX: np.ndarray, sign_N: np.ndarray, penalty: float, v_X: np.ndarray) -> np.ndarray:
+    """Minimises mean log(1 + exp(-sign · z v)) + penalty/4 · ‖v‖², the intercept free."""
+    n, ridge_X = len(z_NX), np.full(z_NX.shape[1], penalty / 2)
+    ridge_X[-1] = 0.0
+
+    def loss(v_X: np.ndarray) -> float:
+        return float(np.logaddexp(0, -sign_N * (z_NX @ v_X)).mean() + ridge_X @ v_X**2 / 2)
+
+    now = loss(v_X)
+    for _ in range(100):
+        share_N = 1 / (1 + np.exp(sign_N * (z_NX @ v_X)))  # of the other class
+        slope_X = -(z_NX.T @ (sign_N * share_N)) / n + ridge_X * v_X
+        if np.abs(slope_X).max() < 1e-9:
+            return v_X
+        root_NX = z_NX * np.sqrt(share_N * (1 - share_N) / n)[:, None]
+        curve_XX = root_NX.T @ root_NX
+        # The intercept alone has no penalty: where all items are sure, nothing else curves it.
+        curve_XX[np.diag_indices_from(curve_XX)] += np.maximum(ridge_X, 1e-12)
+        step_X, size = np.linalg.solve(curve_XX, slope_X), 1.0
+        while (ahead := loss(v_X - size * step_X)) > now and size > 1e-6:
+            size /= 2
+        if size <= 1e-6:  # rounding is all that is left
+            return v_X
+        v_X, now = v_X - size * step_X, ahead
+    raise UserError(
+        f"penalties: the regression with penalty {penalty} did not end; leave it out"
+    )
+
+
+def _standardised(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and deviation [D], which dimensions never change [D], and x by them, 0 there [N, D]."""
+    x_ND = x_ND.double().cpu()
+    mean_D, std_D = x_ND.mean(dim=0), x_ND.std(dim=0, correction=0)
+    # A constant in floating point has a deviation of rounding's size, which must not be blown up.
+    constant_D = std_D <= 1e-7 * x_ND.abs().amax(dim=0)
+    std_D = torch.where(constant_D, 1.0, std_D)
+    return mean_D, std_D, constant_D, ((x_ND - mean_D) / std_D).masked_fill(constant_D, 0.0)
 
 
 class _Problem:

@@ -101,6 +101,15 @@ class Added(NamedTuple):
     same: Callable[[dict[str, Any]], bool] = lambda plain: False
 
 
+STEERING = {"_target_": "crl_exp.experiments.kinds.steering.Steering", "name": "steering"}
+"""The kind of experiment that every run was before there were kinds: it isn't hashed."""
+
+
+def is_steering(experiment: Any) -> bool:
+    """Whether the section `experiment` of a resolved config asks for that kind."""
+    return isinstance(experiment, dict) and experiment.get("_target_") == STEERING["_target_"]
+
+
 _RIGHT_OR_WRONG = (
     "jsonl", "multiple_choice", "open_questions", "refusal", "refusal_sets", "sentiment", "tiny",
 )  # fmt: skip
@@ -328,10 +337,20 @@ def without_tables(plain: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def _without_steering(plain: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config that doesn't say that it is of the first kind of experiment."""
+    if plain.get("experiment") in (None, STEERING):
+        return {key: value for key, value in plain.items() if key != "experiment"}
+    return plain
+
+
 def fill_missing(config: DictConfig) -> None:
     """Give each option that came later, where it is missing, the value that meant what was, and
     each class its name of today."""
     _rename_targets(config)
+    if config.get("experiment") is None:
+        with open_dict(config):
+            config.experiment = dict(STEERING)
     for added in ADDED:
         section = config.get(added.section)
         if not isinstance(section, DictConfig) or not _is_of(section.get("_target_"), added):
@@ -344,7 +363,7 @@ def fill_missing(config: DictConfig) -> None:
 def as_compared(plain: dict[str, Any]) -> dict[str, Any]:
     """A resolved config with every option there: where all values or a missing one mean what
     earlier versions did, with the one that says so. Of configs that do the same it is the same."""
-    plain = _with_targets(plain, first_name)
+    plain = _with_targets(_without_steering(plain), first_name)
     found = {k: dict(v) if isinstance(v, dict) else v for k, v in plain.items()}
     for added in ADDED:
         section = found.get(added.section)
@@ -368,7 +387,7 @@ def mended_since(plain: dict[str, Any], key: str, content_key: Callable[[Any], s
 
 def hashed(plain: dict[str, Any]) -> dict[str, Any]:
     """A resolved config as its run key sees it: without what means the earlier behaviour."""
-    plain = _with_targets(plain, first_name)
+    plain = _with_targets(_without_steering(plain), first_name)
     kept = without_tables(plain)
     for added in ADDED:
         section = kept.get(added.section)

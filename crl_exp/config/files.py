@@ -90,6 +90,12 @@ def read_json(path: Path, advice: str, kind: type = dict) -> Any:
     return value
 
 
+def content_key(value: Any) -> str:
+    """Short stable hash of a JSON-like value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def home(path: str | Path, key: str) -> Path:
     """A path with `~` and `~user` put in. Raises `UserError` naming the key for an unknown user."""
     try:

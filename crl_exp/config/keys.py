@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,45 @@ from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.config import compatibility
 from crl_exp.config.errors import UserError
-from crl_exp.config.files import write_atomic
+from crl_exp.config.files import content_key, write_atomic
+from crl_exp.config.sections import target_class
 
 # Where a run is written and logged, how it is asked for, and where a report puts it, don't change
 # what it computes.
 NOT_IN_KEY = ("hydra", "output_dir", "sweep_name", "tracking", "resume", "checkpoint", "rung")
 RESUME = ("new", "retry", "force")
-
-
-def content_key(value: Any) -> str:
-    """Short stable hash of a JSON-like value."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+EVERY_KIND = ("experiment", "seed", *NOT_IN_KEY)
+"""What every kind of experiment reads, or the frame that runs it."""
 
 
 def run_key(config: DictConfig) -> str:
-    """Hash of the resolved config without paths, tracking and other things that don't matter."""
+    """Hash of the resolved config without paths, tracking and other things that don't matter, and
+    without the sections that its kind of experiment doesn't read.
+
+    Raises `UserError` where `experiment` names no kind.
+    """
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    return content_key(
-        compatibility.hashed({k: v for k, v in plain.items() if k not in NOT_IN_KEY})
-    )
+    kept = {k: v for k, v in sections_read(plain).items() if k not in NOT_IN_KEY}
+    return content_key(compatibility.hashed(kept))
+
+
+def sections_read(plain: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config without the sections that its kind of experiment doesn't read."""
+    kind = plain.get("experiment")
+    if kind is None or compatibility.is_steering(kind):
+        return plain  # which reads all; its class needn't be loaded for it
+    target = str(kind.get("_target_", ""))
+    reads = getattr(target_class(target, "experiment", object), "reads", None)
+    if reads is None:
+        raise UserError(f"experiment._target_={target}: is no kind of experiment")
+    return {k: v for k, v in plain.items() if k in reads or k in EVERY_KIND}
+
+
+def filed_under(config: Mapping[Any, Any]) -> str:
+    """What the result of a config is filed under: the name of its method, or of its kind of
+    experiment where that has none."""
+    kind = (config.get("experiment") or {}).get("name", "steering")
+    return str(config["method"]["name"] if kind == "steering" else kind)
 
 
 def frozen_config(path: Path) -> DictConfig:
@@ -72,12 +90,13 @@ def read_config(path: Path) -> DictConfig:
 
 
 def freeze(config: DictConfig, path: Path) -> None:
-    """Write the config that a run directory's run is started from, resolved.
+    """Write the config that a run directory's run is started from, resolved, of it what its kind of
+    experiment reads.
 
     It says resume=new: however often a job is started from it, it goes on.
     """
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
+    whole: Any = OmegaConf.to_container(config, resolve=True)
+    plain = sections_read(whole)
     plain.pop("hydra", None)
     plain["resume"] = "new"
     write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(plain)))

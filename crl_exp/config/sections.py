@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.config.errors import UserError, did_you_mean
-from crl_exp.config.keys import content_key
+from crl_exp.config.files import content_key
 
 PACKAGE = "crl_exp."
 LARGEST = 1e9

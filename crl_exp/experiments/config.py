@@ -14,8 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from crl_exp.config import compatibility
 from crl_exp.config.errors import UserError, did_you_mean
+from crl_exp.config.keys import EVERY_KIND
 from crl_exp.config.paths import sweep_fault
 from crl_exp.config.sections import Known, build, fill, number_faults, once
+from crl_exp.experiments.base import ExperimentKind, Unread
 from crl_exp.experiments.layers import LayerSet
 from crl_exp.experiments.schema import PRESETS, TYPED, Schema
 from crl_exp.generation.config import EngineConfig
@@ -26,9 +28,7 @@ from crl_exp.runs.directory import RESUME
 from crl_exp.saes.config import SAEConfig
 from crl_exp.steering.coefficients import Coefficient, Decay
 from crl_exp.steering.feature_statistics.config import WarmupConfig
-from crl_exp.steering.feature_statistics.contrast import contrast_faults
 from crl_exp.steering.methods.base import Method
-from crl_exp.steering.methods.crl import CRL
 from crl_exp.steering.policy.algorithms import Algorithm
 from crl_exp.steering.policy.config import PolicyConfig
 from crl_exp.steering.stages.base import STAGES, Stage
@@ -36,6 +36,7 @@ from crl_exp.tasks.base import Task
 from crl_exp.tracking.sync import TrackingConfig
 
 PARTS: dict[str, type] = {
+    "experiment": ExperimentKind,
     "task": Task,
     "layers": LayerSet,
     "method": Method,
@@ -51,7 +52,8 @@ PARTS: dict[str, type] = {
 
 @dataclass
 class Experiment:
-    """A config whose every section is an object of its class; see `Schema` for the keys.
+    """A config whose every section is an object of its class; see `Schema` for the keys. Those that
+    the kind of experiment doesn't read are `Unread`.
 
     rung: place on a ladder of runs that a report sets against each other (`comparison.ladder`).
     """
@@ -62,6 +64,7 @@ class Experiment:
     resume: str
     rung: int | None
     order: list[str]
+    experiment: ExperimentKind
     model: ModelConfig
     sae: SAEConfig
     engine: EngineConfig
@@ -84,6 +87,15 @@ class Experiment:
     def stages(self) -> dict[str, Stage]:
         return {name: getattr(self, name) for name in STAGES}
 
+    def reads(self, section: str) -> bool:
+        """Whether the kind of experiment reads a section."""
+        return section in self.experiment.reads or section in EVERY_KIND
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a run needs; see `crl_exp.experiments.base.NEEDS`."""
+        return self.experiment.needs(self)
+
 
 def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
     """Build every section. Raises `UserError` with all faults of the config at once.
@@ -93,7 +105,11 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
     compatibility.fill_missing(config)
     faults = _unknown_sections(config)
     made: dict[str, Any] = {}
+    kind = _kind(config, known)
     for name, cls in {**PARTS, **TYPED}.items():
+        if name not in kind.reads and name not in EVERY_KIND:
+            made[name] = Unread(name, kind.name)
+            continue
         if OmegaConf.is_missing(config, name) or config[name] is None:
             faults.append(f"{name}: no option is chosen; set {name}=NAME")
             continue
@@ -107,7 +123,7 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
         except UserError as error:
             faults.append(str(error))
     for section in made.values():
-        if hasattr(section, "faults"):
+        if not isinstance(section, Unread) and hasattr(section, "faults"):
             faults += [fault for fault in section.faults() if fault]
     if config.resume not in RESUME:
         faults.append(
@@ -115,12 +131,27 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
             f"{did_you_mean(config.resume, RESUME)}"
         )
     faults += [fault for fault in [sweep_fault(config.sweep_name)] if fault]
-    faults += _order_faults(list(config.order))
+    if "order" in kind.reads:
+        faults += _order_faults(list(config.order))
     faults += number_faults("seed", config.seed)
     if faults:
         raise UserError("\n".join(faults))
     top = {key: config.get(key) for key in ("sweep_name", "seed", "output_dir", "resume", "rung")}
-    return Experiment(**top, order=list(config.order), **made)
+    if "order" not in kind.reads:
+        made["order"] = Unread("order", kind.name)
+    else:
+        made["order"] = list(config.order)
+    return Experiment(**top, **made)
+
+
+def _kind(config: DictConfig, known: Known | None) -> ExperimentKind:
+    """The kind of experiment, which says what else is read. Raises `UserError` as `build` does."""
+    if OmegaConf.is_missing(config, "experiment") or not config.experiment:
+        raise UserError("experiment: no kind is chosen; set experiment=steering")
+    plain = OmegaConf.to_container(config.experiment, resolve=True)
+    return once(
+        known, ["experiment", plain], lambda: build(config.experiment, "experiment", ExperimentKind)
+    )
 
 
 def _unknown_sections(config: DictConfig) -> list[str]:
@@ -150,26 +181,48 @@ def validate(exp: Experiment, known: Known | None = None) -> list[int]:
     Reads the model's config.json and the SAEs' cfg.json only. Raises `UserError` with every fault.
     known: of a sweep; what points share is then read once.
     """
-    model, sae = asdict(exp.model), asdict(exp.sae)
+    model = asdict(exp.model)
     config = once(known, ["architecture", model], lambda: check_architecture(exp.model))
     layers: list[int] = []
     faults: list[str] = []
     try:
-        if exp.method.uses_layers:
-            available = once(known, ["available", sae], lambda: exp.sae.available)
-            layers = exp.layers.resolve(available, config.num_hidden_layers)
+        if "layers" in exp.needs:
+            layers = _layers(exp, config.num_hidden_layers, known)
     except UserError as error:
         faults.append(str(error))
-    k = exp.policy.k if isinstance(exp.method, CRL) else 1
-    for layer in layers:
+    k = exp.experiment.features_at_once(exp)
+    for layer in with_sae(exp, layers, known):
         faults += once(
             known,
-            ["metadata", model, sae, layer, k],
+            ["metadata", model, asdict(exp.sae), layer, k],
             lambda at=layer: exp.sae.metadata_faults(at, config.hidden_size, exp.model.name, k),
         )
-    faults += [fault for fault in exp.method.conflicts(exp) if fault] + contrast_faults(
-        exp.warmup.contrast, exp.task
-    )
+    faults += [fault for fault in exp.experiment.conflicts(exp) if fault]
     if faults:
         raise UserError("\n".join(faults))
     return layers
+
+
+def _layers(exp: Experiment, n_layers: int, known: Known | None) -> list[int]:
+    """The layers that are looked at. Raises `UserError` for one that isn't there, or has no SAE
+    where one is needed."""
+    if "sae" in exp.needs and exp.sae.absent:
+        raise UserError(
+            f"method={exp.method.name} needs SAEs with these options, and sae=none gives none: "
+            "choose sae=… (`ls conf/sae`), or a method that works with residuals (probe, "
+            "probe_steering, raw_residual)"
+        )
+    return exp.layers.resolve(_available(exp, known), n_layers, "sae" in exp.needs)
+
+
+def _available(exp: Experiment, known: Known | None) -> list[int] | None:
+    """Layers that have an SAE; None where no SAEs are looked for."""
+    if not exp.reads("sae") or exp.sae.absent:
+        return None
+    return once(known, ["available", asdict(exp.sae)], lambda: exp.sae.available)
+
+
+def with_sae(exp: Experiment, layers: list[int], known: Known | None = None) -> list[int]:
+    """Those of these layers that have an SAE."""
+    available = _available(exp, known) if layers else None
+    return [layer for layer in layers if available and layer in available]

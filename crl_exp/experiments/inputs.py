@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from crl_exp.config.files import home
+from crl_exp.experiments.config import Experiment, with_sae
 from crl_exp.runs.inputs import Inputs, digest, folder_digest, sae_digest
 from crl_exp.steering.feature_lists import list_file
 from crl_exp.tasks.data.rows import files_of
 
 
-class Reads(Protocol):
-    """Of an experiment, what names files."""
-
-    @property
-    def task(self) -> Any: ...
-
-    @property
-    def model(self) -> Any: ...
-
-    @property
-    def sae(self) -> Any: ...
-
-    @property
-    def method(self) -> Any: ...
-
-
-def inputs_of(exp: Reads, layers: Sequence[int]) -> Inputs:
+def inputs_of(exp: Experiment, layers: list[int]) -> Inputs:
     """What the experiment would read now: the task's files, the folders of the model and of those
     that score, the SAEs of these layers, a list of features.
 
@@ -41,7 +25,7 @@ def inputs_of(exp: Reads, layers: Sequence[int]) -> Inputs:
             found[key] = folder_digest(folder, key)
     if isinstance(path := getattr(exp.method, "path", None), str):  # a list of features
         found[f"method.path={path}"] = digest([list_file(path)], "method.path")
-    for layer in layers:
+    for layer in with_sae(exp, layers):
         if of_sae := sae_digest(exp.sae, layer):
             found[f"sae.folder={exp.sae.folder}, layer {layer}"] = of_sae
     return found

@@ -23,15 +23,23 @@ class LayerSet:
     """Base of the layer sets."""
 
     @abstractmethod
-    def wanted(self, available: list[int]) -> list[int]:
+    def wanted(self, available: list[int], n_layers: int) -> list[int]:
+        """available: layers that have an SAE; all, where SAEs aren't looked for."""
         raise NotImplementedError
 
     def faults(self) -> list[str]:
         return []
 
-    def resolve(self, available: list[int], n_layers: int) -> list[int]:
-        """The layers, sorted. Raises `UserError` for one out of range or without an SAE."""
-        layers = sorted(set(self.wanted(available)))
+    def resolve(
+        self, with_sae: list[int] | None, n_layers: int, sae_needed: bool = True
+    ) -> list[int]:
+        """The layers, sorted. Raises `UserError` for one out of range, or without an SAE where one
+        is needed.
+
+        with_sae: layers that have one; None where SAEs aren't looked for: all layers will do.
+        """
+        available = list(range(n_layers)) if with_sae is None else with_sae
+        layers = sorted(set(self.wanted(available, n_layers)))
         if not layers:
             raise UserError(
                 f"layers: the set is empty (layers with an SAE: {available}); try layers=all"
@@ -42,7 +50,7 @@ class LayerSet:
                     f"layer {layer} is out of range: the model has layers 0 to {n_layers - 1}; "
                     f"set layers=single layers.layer={available[0]}"
                 )
-            if layer not in available:
+            if sae_needed and layer not in available:
                 raise UserError(
                     f"layer {layer} has no SAE; those that have one: {available}. "
                     f"Set layers=single layers.layer={available[0]}, or train one with "
@@ -52,7 +60,7 @@ class LayerSet:
 
     def prepare(self, workspace: Workspace) -> tuple[Answering, list[int]]:
         """What the method found for these layers, and the layers that it reads or steers."""
-        return workspace.exp.method.prepare(workspace), sorted(workspace.saes)
+        return workspace.exp.method.prepare(workspace), list(workspace.layers)
 
 
 @dataclass
@@ -61,7 +69,7 @@ class Single(LayerSet):
 
     layer: int
 
-    def wanted(self, available: list[int]) -> list[int]:
+    def wanted(self, available: list[int], n_layers: int) -> list[int]:
         return [self.layer]
 
 
@@ -74,7 +82,7 @@ class Listed(LayerSet):
     def faults(self) -> list[str]:
         return _repeated("layers.layers", self.layers)
 
-    def wanted(self, available: list[int]) -> list[int]:
+    def wanted(self, available: list[int], n_layers: int) -> list[int]:
         return self.layers
 
 
@@ -94,24 +102,34 @@ class Range(LayerSet):
             "0 ≤ layers.first ≤ layers.last and layers.step ≥ 1"
         ]
 
-    def wanted(self, available: list[int]) -> list[int]:
+    def wanted(self, available: list[int], n_layers: int) -> list[int]:
         return [n for n in range(self.first, self.last + 1, self.step) if n in available]
 
-    def resolve(self, available: list[int], n_layers: int) -> list[int]:
+    def resolve(
+        self, with_sae: list[int] | None, n_layers: int, sae_needed: bool = True
+    ) -> list[int]:
         if self.last >= n_layers:
             raise UserError(
                 f"layers.last={self.last} is out of range: the model has layers 0 to "
                 f"{n_layers - 1}; set layers.last={n_layers - 1}"
             )
-        return super().resolve(available, n_layers)
+        return super().resolve(with_sae, n_layers, sae_needed)
 
 
 @dataclass
 class All(LayerSet):
-    """Every layer that has an SAE, steered together."""
+    """Every layer that has an SAE, steered together; of the model, with sae=none."""
 
-    def wanted(self, available: list[int]) -> list[int]:
+    def wanted(self, available: list[int], n_layers: int) -> list[int]:
         return available
+
+
+@dataclass
+class Every(LayerSet):
+    """Every layer of the model, whether it has an SAE or not, together."""
+
+    def wanted(self, available: list[int], n_layers: int) -> list[int]:
+        return list(range(n_layers))
 
 
 @dataclass
@@ -130,12 +148,12 @@ class BestOnValidation(LayerSet):
     def faults(self) -> list[str]:
         return _repeated("layers.among", self.among or [])
 
-    def wanted(self, available: list[int]) -> list[int]:
+    def wanted(self, available: list[int], n_layers: int) -> list[int]:
         return available if self.among is None else self.among
 
     def prepare(self, workspace: Workspace) -> tuple[Answering, list[int]]:
         tried: dict[int, tuple[float, Answering, Workspace]] = {}
-        for layer in sorted(workspace.saes):
+        for layer in workspace.layers:
             alone = workspace.alone(layer)
             found = workspace.exp.method.prepare(alone)
             tried[layer] = (workspace.validation_reward(found), found, alone)

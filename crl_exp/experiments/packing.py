@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from crl_exp.config.errors import UserError
-from crl_exp.config.keys import content_key, run_key
+from crl_exp.config.keys import content_key, run_key, sections_read
 from crl_exp.config.sections import Known
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.run import RunHost, run_experiment
@@ -42,8 +42,11 @@ def pack_key(config: DictConfig) -> str:
 
 def section_keys(config: DictConfig) -> dict[str, str]:
     """The content of each section that runs of a pack have in common, as a key."""
-    plain: Any = {name: OmegaConf.to_container(config[name], resolve=True) for name in SHARED}
-    return {name: content_key(plain[name]) for name in SHARED}
+    plain: Any = sections_read({
+        name: OmegaConf.to_container(config[name], resolve=True)
+        for name in ("experiment", *SHARED) if name in config
+    })  # fmt: skip
+    return {name: content_key(plain.get(name)) for name in SHARED}
 
 
 def run_pack(runs: Sequence[DictConfig], skip_finished: bool = True) -> list[Outcome]:
@@ -123,7 +126,7 @@ def _wanted_layers(runs: Sequence[DictConfig]) -> Layers:
             layers = configs.validate(exp, known)
         except UserError:
             continue  # it is told where this run itself begins
-        if exp.method.needs_statistics and not _is_done(config):
+        if "feature_statistics" in exp.needs and not _is_done(config):
             wanted.setdefault(_warmup_key(exp), set()).update(layers)
     return wanted
 

@@ -1,4 +1,4 @@
-"""One experiment: load, warm up, train, evaluate, write the result."""
+"""One experiment of whatever kind: its directory held, its model loaded, its result written."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from crl_exp.analysis.sae_fit import SAEFit, by_layer
-from crl_exp.analysis.winners_curse import warnings
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import defined
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.config import Experiment
 from crl_exp.experiments.fed import note_data
 from crl_exp.experiments.inputs import inputs_of
-from crl_exp.experiments.kinds.steering import evaluate
 from crl_exp.experiments.shared import shared_splits
 from crl_exp.experiments.workspace import RunWorkspace
 from crl_exp.generation.engine import Engine, EngineConfig
@@ -29,12 +26,8 @@ from crl_exp.runs.directory import RunDirectory, write_json
 from crl_exp.runs.heartbeat import PHASES, beating
 from crl_exp.runs.inputs import changed
 from crl_exp.runs.records import Record
+from crl_exp.runs.result import write_by_layer
 from crl_exp.runs.status import RETRIED, HeldError
-from crl_exp.steering.answerer import Answering
-from crl_exp.steering.controllers.fixed import FixedFeatures
-from crl_exp.steering.feature_statistics.fit import fits_of
-from crl_exp.steering.feature_statistics.store import LayerStatistics
-from crl_exp.steering.stages.effects import cautions
 from crl_exp.tracking.live import Tracker
 
 log = logging.getLogger(__name__)
@@ -146,132 +139,50 @@ def _attempt(
         place.begun(run)
         result = _run(exp, layers, run, place) | code | {"packed": run.progress.packed}
         result = defined(result)
+        if result.get("series"):
+            write_by_layer(run.path, result)
         write_json(run.result_path, result)
         run.clear_answers()
     return result
 
 
 def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: RunHost) -> dict[str, Any]:
-    timed = run.progress.timed
-    with timed("load"):
+    with run.progress.timed("load"):
         workspace = RunWorkspace(exp, layers, run, place.engine)
-        for caution in cautions(exp, workspace.n_tokens):
-            workspace.warn(caution)
+        workspace.before_statistics = lambda: place.warming_up(workspace)
         preemption.check()
     noted = note_data(run, workspace.splits, workspace.lm, workspace.fed)
-    fits: dict[int, SAEFit] = {}
-    with timed("warmup"):
-        if exp.method.needs_statistics:
-            place.warming_up(workspace)
-            workspace.statistics()
-            fits = fits_of(workspace)
-    with timed("train"):
-        answerer, layers = prepared(workspace)
-        choices = workspace.tried.choices()
-        for few in warnings(choices):
-            workspace.warn(few)
-    with timed("evaluate"):
-        figures, used = evaluate(workspace, answerer)
-    write_json(run.path / "features.json", _features(workspace, used, answerer))
-    result = _identity(exp, layers, run, workspace) | noted | figures
-    if fits:
-        result["by_layer"] = by_layer(fits)
-    seconds = {phase: run.progress.seconds[phase] for phase in PHASES}
-    result |= {"notes": workspace.notes, "warnings": workspace.warnings, "seconds": seconds}
-    result["choices"] = choices
-    result["peak_memory_bytes"] = peak_memory_bytes()
-    result["versions"] = {name: version(name) for name in VERSIONS}
-    return result
-
-
-def prepared(workspace: RunWorkspace) -> tuple[Answering, list[int]]:
-    """What the method found, and the layers that it reads or steers."""
-    if workspace.exp.method.uses_layers:
-        return workspace.exp.layers.prepare(workspace)
-    return workspace.exp.method.prepare(workspace), []
-
-
-def _identity(
-    exp: Experiment, layers: list[int], run: RunDirectory, workspace: RunWorkspace
-) -> dict[str, Any]:
-    """What a result is a result of."""
+    found = exp.experiment.run(workspace).plain()
+    seconds = {phase: run.progress.seconds.get(phase, 0.0) for phase in PHASES}
     return {
-        "run_key": run.key,
+        **_identity(workspace),
+        **noted,
+        **found,
+        "notes": workspace.notes,
+        "warnings": workspace.warnings,
+        "seconds": seconds,
+        "choices": workspace.tried.choices(),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+
+
+def _identity(workspace: RunWorkspace) -> dict[str, Any]:
+    """What a result is a result of."""
+    exp = workspace.exp
+    of_sae = {"sae": exp.sae.name, "dictionary": exp.sae.dictionary} if exp.reads("sae") else {}
+    return {
+        "run_key": workspace.run.key,
         "sweep": exp.sweep_name,
-        "method": exp.method.name,
-        "label": exp.method.label or exp.method.name,
-        "control": exp.method.control or exp.sae.control or exp.task.shuffle_labels,
+        **exp.experiment.called(exp),
         "model": exp.model.name,
-        "sae": exp.sae.name,
-        "dictionary": exp.sae.dictionary,
+        **of_sae,
         "task": exp.task.name,
-        "layers": layers,
+        "layers": workspace.layers,
         "seed": exp.seed,
         "scorer": exp.task.scorer_name,
         "data_digest": workspace.splits.digest(),
     }
-
-
-def _features(
-    workspace: RunWorkspace, used: dict[int, dict[int, dict[str, float]]], answerer: Answering
-) -> dict[str, Any]:
-    """features.json: by layer, the best found in stage 1 and those added on the test set.
-
-    chosen: where they are fixed, with the coefficients that they are added with.
-    """
-    layers: dict[str, Any] = {}
-    chosen: dict[int, list[dict[str, Any]]] = {}
-    for steer in answerer.steers if isinstance(answerer, FixedFeatures) else []:
-        one = {"feature": steer.feature_idx, "coefficient": steer.coefficient}
-        chosen.setdefault(steer.layer, []).append(one)
-    measured = workspace.statistics() if workspace.exp.method.needs_statistics else {}
-    for layer in sorted({*measured, *used, *chosen}):
-        rows = used.get(layer, {})
-        if layer in measured:
-            layers[str(layer)] = _measured_features(workspace, layer, measured[layer], rows)
-        else:
-            sae = workspace.saes[layer]
-            layers[str(layer)] = {"n": None, "allowed": None, "found": [], "used": [
-                {"feature": feature, "neuronpedia": sae.link(feature), **more}
-                for feature, more in rows.items()
-            ]}  # fmt: skip
-        if layer in chosen:
-            layers[str(layer)]["chosen"] = chosen[layer]
-    return layers
-
-
-def _measured_features(
-    workspace: RunWorkspace,
-    layer: int,
-    statistics: LayerStatistics,
-    used: dict[int, dict[str, float]],
-) -> dict[str, Any]:
-    coefficient_F = workspace.coefficients(layer).cpu()
-    columns = {**statistics.by_feature, "coefficient": coefficient_F}
-
-    def row(feature: int, more: dict) -> dict[str, Any]:
-        values = {name: float(columns[name][feature]) for name in FEATURE_COLUMNS}
-        sign = 1 if values["correlation"] >= 0 else -1
-        link = workspace.saes[layer].link(feature)
-        return {"feature": feature, **values, "sign": sign, "neuronpedia": link, **more}
-
-    best = statistics.best(workspace.exp.warmup.min_frequency, workspace.exp.warmup.keep)
-    return {
-        "n": statistics.n,
-        "allowed": len(statistics.allowed(workspace.exp.warmup.min_frequency)),
-        "found": [row(feature, {}) for feature in best],
-        "used": [row(feature, more) for feature, more in used.items()],
-    }
-
-
-FEATURE_COLUMNS = (
-    "correlation",
-    "score",
-    "coefficient",
-    "frequency",
-    "frequency_rewarded",
-    "frequency_unrewarded",
-)
 
 
 def peak_memory_bytes() -> int:

@@ -19,7 +19,7 @@ from crl_exp.steering.policy.config import PolicyConfig
 from crl_exp.tracking.sync import TrackingConfig
 
 # Groups that set keys of other sections and leave none of their own.
-PRESETS = ("experiment", "sweep", "debug")
+PRESETS = ("preset", "sweep", "debug")
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Schema:
     resume: str = MISSING
     rung: int | None = None
     order: list[str] = MISSING
+    experiment: Any = MISSING
     model: ModelConfig = MISSING
     sae: SAEConfig = MISSING
     engine: EngineConfig = MISSING

@@ -43,7 +43,9 @@ class RunWorkspace(WorkspaceSetup):
         Model, prompts, statistics and warnings are shared.
         """
         part = copy.copy(self)
-        part.saes = {layer: self.saes[layer]}
+        part.layers = [layer]
+        part.saes = {layer: self.saes[layer]} if layer in self.saes else {}
+        part.sites = {layer: self.sites[layer]}
         part.run = self.run.part(f"layer_{layer}")
         part.notes = {}
         part._statistics = None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from crl_exp.analysis.winners_curse import Tried
-from crl_exp.experiments.config import Experiment
+from crl_exp.experiments.config import Experiment, with_sae
 from crl_exp.experiments.fed import look_at, options_for
 from crl_exp.experiments.inputs import scorer_inputs
 from crl_exp.experiments.shared import shared_model, shared_sae, shared_splits
@@ -23,7 +23,7 @@ from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.inputs import sae_digest
 from crl_exp.runs.terminal import progress_bar
 from crl_exp.saes.dictionaries import with_dictionary
-from crl_exp.saes.layer_sae import LayerSAE, load_saes
+from crl_exp.saes.layer_sae import LayerSAE, load_saes, site_of
 from crl_exp.steering.controllers.fixed import FixedFeatures, Steer
 from crl_exp.steering.controllers.vector import FixedVectors
 from crl_exp.steering.feature_statistics.store import LayerStatistics
@@ -51,7 +51,11 @@ class WorkspaceSetup:
         self.engine_key = [self.model_key, asdict(exp.engine)]
         self.lm = shared_model(self.model_key, lambda: checked(load_model(exp.model)))
         self.engine = make_engine(self.lm, exp.engine)
-        self.saes: dict[int, LayerSAE] = {layer: self._sae(layer) for layer in layers}
+        self.layers = list(layers)
+        with_features = exp.needs & {"sae", "feature_statistics"}
+        self.saes: dict[int, LayerSAE] = {la: self._sae(la) for la in layers if with_features}
+        self.sites = self._sites()
+        self.before_statistics: Callable[[], None] = lambda: None
         for sae in self.saes.values():
             for warning in sae.warnings:
                 self.warn(warning)
@@ -80,6 +84,19 @@ class WorkspaceSetup:
         if kind == "sae":
             return sae
         return shared_sae([*key, kind, exp.seed], lambda: with_dictionary(sae, kind, exp.seed))
+
+    def _sites(self) -> dict[int, int]:
+        """Of each layer the site at which its residual is read and steered: its SAE's; where there
+        is none, its output."""
+        own = {layer: layer for layer in self.layers}
+        if self.saes:
+            return own | {layer: sae.site for layer, sae in self.saes.items()}
+        there = with_sae(self.exp, self.layers)
+        return own | {layer: site_of(self.exp.sae.metadata(layer).hook_name) for layer in there}
+
+    def timed(self, phase: str) -> AbstractContextManager[None]:
+        """One of the run's phases: its seconds are noted, and status names it."""
+        return self.run.progress.timed(phase)
 
     @property
     def n_tokens(self) -> int:
@@ -117,6 +134,5 @@ class WorkspaceSetup:
         """Adds these; none of them: the unsteered model itself."""
         if not vector_D:
             return Unsteered()
-        sites = {layer: sae.site for layer, sae in self.saes.items()}
         there = {layer: vector.to(self.lm.device) for layer, vector in vector_D.items()}
-        return FixedVectors(there, sites, self.exp.decay)
+        return FixedVectors(there, self.sites, self.exp.decay)

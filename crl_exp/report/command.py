@@ -21,6 +21,7 @@ from crl_exp.report.comparison.feature_credit import (
 from crl_exp.report.comparison.feature_use import metric_lines
 from crl_exp.report.comparison.pairs import chosen_pairs
 from crl_exp.report.comparison.rows import SweepComparison
+from crl_exp.report.figures import analyses as analysis_figure
 from crl_exp.report.figures import by_labels as label_figure
 from crl_exp.report.figures import features as feature_figures
 from crl_exp.report.figures import heat_map
@@ -34,6 +35,8 @@ from crl_exp.report.tables import csv as table_csv
 from crl_exp.report.tables import ladder as table_ladder
 from crl_exp.report.tables import latex as table_latex
 from crl_exp.report.tables import terminal as tables
+from crl_exp.report.tables.analyses import CSV as ANALYSES_CSV
+from crl_exp.report.tables.analyses import layer_lines
 from crl_exp.report.tables.groups import GROUP_CSV, group_lines
 from crl_exp.report.tables.pairs import PAIR_CSV, pair_line
 from crl_exp.runs.directory import SWEEP_CONFIG
@@ -60,6 +63,7 @@ WIDTH = 130
 FIGURES = {
     "ladder": ladder_figure.ladder,
     "by_layer": figures.by_layer,
+    "analyses": analysis_figure.analyses,
     "by_option": figures.by_option,
     "by_labels": label_figure.by_labels,
     "heat_map": heat_map.heat_map,
@@ -110,6 +114,8 @@ def write_texts(part: ReportPart, files: Files) -> list[FeatureCredit]:
         files.text("pairs.csv", table_csv.as_csv(PAIR_CSV, [pair_line(pair) for pair in pairs]))
     if steps := table_ladder.ladder_lines(sweep):
         files.text("ladder.csv", table_csv.as_csv(table_ladder.CSV, steps))
+    if lines := layer_lines(sweep):
+        files.text("analyses.csv", table_csv.as_csv(ANALYSES_CSV, lines))
     if lines := group_lines(sweep):
         files.text("groups.csv", table_csv.as_csv(GROUP_CSV, lines))
     if credits:
@@ -141,6 +147,12 @@ def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:
     tracking = config["tracking"]
     uri = resolved_uri(tracking["uri"], folder.parent)
     see = f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    if not sweep.rows:
+        kind = config["experiment"]["name"]
+        return [
+            f"{launch} experiment={kind} seed=1,2  # other draws of the control",
+            f"{launch} layers.layer={which}  # steer it, beside the analysis",
+        ]
     lines = {
         f"{launch} layers.layer={which} seed=3,4": "more seeds; finished runs are not run again",
         f"{launch} layers.layer={which} mask=active": "another option beside it",

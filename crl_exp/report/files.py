@@ -12,11 +12,11 @@ from crl_exp.config.files import write_atomic
 # What a report may write; nothing else in its folder is ever removed.
 TEXTS = (
     "table.md", "table.csv", "table.tex", "overview.csv", "features.csv", "items.csv",
-    "by_layer.csv", "pairs.csv", "ladder.csv", "groups.csv", "report.html",
+    "by_layer.csv", "pairs.csv", "ladder.csv", "groups.csv", "analyses.csv", "report.html",
 )  # fmt: skip
 FIGURE_NAMES = (
     "ladder", "by_layer", "by_option", "by_labels", "heat_map", "training", "overlap", "diversity",
-    "correlation", "overview",
+    "correlation", "analyses", "overview",
 )  # fmt: skip
 SUFFIXES = (".png", ".pdf")  # for the screen and for a paper
 

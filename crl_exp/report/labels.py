@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crl_exp.config.compatibility import as_compared, mended_since
-from crl_exp.config.keys import NOT_IN_KEY, content_key
+from crl_exp.config.keys import NOT_IN_KEY, content_key, filed_under
 from crl_exp.config.option_names import DICTIONARIES, option_names, typed
 from crl_exp.runs.records import Record, flatten
 
@@ -102,8 +102,9 @@ def _compared_among(name: str, mine: dict[str, Any]) -> tuple:
 
 
 def _name(record: Record) -> str:
-    method = record.config["method"]
-    name: str = (record.result or {}).get("label") or NAMES.get(method["name"]) or method["name"]
+    method = record.config.get("method") or {}  # an analysis has none
+    filed = filed_under(record.config)
+    name: str = (record.result or {}).get("label") or NAMES.get(filed) or filed
     if method.get("stage2") is False:
         name += " without stage 2"
     if best_on_validation(record):
@@ -151,7 +152,7 @@ def options_of(
             name: value
             for name, value in flatten(sections).items()
             if not name.endswith("_target_")
-            and name not in (*leave_out, "method.name", "task.train_seed")
+            and name not in (*leave_out, "method.name", "experiment.name", "task.train_seed")
         }
-        found[key] = {"method": sections["method"]["name"], **names, **values}
+        found[key] = {"method": filed_under(sections), **names, **values}
     return found

@@ -46,6 +46,8 @@ CAPTIONS = {
     "by_labels": "Difference to the unsteered model by number of labelled training items, with "
     "95 % intervals, over draws of them where there are several. Validation's labels come on top. "
     "Where several layers were tried: the one that did best on validation.",
+    "analyses": "What analyses found, by layer, with 95 % intervals, and beside it the accuracy of "
+    "methods that steer one layer (hollow: controls).",
     "heat_map": "Difference to the unsteered model in points; bold: Holm's p below 0.05. Grey: "
     "not run.",
     "training": "Reward while the policy was trained: on its rollouts (pale, mean over seeds) and "
@@ -83,10 +85,13 @@ def page(parts: SweepParts, figures: dict[str, list[Path]], credits: dict[str, l
 def _about(parts: SweepParts) -> str:
     """What was run, as it is known from the results."""
     runs = [run for part in parts.parts for row in part.sweep.rows for run in row.runs]
+    runs += {one.run.key: one.run for part in parts.parts for one in part.sweep.analyses}.values()
     results = [run.result for run in runs if run.result is not None]
     commits = sorted({str(r["git_commit"])[:10] for r in results if r.get("git_commit")})
-    models, saes = (", ".join(sorted({r[key] for r in results})) for key in ("model", "sae"))
-    told = f"{len(runs)} finished runs. Model {models}; SAEs {saes}"
+    models, saes = (
+        ", ".join(sorted({r[key] for r in results if key in r})) for key in ("model", "sae")
+    )
+    told = f"{len(runs)} finished runs. Model {models}; SAEs {saes or 'none'}"
     scorers = ", ".join(sorted({r["scorer"] for r in results}))
     code = f"; code {', '.join(commits)}" if commits else ""
     return escape(f"{told}; scored by {scorers}{code}.")
@@ -115,7 +120,11 @@ def _section(
     found = [
         f'<h2 id="{part.folder}">{escape(title(sweep))}</h2>',
         *([f"<p><strong>{escape(best)}</strong></p>"] if best else []),
-        table(COLUMNS, [main_cells(sweep, row) for row in sweep.rows], n_left=2),
+        *(
+            [table(COLUMNS, [main_cells(sweep, row) for row in sweep.rows], 2)]
+            if sweep.rows
+            else []
+        ),
         *[f"<p class=note>{escape(line)}</p>" for line in notes(sweep)],
     ]
     if sweep.test_sets:
@@ -154,6 +163,8 @@ def _features(credits: list[FeatureCredit]) -> list[str]:
 
 def _runs(sweep: SweepComparison) -> list[str]:
     runs = [run_cells(row, run) for row in sweep.rows for run in row.runs]
+    if not runs:
+        return []
     return [f"<details><summary>Runs ({len(runs)})</summary>", table(RUN_COLUMNS, runs, 2),
             "</details>"]  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.keys import content_key
-from crl_exp.config.option_names import typed
+from crl_exp.config.option_names import OFF, typed
 from crl_exp.config.paths import LONGEST
 from crl_exp.report.comparison.comparable import refuse_unfinished
 from crl_exp.report.comparison.rows import Row, SweepComparison, compare_runs
@@ -99,11 +99,16 @@ def compare_parts(records: list[Record], by: tuple[str, ...] = ()) -> SweepParts
     _refuse_unknown(by, configs)
     for key, wording in wordings(configs).items():
         configs[key]["wording"] = wording
+    saes = {config["sae.name"] for config in configs.values() if not _without_sae(config)}
+    for config in configs.values():
+        if _without_sae(config) and len(saes) == 1:
+            config["sae.name"] = next(iter(saes))  # beside the others, whose release goes unsaid
     keys = _telling([*PARTED_BY, *by], list(configs.values()))
     groups: dict[tuple[str, ...], list[Record]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: _without_sae(configs[record.key])):
         values = tuple(typed(configs[record.key].get(key)) for key in keys)
-        groups.setdefault(values, []).append(record)
+        for own in _beside(values, keys, groups) if _without_sae(configs[record.key]) else [values]:
+            groups.setdefault(own, []).append(record)
     short = [key.removesuffix(".name") for key in keys]
     parts, unfinished, faults = [], [], []
     for values, group in groups.items():
@@ -120,6 +125,23 @@ def compare_parts(records: list[Record], by: tuple[str, ...] = ()) -> SweepParts
         raise UserError("\n".join(faults))
     parts.sort(key=lambda part: [value for _, value in part.names])
     return SweepParts(records[0].sweep, tuple(parts), tuple(unfinished))
+
+
+def _without_sae(config: dict[str, Any]) -> bool:
+    """Whether a run uses no SAE, so that it stands beside those of every release."""
+    return config.get("sae.name") in (None, OFF)
+
+
+def _beside(
+    values: tuple[str, ...], keys: list[str], groups: dict[tuple[str, ...], list[Record]]
+) -> list[tuple[str, ...]]:
+    """The groups that a run without an SAE belongs to: those that differ from it in the SAE alone;
+    its own where there is none."""
+
+    def but_sae(of: tuple[str, ...]) -> list[str]:
+        return [value for key, value in zip(keys, of, strict=True) if key != "sae.name"]
+
+    return [own for own in groups if but_sae(own) == but_sae(values)] or [values]
 
 
 def _telling(keys: list[str], configs: list[dict[str, Any]]) -> list[str]:

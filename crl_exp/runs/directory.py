@@ -18,7 +18,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from crl_exp.config.display import undefined
 from crl_exp.config.files import (
     SWEEP_CONFIG,
     finite,
@@ -63,6 +62,7 @@ FROM_THE_LAST_TIME = (
     "checkpoint.prev.pt",
     "residuals.pt",
     "residuals.prev.pt",
+    "by_layer.parquet",
     "system.jsonl",
     INPUTS,
     DATA,
@@ -248,13 +248,6 @@ class RunDirectory(RunStatus):
         state = self.checkpoint().load()
         self.cut_journal(0 if state is None else state["journal_bytes"])
         return state
-
-
-def objective(result: dict[str, Any]) -> float | None:
-    """What a sweeper such as Optuna's optimises: the validation items' figure, as the test items
-    are only measured on. None where it is undefined."""
-    value = result["validation"]["accuracy_steered"]
-    return None if undefined(value) else value
 
 
 def _scancelled(preempted: Preempted) -> bool:

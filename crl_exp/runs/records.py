@@ -21,6 +21,7 @@ from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import read_json
 from crl_exp.config.keys import read_config
 from crl_exp.runs.heartbeat import HEARTBEAT_SECONDS
+from crl_exp.runs.result import STEERING
 
 RUN_KEY = re.compile("[0-9a-f]{12}")
 """What a run directory is called; another folder with a config.yaml is none."""
@@ -50,6 +51,11 @@ class Record:
         plain = OmegaConf.to_container(config)
         assert isinstance(plain, dict)
         return compatibility.without_tables({str(key): value for key, value in plain.items()})
+
+    @property
+    def steers(self) -> bool:
+        """Whether its result is a difference to the unsteered model; else it is an analysis."""
+        return (self.config.get("experiment") or {}).get("name", STEERING) == STEERING
 
     @cached_property
     def status(self) -> dict[str, Any]:

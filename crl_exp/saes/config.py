@@ -15,7 +15,7 @@ from typing import Any
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import home
 from crl_exp.config.hub import hub_trouble
-from crl_exp.config.option_names import DICTIONARIES
+from crl_exp.config.option_names import DICTIONARIES, OFF
 from crl_exp.config.paths import REPO
 from crl_exp.saes.metadata import SAEMetadata
 
@@ -32,7 +32,8 @@ OFFLINE = (
 class SAEConfig:
     """Which SAEs, one for each layer.
 
-    name: what results are filed under.
+    name: what results are filed under; `none`: there are none, which methods without features and
+        analyses can do with.
     folder: SAELens folders on disk (relative to the repository), `tiny:KIND` for random ones made
         on the spot, or null.
     release: a SAELens release, or null. Exactly one of `folder` and `release` is given.
@@ -54,7 +55,10 @@ class SAEConfig:
 
     def faults(self) -> list[str]:
         found = []
-        if (self.folder is None) == (self.release is None):
+        given = sum(where is not None for where in (self.folder, self.release))
+        if self.absent and given:
+            found.append("sae.name=none means that there is none; give the SAEs another name")
+        if not self.absent and given != 1:
             found.append("sae: give either sae.folder=… or sae.release=…, not both, not neither")
         if "{layer}" not in self.id_template:
             found.append(f"sae.id_template={self.id_template}: must contain {{layer}}")
@@ -63,6 +67,11 @@ class SAEConfig:
             known = ", ".join(DICTIONARIES)
             found.append(f"sae.dictionary={self.dictionary}: must be one of {known}{near}")
         return found
+
+    @property
+    def absent(self) -> bool:
+        """Whether there are none (`sae=none`)."""
+        return self.name == OFF
 
     @property
     def control(self) -> bool:

@@ -90,7 +90,17 @@ class Workspace(Protocol):
     def engine(self) -> Engine: ...
     @property
     def saes(self) -> dict[int, LayerSAE]:
-        """By layer, those of the steered layers."""
+        """By layer, those of the steered layers, where the method needs any."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Those that are looked at, ascending."""
+        ...
+
+    @property
+    def sites(self) -> dict[int, int]:
+        """By layer, the site of its residual: its SAE's, or its output's where there is none."""
         ...
 
     @property

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from crl_exp.config.display import plain, undefined
 from crl_exp.config.files import read_json as read_our_json
+from crl_exp.config.keys import NOT_IN_KEY, filed_under
 from crl_exp.config.option_names import DICTIONARIES
-from crl_exp.runs.directory import NOT_IN_KEY
 from crl_exp.runs.records import AGAIN, Record, flatten
+from crl_exp.runs.result import STEERING, Result, Series
 from crl_exp.tracking.sent import digest
 
 ARTIFACTS = (
     "config.yaml", "code.json", "data.json", "result.json", "features.json",
-    "interventions.parquet", "items.parquet", "*.png", "figures/*",
+    "interventions.parquet", "items.parquet", "by_layer.parquet", "*.png", "figures/*",
 )  # fmt: skip
 SWEEP_ARTIFACTS = ("submission.json", "code-*.diff", "report/**/*")
 STATUS = {
@@ -98,13 +99,14 @@ def tags(record: Record, code: dict[str, Any] | None = None) -> dict[str, str]:
     code: what to say of the code where the run, not started yet, hasn't said it.
     """
     config, result = record.config, record.result or {}
-    sae = config["sae"]
+    sae = config.get("sae") or {}  # an analysis may read none
     found = {
         "sweep": record.sweep,
         "run_key": record.key,
-        "method": config["method"]["name"],
+        "kind": (config.get("experiment") or {}).get("name", STEERING),
+        "method": filed_under(config),
         "model": config["model"]["name"],
-        "sae": sae["name"],
+        "sae": sae.get("name"),
         "sae_release": sae.get("release") or sae.get("folder"),
         "task": config["task"]["name"],
         "wording": config["task"].get("wording"),
@@ -143,7 +145,7 @@ def run_name(record: Record) -> str:
     """How a run is listed: `crl layer 18 seed 0`."""
     word = "layer" if record.layers is not None and len(record.layers) == 1 else "layers"
     where = "" if record.layers == [] else f" {word} {layers_text(record)}"
-    name = f"{record.config['method']['name']}{where}"
+    name = f"{filed_under(record.config)}{where}"
     dictionary = DICTIONARIES[(record.config.get("sae") or {}).get("dictionary", "sae")]
     shuffled = "shuffled labels" if record.config["task"].get("shuffle_labels") else ""
     return " ".join(filter(None, [name, f"seed {record.config['seed']}", dictionary, shuffled]))
@@ -167,7 +169,15 @@ def final_points(result: dict[str, Any], time_ms: int) -> list[Point]:
 
     Undefined figures (null, or not finite in a result of before) are left out.
     """
-    values = _split_values("eval", result)
+    read = Result.read(result)
+    values = {"eval/primary": read.figures[read.primary].value}
+    if read.kind != STEERING:
+        for name, figure in read.figures.items():
+            values |= {f"eval/{name}": figure.value}
+            values |= {f"eval/{name}_low": figure.low, f"eval/{name}_high": figure.high}
+        values["eval/runtime"] = sum(result["seconds"].values())
+        return [*_known(values, time_ms), *by_layer_points(read.series, time_ms)]
+    values |= _split_values("eval", result)
     values["eval/over_refusal"] = result["over_refusal_steered"]
     values["eval/unique_features"] = result["unique_features"]
     values["eval/left_alone"] = result.get("left_alone")  # not in results of before
@@ -175,25 +185,33 @@ def final_points(result: dict[str, Any], time_ms: int) -> list[Point]:
     sets = {**result["test_sets"], "validation": result["validation"]}
     for name, figures in sets.items():
         values |= _split_values(f"eval_{name}", figures)
-    known = {n: float(v) for n, v in values.items() if v is not None and not undefined(v)}
+    return [*_known(values, time_ms), *by_layer_points(read.series, time_ms)]
+
+
+def _known(values: Mapping[str, float | None], time_ms: int) -> list[Point]:
+    """Those that are defined."""
     return [
-        *[Point(name, value, 0, time_ms) for name, value in known.items()],
-        *by_layer_points(result.get("by_layer", {}), time_ms),
+        Point(name, float(value), 0, time_ms)
+        for name, value in values.items()
+        if value is not None and not undefined(value)
     ]
 
 
-def by_layer_points(by_layer: dict[str, dict[str, Any]], time_ms: int) -> list[Point]:
-    """Series over layers, as MLflow draws them: `by_layer/NAME`, the step being the layer.
+def by_layer_points(all_series: Sequence[Series], time_ms: int) -> list[Point]:
+    """Series over layers, as MLflow draws them: `by_layer/NAME/METRIC`, the step being the layer.
 
-    by_layer: by name and layer, as JSON has it, a figure {"value": …} or a number; undefined ones
-    are left out.
+    MLflow draws no intervals: their ends are series of their own, `…/low` and `…/high`. Undefined
+    figures are left out.
     """
     found = []
-    for name, series in by_layer.items():
-        for layer, figure in series.items():
-            value = figure["value"] if isinstance(figure, dict) else figure
-            if not undefined(value):
-                found.append(Point(f"by_layer/{name}", float(value), int(layer), time_ms))
+    for series in all_series:
+        for layer, figure in series.by_layer.items():
+            ends = {"": figure.value, "/low": figure.low, "/high": figure.high}
+            found += [
+                Point(f"by_layer/{series.key}{end}", float(value), layer, time_ms)
+                for end, value in ends.items()
+                if value is not None and not undefined(value)
+            ]
     return sorted(found, key=lambda point: (point.name, point.step))
 
 

@@ -32,6 +32,7 @@ from crl_exp.tracking.content import (
 )
 from crl_exp.tracking.mlflow_runs import Runs, code_of_the_last, ended, status_of, status_of_all
 from crl_exp.tracking.sent import Sent, Tail, digest
+from crl_exp.tracking.sweep_layers import sweep_points
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -245,8 +246,24 @@ class Uploader:
             self.artifacts(sweep, sent, SWEEP_ARTIFACTS)
             records = [Record(path.parent) for path in sweep.glob("*/config.yaml")]
             self._code(sent, code_tags(code_of_the_last(records)))
+            self._layers(sent, records)
             now = status_of_all({status_of(record) for record in records})
             self.runs.set_status(run_id, now, max(map(ended, records), default=time.time()))
+
+    def _layers(self, sent: Sent, records: list[Record]) -> None:
+        """Series over the layers that the sweep's runs steer one at a time (`sweep_layers`). A mean
+        that another seed has changed is sent again at the same layer: MLflow shows the last."""
+        finished = sorted(record.key for record in records if record.result is not None)
+        if sent.record.get("layers_of") == digest(finished):
+            return
+        known: dict[str, float] = sent.record.setdefault("layer_values", {})
+        found = {f"{p.name} @ {p.step}": p for p in sweep_points(records)}
+        new = [point for name, point in found.items() if known.get(name) != point.value]
+        for part in _requests(new):
+            self._log(sent.record["run_id"], part)
+        known |= {name: point.value for name, point in found.items()}
+        sent.record["layers_of"] = digest(finished)
+        sent.save()
 
     def _code(self, sent: Sent, found: dict[str, str]) -> None:
         from mlflow.entities import RunTag

@@ -75,7 +75,7 @@ class LocalProcessesLauncher(FrozenLauncher):
 
 def _returns(launched: Launch, states: dict[str, tuple[str, str]]) -> list[JobReturn]:
     """Every job's result, as `launch.py` returns it, or how it ended."""
-    from crl_exp.runs.directory import objective
+    from crl_exp.runs.result import objective
 
     returns = []
     for point in launched.points:

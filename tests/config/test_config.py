@@ -30,7 +30,7 @@ from tests.helpers.tiny_run import CONF, ROOT, composed, quickly_composed, run_s
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
 # What these name (another model, other data) isn't there in a fast test; they are built, not run.
-NOT_RUN = {"model", "sae", "task", "tracking", "experiment", "sweep"}
+NOT_RUN = {"model", "sae", "task", "tracking", "preset", "sweep"}
 RUN = [pair for pair in OPTIONS if pair[0] not in NOT_RUN]
 BUILT = [pair for pair in OPTIONS if pair not in RUN]
 # Values without a default, which a person has to give; any other is given a word.
@@ -43,7 +43,10 @@ PUT_IN = {
     ],
     "harmbench_parity": ["model=tiny", "sae=tiny", "layers.first=17", "layers.last=18"],
 }  # fmt: skip
-ALSO = {("method", "listed"): ["method.features=[[1,3,2.0]]"]}  # one of two keys has to be given
+ALSO = {
+    ("method", "listed"): ["method.features=[[1,3,2.0]]"],  # one of two keys has to be given
+    ("layers", "every"): ["method=probe"],  # the tiny SAEs aren't of every layer
+}
 GIVEN = {"sae.id_template": '"layer_{layer}"'}
 
 
@@ -92,7 +95,7 @@ def test_every_option_runs_on_a_tiny_model(group, option, kind, tiny_files, tmp_
     build(group, quickly_composed(overrides))
     result, folder = run_small(overrides)
     assert result["n"] == 16 and result["p_value"] <= 1
-    assert (folder / "interventions.parquet").exists()
+    assert (folder / "interventions.parquet").exists() == (result["kind"] == "steering")
     if result["method"] == "crl":
         steps = re.findall(r'^\{"step": (\d+)', (folder / "journal.jsonl").read_text(), re.M)
         assert steps[0] == "1" and steps[-1] == "2"

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from crl_exp.analysis.statistics import compare
-from crl_exp.experiments.kinds.steering import INTERVENTIONS
+from crl_exp.experiments.kinds.evaluation import INTERVENTIONS
 from crl_exp.runs.directory import RunDirectory, write_json
 from crl_exp.runs.items import items_table, write_items
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crl_exp.analysis.statistics import crossed_parts
-from crl_exp.experiments.kinds.steering import INTERVENTIONS
+from crl_exp.experiments.kinds.evaluation import INTERVENTIONS
 from crl_exp.report.comparison.feature_spread import GROUPS, _jackknife, spread_over_items
 from crl_exp.report.comparison.feature_use import LayerUse
 from crl_exp.runs.records import Record

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crl_exp.config.errors import UserError
-from crl_exp.experiments.kinds.steering import _warn_of_harm
+from crl_exp.experiments.kinds.evaluation import _warn_of_harm
 from crl_exp.generation.controller import Unsteered
 from tests.helpers.tiny_run import lab_of, run_small
 

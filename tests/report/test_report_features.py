@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crl_exp.experiments.kinds.steering import INTERVENTIONS
+from crl_exp.experiments.kinds.evaluation import INTERVENTIONS
 from crl_exp.report.command import main
 from crl_exp.report.comparison.feature_credit import credits_of, items_with_features
 from crl_exp.report.comparison.feature_use import layer_uses, learned

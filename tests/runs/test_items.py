@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crl_exp.config.errors import UserError
-from crl_exp.experiments.kinds.steering import INTERVENTIONS
+from crl_exp.experiments.kinds.evaluation import INTERVENTIONS
 from crl_exp.runs.directory import write_json
 from crl_exp.runs.items import NoItemsError, aligned, item_rewards, items_table, write_items
 from crl_exp.runs.records import Record

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from crl_exp.analysis.regression import Regression, fit
+from crl_exp.analysis.regression import Regression, fit, fit_two
 from crl_exp.config.errors import UserError
 from crl_exp.experiments.config import experiment, validate
 from crl_exp.runs import kept
@@ -55,6 +55,26 @@ def test_the_fit_is_that_of_another_implementation(n_classes):
         other.fit(z_ND.numpy(), class_N.numpy())
         ours = made.scores(x_ND).softmax(dim=1).numpy()
         np.testing.assert_allclose(ours, other.predict_proba(z_ND.numpy()), atol=1e-5)
+
+
+def test_two_ways_to_fit_two_classes_give_the_same():
+    """Weak penalties too, at which the classes are told apart without a fault."""
+    x_ND, class_N = data(40, 2)
+    x_ND = torch.cat([x_ND, torch.randn(40, 60, generator=torch.Generator().manual_seed(1))], 1)
+    penalties = [1.0, 0.01, 1e-4]
+    ours, other = fit_two(x_ND, class_N, penalties), fit(x_ND, class_N, 2, penalties)
+    for penalty in penalties:
+        mine, theirs = (one[penalty].scores(x_ND).softmax(1) for one in (ours, other))
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+        assert (ours[penalty].W_DC.sum(1).abs() < 1e-12).all()
+
+
+def test_a_dimension_that_never_changes_takes_no_part_in_the_faster_way_either():
+    x_ND, class_N = data(60, 2)
+    same_N1 = 100 + 1e-12 * torch.randn(60, 1, dtype=torch.float64)
+    made = fit_two(torch.cat([x_ND, same_N1], 1), class_N, [0.1])[0.1]
+    assert (made.W_DC[-1] == 0).all()
+    torch.testing.assert_close(made.W_DC[:-1], fit_two(x_ND, class_N, [0.1])[0.1].W_DC)
 
 
 def test_a_penalty_is_as_strong_whatever_the_number_of_items():

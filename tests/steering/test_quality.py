@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from crl_exp.experiments.kinds.steering import evaluate_split
+from crl_exp.experiments.kinds.evaluation import evaluate_split
 from crl_exp.generation.controller import Unsteered
 from crl_exp.report.comparison.rows import compare_runs
 from crl_exp.report.parts import compare_parts

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crl_exp.config.errors import UserError
-from crl_exp.experiments.kinds.steering import over_refusal
+from crl_exp.experiments.kinds.evaluation import over_refusal
 from crl_exp.experiments.workspace import Answers
 from crl_exp.generation.controller import Unsteered
 from crl_exp.generation.engine import Engine, EngineConfig

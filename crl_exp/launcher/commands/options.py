@@ -24,10 +24,11 @@ from crl_exp.experiments.config import TYPED
 CONF, PAGE = REPO / "conf", REPO / "docs" / "options.md"
 # In the order of an experiment; groups that aren't named come after, those left out are presets.
 FIRST = (
-    "model", "sae", "task", "layers", "method", "warmup", "policy", "fusion", "activation", "noise",
-    "mask", "coefficient", "decay", "algorithm", "engine", "checkpoint", "tracking",
+    "experiment", "model", "sae", "task", "layers", "method", "warmup", "policy", "fusion",
+    "activation", "noise", "mask", "coefficient", "decay", "algorithm", "engine", "checkpoint",
+    "tracking",
 )  # fmt: skip
-LEFT_OUT = ("sweep", "experiment", "debug", "hydra")
+LEFT_OUT = ("sweep", "preset", "debug", "hydra")
 SOURCE = re.compile(r"#\s*source:\s*(?P<source>.*?)(?:;\s*reported:\s*(?P<reported>.*))?$")
 
 HEADER = """# Options

@@ -65,8 +65,8 @@ def fetch(points: Sequence[Experiment]) -> list[str]:
     for exp in points:
         model = asdict(exp.model)
         once(["task", asdict(exp.task)], lambda e=exp: fetch_task(e))
-        if once(["model", model], lambda e=exp: fetch_model(e.model)):
-            # Which layers are steered depends on the model.
+        # Which layers are steered depends on the model.
+        if once(["model", model], lambda e=exp: fetch_model(e.model)) and "sae" in exp.needs:
             once(["saes", model, asdict(exp.sae), asdict(exp.layers)], lambda e=exp: fetch_saes(e))
     return list(faults.values())
 

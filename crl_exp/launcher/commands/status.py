@@ -17,11 +17,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from crl_exp.config.display import number, plain
+from crl_exp.config.keys import filed_under
 from crl_exp.launcher.states import in_work, states_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.report.labels import labels
 from crl_exp.runs.heartbeat import PHASES
 from crl_exp.runs.records import Record, find_records, find_sweep
+from crl_exp.runs.result import STEERING, Result
 
 # Table columns don't fit a narrow terminal; where there is none, this many characters.
 WIDTH = 150
@@ -98,8 +100,12 @@ def _progress(beat: dict[str, Any]) -> str:
 
 def _metrics(record: Record) -> str:
     if record.result is not None:
-        result = record.result
-        figures = (result["delta"], *result["delta_ci95"])
+        result = Result.read(record.result)
+        if result.kind != STEERING:
+            name, told = result.primary, result.figures[result.primary]
+            return f"{name} {number(told.value, '.3f')}"
+        of = result.figures["delta"]
+        figures = (of.value, of.low, of.high)
         delta, low, high = (number(f if f is None else 100 * f, "+.1f") for f in figures)
         return f"Δ {delta} [{low}, {high}]"
     told = record.heartbeat.get("metrics", {})
@@ -129,7 +135,7 @@ def left_seconds(record: Record, usual: dict[str, dict[str, float]]) -> float | 
     now = _by_journal(record) if beat["phase"] == "train" else None
     if now is None and beat["left_seconds"] is not None:
         now = beat["left_seconds"] - age
-    typical = usual.get(record.config["method"]["name"])
+    typical = usual.get(filed_under(record.config))
     if typical is not None:
         later = PHASES[PHASES.index(beat["phase"]) + 1 :]
         spent = beat["seconds"].get(beat["phase"], 0.0) + age
@@ -141,7 +147,7 @@ def left_seconds(record: Record, usual: dict[str, dict[str, float]]) -> float | 
 def _by_journal(record: Record) -> float | None:
     """Seconds of training left, by the times of the last updates."""
     updates = [line for line in record.journal if "reward" in line["metrics"]][-JOURNAL_LINES:]
-    n_updates = record.config["algorithm"]["n_updates"]
+    n_updates = record.config.get("algorithm", {}).get("n_updates", 0)
     if len(updates) < 2 or updates[-1]["step"] <= updates[0]["step"]:
         return None
     steps = updates[-1]["step"] - updates[0]["step"]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from crl_exp.config.keys import filed_under
 from crl_exp.launcher.planning.plan import Point
 
 Kind = tuple[str, str, str]
@@ -68,7 +69,7 @@ def estimate(packs: Iterable[Sequence[Point]], output_dir: Path) -> Estimate:
     known = unknown = otherwise = 0
     for point, packed in ((point, len(pack)) for pack in packs for point in pack):
         config = point.config
-        kind = (str(config.model.name), str(config.task.name), str(config.method.name))
+        kind = (str(config.model.name), str(config.task.name), filed_under(config))
         if kind not in times:
             unknown += 1
             continue

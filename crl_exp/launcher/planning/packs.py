@@ -109,6 +109,6 @@ def _rollout_rows(start: Startable, known: Known) -> int:
         exp = configs.experiment(start.run.config, known)
     except UserError:
         return 0  # retried, but frozen by another version: its job says what is wrong with it
-    if not (isinstance(exp.method, CRL) and exp.method.stage2):
+    if not (exp.experiment.steers and isinstance(exp.method, CRL) and exp.method.stage2):
         return 0
     return len(exp.algorithm.answered(list(range(exp.algorithm.prompts_per_update))))

@@ -17,6 +17,7 @@ from crl_exp.config.sections import once
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.config import Known
 from crl_exp.experiments.inputs import inputs_of
+from crl_exp.experiments.schema import Schema
 from crl_exp.launcher.planning.compose import Composer
 from crl_exp.launcher.planning.written import check_written
 from crl_exp.launcher.settings import LocalSettings, Settings, SlurmSettings, changed
@@ -32,7 +33,7 @@ NAMED = 3
 # Of a sweep with more points than this, so many are looked at before all are composed, which takes
 # a while: a fault that all of them share is told at once.
 SAMPLE = 64
-READING = ("task", "sae", "layers", "model", "method")
+READING = ("experiment", "task", "sae", "layers", "model", "method")
 """Sections that say which files a run reads."""
 HERE = LocalSettings(
     gpus=0, pack=1, setup=[], python=None, wait=False, extend=False, assumed_change=0.2,
@@ -176,7 +177,10 @@ def look_at_inputs(points: Sequence[Point]) -> None:
             return None  # told by `check`, or by the job of one that was frozen by another version
 
     for point in points:
-        parts = {name: OmegaConf.to_container(point.config[name], resolve=True) for name in READING}
+        parts = {
+            name: OmegaConf.to_container(point.config[name], resolve=True)
+            for name in READING if name in point.config
+        }  # fmt: skip
         found = once(known, ["inputs", parts], lambda of=point.config: look(of))
         if found is None:
             continue
@@ -238,6 +242,12 @@ def check(
             configs.validate(exp, known)
             if here and (found := exp.model.machine_faults()):
                 raise UserError("\n".join(found))
+            if exp.task.is_local:  # that of the hub is loaded by the run
+                once(known, ["data", asdict(exp.task)], exp.task.drawn)
+            for one in unread(exp, point.overrides):
+                told.say(one, str(point))
+            if not exp.experiment.steers:
+                continue
             setting = Setting.of(exp)
             compared = (COMBINE,) if point.key in both_ways else ()
             read = (exp.decay, exp.policy, exp.warmup, exp.algorithm.uses_critic, compared)
@@ -247,14 +257,25 @@ def check(
                 told.say(caution, str(point))
             if hasattr(exp.method, "stage2"):
                 alike.setdefault(_beside_stages(point.config), []).append((setting, point))
-            if exp.task.is_local:  # that of the hub is loaded by the run
-                once(known, ["data", asdict(exp.task)], exp.task.drawn)
         except (UserError, OmegaConfBaseException) as error:
             faults.add(error, str(point))
     faults.raise_any()
     for group in alike.values():
         _tell_same(group, told)
     return told.lines()
+
+
+def unread(exp: configs.Experiment, overrides: Sequence[str]) -> list[str]:
+    """A line for each override of a section that the kind of experiment doesn't read."""
+    found = []
+    for one in overrides:
+        key = one.lstrip("+~").partition("=")[0]
+        section = key.partition(".")[0].partition("@")[0]
+        if section in Schema.__annotations__ and not exp.reads(section):
+            found.append(
+                f"{one} changes nothing: experiment={exp.experiment.name} doesn't read {section}"
+            )
+    return found
 
 
 def cautions_text(cautions: Sequence[str]) -> str:

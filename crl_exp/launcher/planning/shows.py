@@ -18,7 +18,7 @@ def shows_text(points: Sequence[Point]) -> list[str]:
     sizes: Counter[tuple[int, int]] = Counter()
     seeds: dict[str, set[tuple[int, int | None]]] = {}
     items: dict[str, int] = {}
-    steered = [point for point in points if point.config.method.name != "none"]
+    steered = [point for point in points if _steers(point)]
     for point in steered:
         plain = OmegaConf.to_container(point.config, resolve=True)
         assert isinstance(plain, dict)
@@ -37,6 +37,12 @@ def shows_text(points: Sequence[Point]) -> list[str]:
     if any(n_seeds > 1 for _, n_seeds in sizes):
         assumed += f", seeds deviate by {100 * deviation:.1f} points"
     return [*lines, f"  ({assumed}; docs/statistics.md)"]
+
+
+def _steers(point: Point) -> bool:
+    """Whether its result is a difference to the unsteered model; that of an analysis is none."""
+    config = point.config
+    return config.experiment.name == "steering" and config.method.name != "none"
 
 
 def _line(n: int, n_seeds: int, change: float, deviation: float) -> str:

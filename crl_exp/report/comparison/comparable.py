@@ -21,6 +21,7 @@ NOT_THE_MODEL = (
     "task.classifier.batch_size", "task.cross_encoder.device", "task.cross_encoder.batch_size",
 )  # fmt: skip
 CHOSEN_ON = ("fed.train", "fed.validation")
+OF_ANSWERS = ("n", "scorer", "test_sets.n")
 WHY = {
     "weights": " (hashes of the model's weights: its files were changed between the runs)",
     "fed.": " (hashes of the prompts' tokens: the tokenizer or its chat template was changed "
@@ -65,7 +66,13 @@ def differences(records: list[Record]) -> list[str]:
 
 
 def _asked_differences(records: list[Record]) -> list[str]:
-    return _differences({run: _asked(record) for run, record in _named(records).items()})
+    asked = {run: _asked(record) for run, record in _named(records).items()}
+    # What an analysis doesn't say, as it answers no test set, is no difference.
+    said = {key: value for values in reversed(asked.values()) for key, value in values.items()}
+    return _differences({
+        run: {**{key: said[key] for key in OF_ANSWERS if key in said}, **values}
+        for run, values in asked.items()
+    })  # fmt: skip
 
 
 def _named(records: list[Record]) -> dict[str, Record]:
@@ -134,6 +141,8 @@ def _asked(record: Record) -> dict[str, Any]:
     sections = {"model": record.config["model"], "task": record.config["task"]}
     skipped = (*NOT_THE_TEST, *NOT_THE_MODEL)
     kept = {key: value for key, value in flatten(sections).items() if key not in skipped}
+    if not record.steers:
+        return kept
     sizes = {name: figures["n"] for name, figures in record.result["test_sets"].items()}
     return {
         **kept,

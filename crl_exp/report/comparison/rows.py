@@ -18,6 +18,7 @@ from crl_exp.report.comparison.estimates import Estimates, estimates, split
 from crl_exp.report.labels import NAMES, Label, best_on_validation, is_control, labels
 from crl_exp.runs.items import NoItemsError, item_rewards
 from crl_exp.runs.records import Record
+from crl_exp.runs.result import Result
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,32 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Analysis:
+    """A finished run of a kind that doesn't steer. label: as a row's."""
+
+    label: Label
+    run: Record
+
+    @cached_property
+    def result(self) -> Result:
+        assert self.run.result is not None
+        return Result.read(self.run.result)
+
+
+@dataclass(frozen=True)
 class SweepComparison:
-    """Comparable rows, and the runs that have no result yet. Layers in order within a family."""
+    """Comparable rows, and the runs that have no result yet. Layers in order within a family.
+
+    analyses: of the same model and task, beside the rows or alone.
+    """
 
     rows: tuple[Row, ...]
     unfinished: tuple[Record, ...]
+    analyses: tuple[Analysis, ...] = ()
 
     @property
     def first(self) -> Record:
-        return self.rows[0].runs[0]
+        return self.rows[0].runs[0] if self.rows else self.analyses[0].run
 
     @property
     def varied(self) -> list[str]:
@@ -124,7 +142,7 @@ class SweepComparison:
     @property
     def test_sets(self) -> list[str]:
         assert self.first.result is not None
-        return list(self.first.result["test_sets"])
+        return list(self.first.result.get("test_sets", {}))
 
     @property
     def families(self) -> dict[str, list[Row]]:
@@ -196,7 +214,7 @@ def compare_runs(records: list[Record]) -> SweepComparison:
     refuse_unlike(finished)
     named = labels(finished)
     groups: dict[tuple[Label, str, bool, tuple[int, ...]], list[Record]] = {}
-    for record in finished:
+    for record in (record for record in finished if record.steers):
         assert record.result is not None
         shuffled = bool(record.config["task"].get("shuffle_labels"))
         # Seeds that chose a layer each are one row, whatever they chose.
@@ -210,7 +228,9 @@ def compare_runs(records: list[Record]) -> SweepComparison:
             order.get(r.method, 99), r.shuffled, by_number(r.family), len(r.layers), r.layers,
         )
     )  # fmt: skip
-    return SweepComparison(tuple(rows), unfinished)
+    analyses = [Analysis(named[record.key], record) for record in finished if not record.steers]
+    analyses.sort(key=lambda one: (by_number(one.label.text), one.run.config["seed"]))
+    return SweepComparison(tuple(rows), unfinished, tuple(analyses))
 
 
 def _row(key: tuple[Label, str, bool, tuple[int, ...]], runs: list[Record]) -> Row:

@@ -177,10 +177,15 @@ def overview_cells(parts: SweepParts) -> list[list[str]]:
     return lines
 
 
+def _n_of(sweep: SweepComparison) -> int:
+    assert sweep.first.result is not None
+    return int(sweep.first.result["n"])
+
+
 def matrix(parts: SweepParts) -> tuple[list[str], list[list[str]]]:
     """Methods by parts: head and lines; a cell has accuracy and, below it, the difference."""
     best = [best_rows(part.sweep) for part in parts.parts]
-    ns = [f"{part.title}, n = {part.sweep.rows[0].mean('n'):,.0f}" for part in parts.parts]
+    ns = [f"{part.title}, n = {_n_of(part.sweep):,}" for part in parts.parts]
     lines = []
     for family in parts.families:
         line = [family]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from crl_exp.report.comparison.rows import SweepComparison
+from crl_exp.report.tables.analyses import analysis_tables
 from crl_exp.report.tables.cells import FurtherTable
 from crl_exp.report.tables.fit import fit_tables
 from crl_exp.report.tables.groups import group_tables
@@ -15,6 +16,6 @@ from crl_exp.report.tables.quality import quality_tables
 def further_tables(sweep: SweepComparison) -> list[FurtherTable]:
     """Those that have a line."""
     return [
-        *group_tables(sweep), *ladder_tables(sweep), *pair_tables(sweep), *quality_tables(sweep),
-        *left_alone_tables(sweep), *fit_tables(sweep),
+        *analysis_tables(sweep), *group_tables(sweep), *ladder_tables(sweep), *pair_tables(sweep),
+        *quality_tables(sweep), *left_alone_tables(sweep), *fit_tables(sweep),
     ]  # fmt: skip

@@ -50,7 +50,7 @@ def latex(sweep: SweepComparison, label: str) -> str:
     label: after `tab:`.
     """
     rows = [main_cells(sweep, row) for row in sweep.rows]
-    found = [_table(COLUMNS, rows, [title(sweep) + ".", *notes(sweep)], label)]
+    found = [_table(COLUMNS, rows, [title(sweep) + ".", *notes(sweep)], label)] if rows else []
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         found.append(_table(set_columns(sweep), cells, [set_title(sweep) + "."], f"{label}-sets"))

@@ -14,6 +14,8 @@ from crl_exp.report.tables.cells import CHOSEN, percent, points, row_layers
 
 def notes(sweep: SweepComparison) -> list[str]:
     """What one must know to read the table."""
+    if not sweep.rows:
+        return []
     found = []
     if any(row.over_seeds for row in sweep.rows):
         found.append(

@@ -46,7 +46,8 @@ def markdown(sweep: SweepComparison, level: int = 1) -> str:
     """The report as Markdown: the table, its notes, test sets, single runs, unfinished runs."""
     head = "#" * level
     rows = [main_cells(sweep, row) for row in sweep.rows]
-    parts = [f"{head} {_as_text(title(sweep))}", _markdown_table(COLUMNS, rows)]
+    parts = [f"{head} {_as_text(title(sweep))}"]
+    parts += [_markdown_table(COLUMNS, rows)] if rows else []
     best = headline(sweep)
     parts += ([best] if best else []) + notes(sweep)
     if sweep.test_sets:
@@ -55,11 +56,15 @@ def markdown(sweep: SweepComparison, level: int = 1) -> str:
     for more in further_tables(sweep):
         parts += [f"{head}# {more.title}", _markdown_table(more.columns, more.lines), *more.notes]
     runs = [run_cells(row, run) for row in sweep.rows for run in row.runs]
-    parts += [
-        f"{head}# Runs",
-        "Intervals are paired bootstraps over items.",
-        _markdown_table(RUN_COLUMNS, runs),
-    ]
+    parts += (
+        []
+        if not runs
+        else [
+            f"{head}# Runs",
+            "Intervals are paired bootstraps over items.",
+            _markdown_table(RUN_COLUMNS, runs),
+        ]
+    )
     return "\n\n".join(parts + _not_finished(sweep.unfinished, level + 1)) + "\n"
 
 
@@ -132,7 +137,10 @@ def print_report(sweep: SweepComparison, console: Console) -> None:
     left_out = () if console.width >= FULL_WIDTH else LEFT_OUT
     kept = [i for i, column in enumerate(COLUMNS) if column not in left_out]
     cells = [[main_cells(sweep, row)[i] for i in kept] for row in sweep.rows]
-    _print_table(console, title(sweep), [COLUMNS[i] for i in kept], cells)
+    if cells:
+        _print_table(console, title(sweep), [COLUMNS[i] for i in kept], cells)
+    else:
+        console.print(plain(title(sweep)), highlight=False, markup=False)
     if left_out:
         console.print("A wider terminal, and table.md, show more columns.", style="dim")
     best = headline(sweep)

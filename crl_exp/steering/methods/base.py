@@ -34,6 +34,11 @@ class Method:
         return True
 
     @property
+    def needs_sae(self) -> bool:
+        """Whether it works with features; if not, residuals are enough (`sae=none`)."""
+        return True
+
+    @property
     def uses_dictionary(self) -> bool:
         """Whether it depends on what the SAE's decoder adds for a feature (`sae.dictionary`)."""
         return True
@@ -63,6 +68,10 @@ class WithoutFeatures(Method):
 
     @property
     def needs_statistics(self) -> bool:
+        return False
+
+    @property
+    def needs_sae(self) -> bool:
         return False
 
     @property

@@ -99,7 +99,8 @@ class RawResidual(CorrSteer):
 
     As contrastive activation addition (Panickssery et al., arXiv 2312.06681), the contrast being
     the reward. An answer's residual is the mean over its steered tokens, or that of the last prompt
-    token with warmup.pooling=last_prompt. Sites are those of the SAEs, so that layers compare.
+    token with warmup.pooling=last_prompt. Sites are those of the SAEs, so that layers compare;
+    resid_post with sae=none.
 
     norm_match: make it as long as CorrSteer-A's addition at that layer; else the difference
         itself times the multiplier that does best on validation.
@@ -109,6 +110,10 @@ class RawResidual(CorrSteer):
 
     label = "raw residual"
     control = True
+
+    @property
+    def needs_sae(self) -> bool:
+        return self.norm_match
 
     @property
     def uses_dictionary(self) -> bool:

@@ -88,7 +88,7 @@ class ResidualObserver(Controller):
 
 def residual_means(workspace: Workspace) -> dict[int, ResidualMeans]:
     """One unsteered pass over the training prompts, all of the workspace's layers at once."""
-    sites = {layer: sae.site for layer, sae in workspace.saes.items()}
+    sites = dict(workspace.sites)
     found = {layer: ResidualMeans.none(workspace.lm.d_model) for layer in sites}
     harm_I = harm(workspace.exp.warmup.contrast, workspace.exp.task, workspace.splits.train)
     n, batch_size = len(workspace.splits.train), workspace.exp.engine.items_together

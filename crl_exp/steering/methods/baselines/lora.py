@@ -92,6 +92,10 @@ class Lora(WithoutFeatures):
         """How many features the policy may choose from is known after stage 1."""
         return self.rank is None
 
+    @property
+    def needs_sae(self) -> bool:
+        return self.rank is None
+
     def faults(self) -> list[str]:
         found = [
             f"method.{name}={getattr(self, name)}: must be at least 1"
@@ -120,7 +124,7 @@ class Lora(WithoutFeatures):
         torch.manual_seed(workspace.exp.seed)  # A begins at random
         adapter = Adapter(
             workspace.lm,
-            sorted(workspace.saes),
+            list(workspace.layers),
             self.targets,
             self._rank(workspace),
             self.scale,
@@ -157,7 +161,7 @@ class Lora(WithoutFeatures):
         wanted = policy_parameters(workspace)
         per_rank = sum(
             sum(widths)
-            for layer in workspace.saes
+            for layer in workspace.layers
             for _, widths in weights_of(workspace.lm, layer, self.targets)
         )
         workspace.note("policy_parameters", wanted)

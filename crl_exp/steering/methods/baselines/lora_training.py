@@ -177,7 +177,7 @@ class LoraTrainer:
             recipe,
         )
         keep_bytes = workspace.exp.engine.keep_gib * 2**30
-        self.reader = LessonReader(workspace.lm, taught, min(workspace.saes), keep_bytes)
+        self.reader = LessonReader(workspace.lm, taught, min(workspace.layers), keep_bytes)
         self.parameters = list(adapter.named().values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=recipe.lr, weight_decay=recipe.weight_decay

@@ -85,7 +85,7 @@ class Probe(WithoutFeatures):
         return [needs_options(exp, self.name, instead)]
 
     def prepare(self, workspace: Workspace) -> ProbeReader:
-        sites = [sae.site for sae in workspace.saes.values()]
+        sites = list(workspace.sites.values())
         probe = self.fitted(
             workspace, sites, right_options, len(workspace.options.ids if workspace.options else ())
         )
@@ -115,7 +115,7 @@ class Probe(WithoutFeatures):
             all_last_residuals(workspace, "validation", sites),
             classes(workspace, "validation"),
         )
-        where = sorted(workspace.saes) if len(sites) > 1 else f"site {sites[0]}"
+        where = list(workspace.layers) if len(sites) > 1 else f"site {sites[0]}"
         right = {}
         for penalty, probe in found.items():
             right_N = (probe.classes(asked_ND) == wanted_N).double()

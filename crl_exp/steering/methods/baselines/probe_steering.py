@@ -106,10 +106,10 @@ class ProbeSteering(Probe):
         classes = right_options if workspace.options else rewarded
         n_classes = len(workspace.options.ids) if workspace.options else 2
         unit = {}
-        for layer, sae in workspace.saes.items():
-            probe = self.fitted(workspace, [sae.site], classes, n_classes)
-            unit[layer] = self._branch(workspace, sae.site, classes(workspace, "train"), probe)
-        sites = {layer: sae.site for layer, sae in workspace.saes.items()}
+        sites = dict(workspace.sites)
+        for layer, site in sites.items():
+            probe = self.fitted(workspace, [site], classes, n_classes)
+            unit[layer] = self._branch(workspace, site, classes(workspace, "train"), probe)
         tried: list[tuple[float, Controller, float]] = []
         with workspace.bar("trying doses", len(self.doses)) as advance:
             for dose in sorted(self.doses, key=lambda dose: (abs(dose), -dose)):
