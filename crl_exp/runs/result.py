@@ -69,7 +69,7 @@ class Series:
     @property
     def key(self) -> str:
         """Its name in result.json and MLflow."""
-        return f"{self.name}/{self.metric}"
+        return f"{self.name}/{self.metric}" if self.name else self.metric
 
     @property
     def described(self) -> dict[str, Any]:

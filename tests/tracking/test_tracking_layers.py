@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from crl_exp.runs.directory import write_json
+from crl_exp.runs.result import read_series
 from crl_exp.tracking import upload as tracking_upload
 from crl_exp.tracking.client import resolved_uri
 from crl_exp.tracking.content import by_layer_points
@@ -82,5 +83,6 @@ def test_layers_that_end_in_any_order_are_sent_as_they_come(folder, monkeypatch)
 
 def test_layers_are_in_the_order_of_numbers_and_undefined_ones_left_out():
     given = {"a": {"10": 1.0, "2": {"value": 0.5}, "-1": {"value": None}, "3": float("inf")}}
-    found = [(p.name, p.step, p.value) for p in by_layer_points(given, 0)]
+    all_series = list(read_series({"by_layer": given}))
+    found = [(p.name, p.step, p.value) for p in by_layer_points(all_series, 0)]
     assert found == [("by_layer/a", 2, 0.5), ("by_layer/a", 10, 1.0)]

@@ -31,6 +31,8 @@ from crl_exp.report.tables.cells import row_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+MANY = 9
+"""Families; with more a figure is as wide as the page."""
 
 
 def by_layer(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
@@ -48,17 +50,18 @@ def by_layer(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
     with style():
         labels = [row.family for row in steered if not row.single]
         labels += {row.family for row in steered if row.single}
-        lines = sum(1 + wrapped(label).count("\n") for label in labels)
+        wide = len(labels) > MANY
+        lines = sum(1 + wrapped(label).count("\n") for label in labels) / (1 + wide)
         height = (2.5 if len(sets) == 1 else 2.0) * len(sets) + 0.8 + 0.19 * lines
         figure, axes = plt.subplots(
-            len(sets), 1, figsize=(COLUMN_INCHES, height), sharex=True, sharey=True,
-            squeeze=False,
+            len(sets), 1, figsize=(PAGE_INCHES if wide else COLUMN_INCHES, height), sharex=True,
+            sharey=True, squeeze=False,
         )  # fmt: skip
         for axis, name in zip(axes[:, 0], sets, strict=True):
             _layer_panel(axis, sweep, name)
             axis.set_title(panel_title(sweep, name))
         axes[-1, 0].set_xlabel("steered layer")
-        legend_below(figure, axes, columns=1)
+        legend_below(figure, axes, columns=1 + wide)
         return save(figure, paths)
 
 
@@ -73,7 +76,9 @@ def _layer_panel(axis: Axes, sweep: SweepComparison, name: str | None) -> None:
     looks = look(sweep)
     axis.axhline(0, color="black", linewidth=0.8)
     for i, family in enumerate(families):
-        shift = gap * 0.13 * (i - (len(families) - 1) / 2)
+        # However many there are, a point is nearer to its own layer than to another.
+        apart = gap * min(0.13, 0.7 / max(len(families) - 1, 1))
+        shift = apart * (i - (len(families) - 1) / 2)
         rows = [row for row in shown if row.family == family and row.single]
         _layer_points(axis, rows, name, shift, looks[family])
         for row in sweep.chosen.intersection(rows):
