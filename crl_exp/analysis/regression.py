@@ -63,9 +63,7 @@ def fit(
     return found
 
 
-def fit_two(
-    x_ND: Tensor, class_N: Tensor, penalties: Sequence[float]
-) -> dict[float, Regression]:
+def fit_two(x_ND: Tensor, class_N: Tensor, penalties: Sequence[float]) -> dict[float, Regression]:
     """What `fit` gives for two classes, several times as fast for some hundred dimensions.
 
     By Newton's method with halved steps (iteratively reweighted least squares). The two classes'
@@ -109,9 +107,7 @@ def _newton(z_NX: np.ndarray, sign_N: np.ndarray, penalty: float, v_X: np.ndarra
         if size <= 1e-6:  # rounding is all that is left
             return v_X
         v_X, now = v_X - size * step_X, ahead
-    raise UserError(
-        f"penalties: the regression with penalty {penalty} did not end; leave it out"
-    )
+    raise UserError(f"penalties: the regression with penalty {penalty} did not end; leave it out")
 
 
 def _standardised(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -23,9 +23,13 @@ class LayerSet:
     """Base of the layer sets."""
 
     @abstractmethod
-    def wanted(self, available: list[int], n_layers: int) -> list[int]:
+    def wanted(self, available: list[int]) -> list[int]:
         """available: layers that have an SAE; all, where SAEs aren't looked for."""
         raise NotImplementedError
+
+    def asked(self, available: list[int], n_layers: int) -> list[int]:
+        """The layers of a model with so many."""
+        return self.wanted(available)
 
     def faults(self) -> list[str]:
         return []
@@ -39,7 +43,7 @@ class LayerSet:
         with_sae: layers that have one; None where SAEs aren't looked for: all layers will do.
         """
         available = list(range(n_layers)) if with_sae is None else with_sae
-        layers = sorted(set(self.wanted(available, n_layers)))
+        layers = sorted(set(self.asked(available, n_layers)))
         if not layers:
             raise UserError(
                 f"layers: the set is empty (layers with an SAE: {available}); try layers=all"
@@ -69,7 +73,7 @@ class Single(LayerSet):
 
     layer: int
 
-    def wanted(self, available: list[int], n_layers: int) -> list[int]:
+    def wanted(self, available: list[int]) -> list[int]:
         return [self.layer]
 
 
@@ -82,7 +86,7 @@ class Listed(LayerSet):
     def faults(self) -> list[str]:
         return _repeated("layers.layers", self.layers)
 
-    def wanted(self, available: list[int], n_layers: int) -> list[int]:
+    def wanted(self, available: list[int]) -> list[int]:
         return self.layers
 
 
@@ -102,7 +106,7 @@ class Range(LayerSet):
             "0 ≤ layers.first ≤ layers.last and layers.step ≥ 1"
         ]
 
-    def wanted(self, available: list[int], n_layers: int) -> list[int]:
+    def wanted(self, available: list[int]) -> list[int]:
         return [n for n in range(self.first, self.last + 1, self.step) if n in available]
 
     def resolve(
@@ -120,7 +124,7 @@ class Range(LayerSet):
 class All(LayerSet):
     """Every layer that has an SAE, steered together; of the model, with sae=none."""
 
-    def wanted(self, available: list[int], n_layers: int) -> list[int]:
+    def wanted(self, available: list[int]) -> list[int]:
         return available
 
 
@@ -128,7 +132,10 @@ class All(LayerSet):
 class Every(LayerSet):
     """Every layer of the model, whether it has an SAE or not, together."""
 
-    def wanted(self, available: list[int], n_layers: int) -> list[int]:
+    def wanted(self, available: list[int]) -> list[int]:
+        return available
+
+    def asked(self, available: list[int], n_layers: int) -> list[int]:
         return list(range(n_layers))
 
 
@@ -148,7 +155,7 @@ class BestOnValidation(LayerSet):
     def faults(self) -> list[str]:
         return _repeated("layers.among", self.among or [])
 
-    def wanted(self, available: list[int], n_layers: int) -> list[int]:
+    def wanted(self, available: list[int]) -> list[int]:
         return available if self.among is None else self.among
 
     def prepare(self, workspace: Workspace) -> tuple[Answering, list[int]]:

@@ -180,6 +180,7 @@ def _identity(workspace: RunWorkspace) -> dict[str, Any]:
         "task": exp.task.name,
         "layers": workspace.layers,
         "seed": exp.seed,
+        "n": len(workspace.splits.test),
         "scorer": exp.task.scorer_name,
         "data_digest": workspace.splits.digest(),
     }

@@ -49,8 +49,12 @@ NOT_RUN = {
     "sweep_name=tuned": "test_optuna.py",
     "python launch.py … || { [ $? = 75 ] && scontrol requeue $SLURM_JOB_ID; }": "of a batch script",
     "python -m crl_exp compare 'demo:plain CRL@22' 'demo:plain CorrSteer-S@18'": "test_compare.py",
-    "python -m crl_exp compare 'demo:plain CRL@22' 'demo:plain bias on the answer'": "test_compare.py",
-    "python -m crl_exp compare 'demo:plain CRL' 'demo:plain CorrSteer-S' --items 50": "test_compare.py",
+    "python -m crl_exp compare 'demo:plain CRL@22' 'demo:plain bias on the answer'": (
+        "test_compare.py"
+    ),
+    "python -m crl_exp compare 'demo:plain CRL' 'demo:plain CorrSteer-S' --items 50": (
+        "test_compare.py"
+    ),
     "python -m crl_exp compare demo/0123456789ab other/ba9876543210": "test_compare.py",
     "python -m tests.helpers.simulated": f"{LONG}, and writes into docs/; test_simulated.py",
     "git apply": "of a diff of one's own",

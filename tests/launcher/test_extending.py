@@ -23,7 +23,7 @@ SECTIONS = re.split(r"^## ", (ROOT / "docs" / "extending.md").read_text(), flags
 def test_there_is_a_section_for_each_kind():
     titles = [section.splitlines()[0] for section in SECTIONS]
     kinds = [title.split()[1].rstrip(",") for title in titles]
-    assert kinds == ["task", "public", "stage", "controller", "model"]
+    assert kinds == ["task", "public", "stage", "controller", "direction", "experiment", "model"]
     for section in SECTIONS:
         languages = [language for language, *_ in BLOCK.findall(section)]
         assert "bash" in languages and set(languages) <= {"python", "yaml", "bash"}

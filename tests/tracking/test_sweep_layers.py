@@ -37,7 +37,9 @@ def test_a_series_a_method_with_means_over_seeds(tmp_path):
     assert found["by_layer/crl/delta"] == {8: 0.025, 18: pytest.approx(0.15)}
     assert found["by_layer/crl/accuracy"] == {8: 0.525, 18: pytest.approx(0.65)}
     assert found["by_layer/corrsteer_s/delta"] == {8: 0.025, 18: 0.025}
-    rise_SI = np.stack([(np.arange(N) < 20 + f).astype(float) - (np.arange(N) < 20) for f in (4, 8)])
+    rise_SI = np.stack(
+        [(np.arange(N) < 20 + f).astype(float) - (np.arange(N) < 20) for f in (4, 8)]
+    )
     low, high = crossed(rise_SI).interval
     assert found["by_layer/crl/delta/low"][18] == pytest.approx(low)
     assert found["by_layer/crl/delta/high"][18] == pytest.approx(high)

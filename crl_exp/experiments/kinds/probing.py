@@ -216,9 +216,7 @@ class Probing(ExperimentKind):
             "larger_class": Figure(lesson.larger_class, n=n),
             **self._of_length(workspace, lesson),
         }
-        more: dict[str, Any] = {"n": len(workspace.splits.test)}
-        if self.target == "option":
-            more |= self._answers(workspace, kept)
+        more = self._answers(workspace, kept) if self.target == "option" else {}
         return Result(
             self.name, "validation/accuracy", figures, self._series(by_layer, lesson),
             [_readable(first, band, self.control_draws, len(by_layer)), _best(best, kept, n)], more,

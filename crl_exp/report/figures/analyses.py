@@ -13,7 +13,9 @@ from crl_exp.report.comparison.rows import Analysis, Row, SweepComparison
 from crl_exp.report.figures.style import (
     COLOURS,
     COLUMN_INCHES,
+    MANY,
     MARKERS,
+    PAGE_INCHES,
     legend_below,
     look,
     panel_title,
@@ -42,9 +44,11 @@ def analyses(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
 
     with style():
         named = {series.name for _, series in shown} | set(sweep.families)
-        height = 1.9 * len(metrics) + 0.6 + 0.17 * sum(1 + wrapped(n).count("\n") for n in named)
+        wide = len(named) > MANY
+        lines = sum(1 + wrapped(name).count("\n") for name in named) / (1 + wide)
+        width, height = (PAGE_INCHES if wide else COLUMN_INCHES), 1.9 * len(metrics) + 0.6
         figure, axes = plt.subplots(
-            len(metrics), 1, figsize=(COLUMN_INCHES, height), sharex=True, squeeze=False
+            len(metrics), 1, figsize=(width, height + 0.17 * lines), sharex=True, squeeze=False
         )
         looks = _looks(shown)
         for axis, metric in zip(axes[:, 0], metrics, strict=True):
@@ -54,7 +58,7 @@ def analyses(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
                 _methods(axis, sweep)
         axes[0, 0].set_title(panel_title(sweep, None))
         axes[-1, 0].set_xlabel("layer (−1: the input of layer 0)")
-        legend_below(figure, axes, columns=1)
+        legend_below(figure, axes, columns=1 + wide)
         return save(figure, paths)
 
 

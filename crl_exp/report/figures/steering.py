@@ -12,6 +12,7 @@ from crl_exp.report.figures.style import (
     COLOURS,
     COLUMN_INCHES,
     DASHES,
+    MANY,
     PAGE_INCHES,
     delta_name,
     in_points,
@@ -31,8 +32,6 @@ from crl_exp.report.tables.cells import row_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-MANY = 9
-"""Families; with more a figure is as wide as the page."""
 
 
 def by_layer(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 COLUMN_INCHES = 3.5  # a column of a two-column paper
 PAGE_INCHES = 7.0
+MANY = 9  # names in a legend; with more a figure by layer is as wide as the page
 LEGEND_CHARACTERS = 42  # that fit it
 # Okabe and Ito's palette, which colour-blind readers tell apart; black is kept for axes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
