@@ -72,6 +72,12 @@ def _names(lines: list[str]) -> set[str]:
 
 def _has_set(run: Record, test_set: str | None) -> None:
     assert run.result is not None
+    if "delta" not in run.result:
+        kind = run.result.get("kind")
+        raise UserError(
+            f"{run.sweep}/{run.key} is an analysis (experiment={kind}) that answers no item, so "
+            "that it can't be paired; its figures are in its result.json and in a report"
+        )
     there = ["validation", *run.result["test_sets"]]
     if test_set is not None and test_set not in there:
         raise UserError(f"--split {test_set}: {run.key} has test, {', '.join(there)}")

@@ -142,7 +142,7 @@ def read_series(plain: Mapping[str, Any]) -> Iterator[Series]:
     for key, given in (plain.get("by_layer") or {}).items():
         figures = {int(layer): Figure.of(one) for layer, one in given.items()}
         name, _, metric = key.rpartition("/")
-        told = described.get(key) or {"unit": ""}
+        told: dict[str, Any] = described.get(key) or {"unit": ""}
         yield Series(name, metric, dict(sorted(figures.items())), **told)
 
 

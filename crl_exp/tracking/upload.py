@@ -32,7 +32,6 @@ from crl_exp.tracking.content import (
 )
 from crl_exp.tracking.mlflow_runs import Runs, code_of_the_last, ended, status_of, status_of_all
 from crl_exp.tracking.sent import Sent, Tail, digest
-from crl_exp.tracking.sweep_layers import sweep_points
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -253,6 +252,8 @@ class Uploader:
     def _layers(self, sent: Sent, records: list[Record]) -> None:
         """Series over the layers that the sweep's runs steer one at a time (`sweep_layers`). A mean
         that another seed has changed is sent again at the same layer: MLflow shows the last."""
+        from crl_exp.tracking.sweep_layers import sweep_points  # scipy: no start-up waits for it
+
         finished = sorted(record.key for record in records if record.result is not None)
         if sent.record.get("layers_of") == digest(finished):
             return

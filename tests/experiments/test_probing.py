@@ -257,7 +257,8 @@ def test_a_kind_that_is_none():
 def test_what_the_reward_was_can_be_read(common):
     plain, folder = run_small([*common, "experiment.target=reward"])
     assert plain["kind"] == "probing" and not (folder / "items.parquet").exists()
-    assert "delta" not in plain
+    with pytest.raises(UserError, match=r"is an analysis \(experiment=probing\)"):
+        compare([str(folder), str(folder)])
 
 
 def test_a_finished_one_is_not_run_again(common):

@@ -92,7 +92,7 @@ class Killed(BaseException):
 def test_a_run_that_was_cut_off_does_not_go_on_with_other_data(mine, monkeypatch):
     overrides = typed(mine, "method=corrsteer_s", "task.n_test=48")
     with monkeypatch.context() as patch:
-        patch.setattr("crl_exp.experiments.run.evaluate", _kill)
+        patch.setattr("crl_exp.experiments.kinds.steering.evaluate", _kill)
         with pytest.raises(Killed):
             run_small(overrides)
     edit(mine)

@@ -268,7 +268,7 @@ def test_it_is_stored_beside_statistics_that_it_leaves_alone(
     with pytest.raises(UserError, match="delete the file; it is measured anew"):
         run("out", 3)
     with monkeypatch.context() as patch:
-        patch.setattr("crl_exp.experiments.run.fits_of", lambda workspace: {})
+        patch.setattr("crl_exp.experiments.kinds.steering.fits_of", lambda workspace: {})
         assert "by_layer" not in run("without", 0)
     (plain,) = (tmp_path / "without").glob("shared/warmup/*/layer_1_*.safetensors")
     assert plain.read_bytes() == written and plain.parent.name == statistics.parent.name

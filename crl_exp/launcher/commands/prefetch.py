@@ -65,8 +65,10 @@ def fetch(points: Sequence[Experiment]) -> list[str]:
     for exp in points:
         model = asdict(exp.model)
         once(["task", asdict(exp.task)], lambda e=exp: fetch_task(e))
-        # Which layers are steered depends on the model.
-        if once(["model", model], lambda e=exp: fetch_model(e.model)) and "sae" in exp.needs:
+        there = once(["model", model], lambda e=exp: fetch_model(e.model))
+        # Which layers are steered depends on the model. A baseline at an SAE's site asks for its
+        # hook, though not for its weights.
+        if there and "layers" in exp.needs and exp.reads("sae") and not exp.sae.absent:
             once(["saes", model, asdict(exp.sae), asdict(exp.layers)], lambda e=exp: fetch_saes(e))
     return list(faults.values())
 
@@ -94,7 +96,7 @@ def fetch_model(model: ModelConfig) -> str:
 
 def fetch_saes(exp: Experiment) -> str:
     """The SAEs of the steered layers. Raises `UserError` where one can't be had."""
-    layers = configs.validate(exp)
+    layers = configs.with_sae(exp, configs.validate(exp))
     if exp.sae.folder is not None:
         missing = [n for n in layers if not any(exp.sae.path(n).glob("*.safetensors"))]
         if missing:

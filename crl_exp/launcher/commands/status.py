@@ -34,6 +34,8 @@ COLOURS = {
 }  # fmt: skip
 SHOWN = ("reward", "validation_reward")
 """Metrics of the journal that are shown, as far as a run has them."""
+NAMED = 8
+"""Of more layers the ends are shown."""
 JOURNAL_LINES = 20
 """Of which the speed of training is the mean."""
 
@@ -72,7 +74,10 @@ def _line(
 ) -> Line:
     status, beat = record.status, record.heartbeat
     config = record.config
-    layers = ",".join(map(str, record.layers or [])) or "all"
+    steered = record.layers or []
+    layers = ",".join(map(str, steered)) or "all"
+    if len(steered) > NAMED:
+        layers = f"{steered[0]}…{steered[-1]} ({len(steered)})"
     where = "" if record.layers == [] else f" · layer {layers}"
     at_work = state == "running"
     error = str(status.get("error") or "").strip().split("\n")[0]
