@@ -71,6 +71,7 @@ def _asked_within(step: Callable[[], object], by: int = signal.SIGUSR2) -> None:
 def test_the_job_is_requeued_and_old_handlers_come_back(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.delenv(slurm.OURS, raising=False)  # a job that was run in this process set it
     program(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/asked')
     with pytest.raises(Preempted):
         _asked_within(preemption.check)
