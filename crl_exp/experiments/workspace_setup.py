@@ -14,16 +14,14 @@ from crl_exp.analysis.winners_curse import Tried
 from crl_exp.experiments.config import Experiment
 from crl_exp.experiments.fed import look_at, options_for
 from crl_exp.experiments.inputs import scorer_inputs
-from crl_exp.experiments.shared import shared_model, shared_sae, shared_splits
+from crl_exp.experiments.shared import layer_sae, shared_model, shared_splits
 from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.generation.engine import Engine, EngineConfig
 from crl_exp.generation.model_check import checked
 from crl_exp.models.language_model import LanguageModel, load_model
 from crl_exp.runs.directory import RunDirectory
-from crl_exp.runs.inputs import sae_digest
 from crl_exp.runs.terminal import progress_bar
-from crl_exp.saes.dictionaries import with_dictionary
-from crl_exp.saes.layer_sae import LayerSAE, load_saes
+from crl_exp.saes.layer_sae import LayerSAE
 from crl_exp.steering.controllers.fixed import FixedFeatures, Steer
 from crl_exp.steering.controllers.vector import FixedVectors
 from crl_exp.steering.feature_statistics.store import LayerStatistics
@@ -51,7 +49,9 @@ class WorkspaceSetup:
         self.engine_key = [self.model_key, asdict(exp.engine)]
         self.lm = shared_model(self.model_key, lambda: checked(load_model(exp.model)))
         self.engine = make_engine(self.lm, exp.engine)
-        self.saes: dict[int, LayerSAE] = {layer: self._sae(layer) for layer in layers}
+        self.saes: dict[int, LayerSAE] = {
+            layer: layer_sae(exp.sae, layer, self.lm, self.model_key, exp.seed) for layer in layers
+        }
         for sae in self.saes.values():
             for warning in sae.warnings:
                 self.warn(warning)
@@ -67,19 +67,6 @@ class WorkspaceSetup:
         self.signed_by_method: dict[int, Tensor] = {}  # coefficients [F] whose signs aren't r's
         self.tried = Tried()  # whatever was chosen among, at all layers
         self._asked = 0  # times that a controller was tried on validation
-
-    def _sae(self, layer: int) -> LayerSAE:
-        exp, lm = self.exp, self.lm
-
-        def load() -> LayerSAE:
-            return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
-
-        kind, own = exp.sae.dictionary, asdict(exp.sae) | {"dictionary": "sae"}
-        key = [self.model_key, own, layer, sae_digest(exp.sae, layer)]
-        sae = shared_sae(key, load)
-        if kind == "sae":
-            return sae
-        return shared_sae([*key, kind, exp.seed], lambda: with_dictionary(sae, kind, exp.seed))
 
     @property
     def n_tokens(self) -> int:
