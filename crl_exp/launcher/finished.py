@@ -95,9 +95,9 @@ class FinishedRun:
 
     # --- what its method asks for (`crl_exp.steering.kept_run.KeptRun`) ---
 
-    @cached_property
+    @property
     def lm(self) -> LanguageModel:
-        """The model that it ran on. Raises `UserError` where it can't be had, or isn't the same."""
+        """The model that it ran on, kept by the process. Raises `UserError` where it can't be had, or isn't the same."""
         with _still_readable(self.path):
             lm = shared_model(asdict(self.exp.model), lambda: checked(load_model(self.exp.model)))
             if lm.fingerprint() != self.result.get("weights", lm.fingerprint()):

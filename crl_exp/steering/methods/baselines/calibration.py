@@ -101,9 +101,10 @@ class Calibration(WithoutLayers):
     def restored(self, kept: KeptRun) -> OutputBias:
         choices = kept.exp.task.choices
         if choices:
-            bias = kept.notes[self._of_each]
-            return OutputBias({i: bias[choice] for i, choice in enumerate(choices)})
-        return OutputBias(dict.fromkeys(self._ids(kept.lm), kept.notes[self._of_all]))
+            biases = kept.notes[self._of_each]
+            return OutputBias({i: biases[choice] for i, choice in enumerate(choices)})
+        bias = kept.notes[self._of_all]
+        return OutputBias(dict.fromkeys(self._ids(kept.lm), bias))
 
     @property
     def _of_each(self) -> str:
