@@ -1,54 +1,13 @@
-"""The entry point: `python launch.py [OPTION=CHOICE …] [section.key=value …]`, `-m` for a sweep."""
+"""The entry point: `python launch.py [OPTION=CHOICE …] [section.key=value …]`, `-m` for a sweep.
+
+Of an installed package the same is `crl-exp launch …`.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
-from crl_exp.runs.preemption import guard
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-INTERRUPTED = (
-    "interrupted: what was done is saved up to the last checkpoint. Type the same line to go on"
-)
-
-
-def run(config: DictConfig) -> float | None:
-    """One point, in Hydra's hands."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    from crl_exp.experiments.run import run_experiment
-    from crl_exp.launcher.command_line import check_alone, check_sweeper, people_errors
-    from crl_exp.launcher.planning.written import check_written
-    from crl_exp.runs.result import objective
-
-    hydra_node = HydraConfig.get()
-    in_sweep = hydra_node.mode == RunMode.MULTIRUN
-    with people_errors():  # ends the process: a sweeper would go on to its next point
-        check_sweeper(hydra_node)
-    if not in_sweep:
-        check_alone(hydra_node)
-        check_written(hydra_node, [config])
-    result = run_experiment(config, skip_finished=in_sweep)
-    return None if result is None else objective(result)
-
-
-def main() -> None:
-    # Before the imports, which take seconds: who is asked to end meanwhile ends in good order.
-    with guard():
-        import hydra
-
-        from crl_exp.config.display import lossy_terminal
-        from crl_exp.launcher.command_line import people_errors, register
-
-        register()
-        lossy_terminal()
-        with people_errors(INTERRUPTED):
-            hydra.main(version_base="1.3", config_path="conf", config_name="config")(run)()
-
+from crl_exp.launcher.app import main
 
 if __name__ == "__main__":
     try:

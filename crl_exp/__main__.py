@@ -1,4 +1,7 @@
-"""`python -m crl_exp COMMAND …`: everything but the experiments, which `launch.py` runs."""
+"""`python -m crl_exp COMMAND …`, installed also as `crl-exp COMMAND …`.
+
+Experiments are run by the command `launch`; in a checkout that is `python launch.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,17 @@ import importlib
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 from crl_exp.config.display import lossy_terminal, plain
 from crl_exp.config.errors import UserError
+from crl_exp.config.paths import working_directory_last
 from crl_exp.runs import slurm
 from crl_exp.runs.preemption import guard
 
 # Each module has `main(argv) -> int` and is imported only when its command is called.
 COMMANDS = {
+    "launch": ("crl_exp.launcher.app", "run an experiment, with -m a sweep: launch.py"),
     "assets": ("crl_exp.launcher.assets.command", "fetch the model and the data into the cache"),
     "run": ("crl_exp.launcher.job", "run directories from their frozen configs, as a job does"),
     "status": (
@@ -40,21 +46,27 @@ COMMANDS = {
 }
 
 
+LONG = ("launch", "run")
+"""Commands that may be asked to end while they still import; what is run then goes on later."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; a `UserError` is printed, without traceback."""
+    working_directory_last()
     listing = "\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items())
+    installed = Path(sys.argv[0]).stem == "crl-exp"
+    program = "crl-exp" if installed else "python -m crl_exp"
     parser = argparse.ArgumentParser(
-        prog="python -m crl_exp",
-        description="Experiments start with `python launch.py`; the rest is here.",
-        epilog=f"commands:\n{listing}\n\n`python -m crl_exp COMMAND --help` tells more.",
+        prog=program,
+        description="Steer language models through SAE features and compare what comes of it.",
+        epilog=f"commands:\n{listing}\n\n`{program} COMMAND --help` tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the command takes")
     parsed = parser.parse_args(argv)
     lossy_terminal()
-    # A job may be asked to end while it still imports; the run then says so and goes on later.
-    guarded = guard() if parsed.command == "run" else nullcontext()
+    guarded = guard() if parsed.command in LONG else nullcontext()
     if parsed.command == "run" and "--queued" in parsed.arguments:  # as our batch scripts type it
         slurm.claim()
     try:

@@ -16,10 +16,12 @@ from typing import Any
 from crl_exp.config.asset_sources import ASSETS, Asset
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import home, sha256_of
+from crl_exp.config.paths import SHIPPED
 
 MANIFEST = "manifest.json"
+FETCH = "crl-exp assets" if SHIPPED.is_dir() else "make assets"
 COPY_HINT = (
-    "Without a network: run `make assets` on a machine that has one, copy its cache folder here "
+    f"Without a network: run `{FETCH}` on a machine that has one, copy its cache folder here "
     "and set CRL_EXP_CACHE to the copy"
 )
 
@@ -47,11 +49,11 @@ def asset_path(name: str) -> Path:
             f"(known: {', '.join(known)})"
         )  # fmt: skip
     if entry is None:
-        raise UserError(f"{name} is not in {root}: run `make assets`. {COPY_HINT}")
+        raise UserError(f"{name} is not in {root}: run `{FETCH}`. {COPY_HINT}")
     if name in known and entry["fingerprint"] != known[name].fingerprint:
-        raise UserError(f"{root / name} was made from another source: run `make assets`")
+        raise UserError(f"{root / name} was made from another source: run `{FETCH}`")
     if fault := size_fault(root / name, entry):
-        raise UserError(f"{fault}: run `make assets` to make it again. {COPY_HINT}")
+        raise UserError(f"{fault}: run `{FETCH}` to make it again. {COPY_HINT}")
     return root / name
 
 
@@ -63,7 +65,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["assets"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `make assets`") from error
+        raise UserError(f"{path} is damaged ({error}): delete it and run `{FETCH}`") from error
 
 
 def write_manifest(root: Path, entries: dict[str, Any]) -> None:

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from crl_exp.config.display import plain
 from crl_exp.config.errors import UserError
 
-REPO = Path(__file__).resolve().parents[2]
-"""The checkout: `conf/`, `sweeps/`, shipped assets."""
+BESIDE = Path(__file__).resolve().parents[2]
+"""Where the package lies: the checkout, or an environment's site-packages."""
+SHIPPED = Path(__file__).resolve().parent / "shipped"
+"""What a wheel carries besides modules (setup.py); no checkout has it."""
+REPO = SHIPPED if SHIPPED.is_dir() else BESIDE
+"""The checkout (`conf/`, shipped assets), or the folder that has the same in a wheel."""
 IN_THE_OUTPUT_FOLDER = ("shared", "mlartifacts", "mlflow.db")
 """What lies beside the sweeps: stage 1's store, MLflow's own file and artifacts."""
 LONGEST = 200  # bytes; file systems take 255, and lock files are a little longer
+
+
+def here_or_shipped(path: Path) -> Path:
+    """A relative path in the working directory, or where there is none in what is shipped."""
+    return path if path.is_absolute() or path.exists() else REPO / path
+
+
+def working_directory_last() -> None:
+    """Have modules looked for in the working directory behind all others, however we were started.
+
+    `python -m` puts it first, where a user's own datasets.py would hide the library of that name; a
+    console script and `python launch.py` leave it out. A sweep is checked by the one and run by the
+    other, so that all must find the same. A checkout that one is in stays where it is.
+    """
+    here = Path.cwd()
+    if here == BESIDE:
+        return
+    if sys.path and (not sys.path[0] or Path(sys.path[0]) == here):
+        del sys.path[0]
+    if str(here) not in sys.path:
+        sys.path.append(str(here))
 
 
 def name_fault(key: str, name: object, taken: tuple[str, ...] = ()) -> str | None:

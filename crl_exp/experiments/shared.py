@@ -11,8 +11,11 @@ from crl_exp.config.keys import content_key
 from crl_exp.experiments.inputs import task_inputs
 from crl_exp.models.language_model import LanguageModel
 from crl_exp.runs import kept
+from crl_exp.runs.inputs import sae_digest
 from crl_exp.runs.kept import shared
-from crl_exp.saes.layer_sae import LayerSAE
+from crl_exp.saes.config import SAEConfig
+from crl_exp.saes.dictionaries import with_dictionary
+from crl_exp.saes.layer_sae import LayerSAE, load_saes
 from crl_exp.tasks.base import Splits, Task
 
 # SAEs that somebody still uses.
@@ -44,3 +47,22 @@ def shared_sae(key: Any, make: Callable[[], LayerSAE]) -> LayerSAE:
     while len(there) > 1 and sum(sae.nbytes for sae in there.values()) > SAE_BYTES:
         del there[next(iter(there))]
     return found
+
+
+def layer_sae(
+    config: SAEConfig, layer: int, lm: LanguageModel, model_key: Any, seed: int
+) -> LayerSAE:
+    """A layer's SAE on the model's device, with the decoder that `sae.dictionary` gives it.
+
+    model_key: of the model. seed: of the run; it draws a control's dictionary.
+    """
+    kind, own = config.dictionary, asdict(config) | {"dictionary": "sae"}
+    key = [model_key, own, layer, sae_digest(config, layer)]
+
+    def load() -> LayerSAE:
+        return load_saes(config, [layer], lm.d_model, lm.name, lm.device)[layer]
+
+    sae = shared_sae(key, load)
+    if kind == "sae":
+        return sae
+    return shared_sae([*key, kind, seed], lambda: with_dictionary(sae, kind, seed))

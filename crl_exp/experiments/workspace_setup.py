@@ -14,16 +14,14 @@ from crl_exp.analysis.winners_curse import Tried
 from crl_exp.experiments.config import Experiment, with_sae
 from crl_exp.experiments.fed import look_at, options_for
 from crl_exp.experiments.inputs import scorer_inputs
-from crl_exp.experiments.shared import shared_model, shared_sae, shared_splits
+from crl_exp.experiments.shared import layer_sae, shared_model, shared_splits
 from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.generation.engine import Engine, EngineConfig
 from crl_exp.generation.model_check import checked
 from crl_exp.models.language_model import LanguageModel, load_model
 from crl_exp.runs.directory import RunDirectory
-from crl_exp.runs.inputs import sae_digest
 from crl_exp.runs.terminal import progress_bar
-from crl_exp.saes.dictionaries import with_dictionary
-from crl_exp.saes.layer_sae import LayerSAE, load_saes, site_of
+from crl_exp.saes.layer_sae import LayerSAE, site_of
 from crl_exp.steering.controllers.fixed import FixedFeatures, Steer
 from crl_exp.steering.controllers.vector import FixedVectors
 from crl_exp.steering.feature_statistics.store import LayerStatistics
@@ -53,7 +51,11 @@ class WorkspaceSetup:
         self.engine = make_engine(self.lm, exp.engine)
         self.layers = list(layers)
         with_features = exp.needs & {"sae", "feature_statistics"}
-        self.saes: dict[int, LayerSAE] = {la: self._sae(la) for la in layers if with_features}
+        self.saes: dict[int, LayerSAE] = {
+            layer: layer_sae(exp.sae, layer, self.lm, self.model_key, exp.seed)
+            for layer in layers
+            if with_features
+        }
         self.sites = self._sites()
         self.before_statistics: Callable[[], None] = lambda: None
         for sae in self.saes.values():
@@ -71,19 +73,6 @@ class WorkspaceSetup:
         self.signed_by_method: dict[int, Tensor] = {}  # coefficients [F] whose signs aren't r's
         self.tried = Tried()  # whatever was chosen among, at all layers
         self._asked = 0  # times that a controller was tried on validation
-
-    def _sae(self, layer: int) -> LayerSAE:
-        exp, lm = self.exp, self.lm
-
-        def load() -> LayerSAE:
-            return load_saes(exp.sae, [layer], lm.d_model, lm.name, lm.device)[layer]
-
-        kind, own = exp.sae.dictionary, asdict(exp.sae) | {"dictionary": "sae"}
-        key = [self.model_key, own, layer, sae_digest(exp.sae, layer)]
-        sae = shared_sae(key, load)
-        if kind == "sae":
-            return sae
-        return shared_sae([*key, kind, exp.seed], lambda: with_dictionary(sae, kind, exp.seed))
 
     def _sites(self) -> dict[int, int]:
         """Of each layer the site at which its residual is read and steered: its SAE's; where there

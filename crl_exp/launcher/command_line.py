@@ -2,65 +2,45 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import make_dataclass
+from pathlib import Path
 from typing import Any
 
-from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.config.display import plain
 from crl_exp.config.errors import UserError, did_you_mean
-
-SWEEPER = "hydra_plugins.crl_exp_sweeper.grids.GridSweeper"
+from crl_exp.launcher.hydra_apart import loader_apart, share_store, store_nodes
 
 
 def register() -> None:
-    """Make the config schema known to Hydra."""
-    from crl_exp.experiments.schema import Schema
-    from crl_exp.launcher.settings import KINDS
-
+    """Make the config schema known to Hydra, in a process that is ours."""
     # Its scan runs the plugins' files anew, so that classes imported before it aren't those used.
     Plugins.instance()
     from hydra_plugins.crl_exp_sweeper.grids import GridSweeper
 
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Schema)
-    sweeper = {"_target_": SWEEPER, "grids": [], "params": None}
-    store.store(group="hydra/sweeper", name="grids", node=sweeper)
-    for kind, settings in KINDS.items():
-        # Hydra wants the class that it makes named in the same node as the values.
-        schema = make_dataclass("Schema", [("_target_", str)], bases=(settings,))
-        store.store(group="hydra/launcher", name=f"{kind}_schema", node=schema)
+    store_nodes()
     GridSweeper.check = staticmethod(_check_points)
-    _share_store()
+    share_store()
     # We print errors ourselves (`people_errors`), so let Hydra raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-
-
-def _share_store() -> None:
-    """Hydra copies its sources of configs for each group that `--help` lists and for each config
-    that it composes. One of them holds the process's own store, which is only read: the copies
-    were most of the time that `--help` took."""
-    source = SourcesRegistry.instance().resolve("structured")
-    source.__deepcopy__ = lambda self, memo: copy.copy(self)  # type: ignore[attr-defined]
 
 
 def _check_points(loader: ConfigLoader, master: DictConfig, jobs: list[list[str]]) -> None:
     from crl_exp.launcher.planning.plan import check_all
     from crl_exp.launcher.planning.shows import shows_text
 
+    check_config_dir(master.hydra)
     for line in shows_text(check_all(loader, master, jobs)):
         print(line)
 
@@ -82,6 +62,26 @@ def check_sweeper(hydra: Any) -> None:
         )
 
 
+def check_config_dir(hydra: Any) -> None:
+    """Raise `UserError` where a file of a folder that was added to the search path (`--config-dir`)
+    has a shipped one's name: Hydra takes the shipped one, and the other would count for nothing."""
+    folders = {one.provider: Path(one.path) for one in hydra.runtime.config_sources}
+    shipped = folders.pop("main", None)
+    hidden = [
+        path
+        for folder in folders.values()
+        if shipped is not None and folder.is_dir()
+        for path in sorted(folder.rglob("*.yaml"))
+        if (shipped / path.relative_to(folder)).exists()
+    ]
+    if hidden:
+        more = f" (and {len(hidden) - 1} more)" if len(hidden) > 1 else ""
+        raise UserError(
+            f"{hidden[0]}{more} has the name of a shipped file, which is taken in its place: give "
+            "it another name"
+        )
+
+
 def check_alone(hydra: Any) -> None:
     """Raise `UserError` where one run is asked for with what only a sweep takes notice of.
 
@@ -89,15 +89,22 @@ def check_alone(hydra: Any) -> None:
     """
     choices = hydra.runtime.choices
     said = " ".join(hydra.overrides.task)
-    sweep, launcher = choices.get("sweep"), choices.get("hydra/launcher")
-    if sweep is not None or hydra.sweeper.get("grids"):
-        what = f"+sweep={sweep}" if sweep else "hydra.sweeper.grids"
-        raise UserError(f"{what} is many runs: add -m, as in `python launch.py -m {said}`")
+    launcher = choices.get("hydra/launcher")
+    if fault := many_runs(hydra):
+        raise UserError(f"{fault}: add -m, as in `python launch.py -m {said}`")
     if launcher not in (None, "basic"):
         raise UserError(
             f"hydra/launcher={launcher} starts sweeps, and would not be used for one run: add -m, "
             f"as in `python launch.py -m hydra/launcher={launcher} {said}`"
         )
+
+
+def many_runs(hydra: Any) -> str:
+    """What of a composed config asks for a sweep; "" where nothing does. hydra: its own part."""
+    sweep = hydra.runtime.choices.get("sweep")
+    if sweep is None and not hydra.sweeper.get("grids"):
+        return ""
+    return f"{f'+sweep={sweep}' if sweep else 'hydra.sweeper.grids'} is many runs"
 
 
 @contextmanager
@@ -112,11 +119,16 @@ def people_errors(interrupted: str = "interrupted") -> Iterator[None]:
         print(interrupted, file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(plain(explain(error)))
-    except ValueError as error:  # Hydra's own, of no class of its own
-        if not str(error).startswith("Config group override must be"):
+        sys.exit(plain(f"error: {explain(error)}"))
+    except ValueError as error:
+        if not bad_group(error):
             raise
         sys.exit(f"error: {error}. An option is chosen by its name: GROUP=NAME")
+
+
+def bad_group(error: ValueError) -> bool:
+    """Whether it is Hydra's own about an override of a group, which has no class of its own."""
+    return str(error).startswith("Config group override must be")
 
 
 def explain(error: Exception) -> str:
@@ -126,7 +138,7 @@ def explain(error: Exception) -> str:
     if isinstance(cause, (HydraException, OmegaConfBaseException)):
         lines.append(str(cause).strip().splitlines()[0])
     lines += [hint for hint in (_nearest_key(lines), _nearest_option(lines[0])) if hint]
-    return "error: " + "\n".join(lines)
+    return "\n".join(lines)
 
 
 def _nearest_key(lines: list[str]) -> str:
@@ -149,14 +161,10 @@ def _nearest_option(text: str) -> str:
 
 def known_keys() -> list[str]:
     """Every key of the default config, and every config group, as overrides name them."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    from crl_exp.config.paths import REPO
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-        config = compose("config")
+    with loader_apart() as loader:
+        config = loader.load_configuration("config", [], RunMode.RUN)
+    with open_dict(config):
+        del config["hydra"]
     return list(_flatten(config))
 
 

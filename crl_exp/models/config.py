@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crl_exp.config.assets import asset_path
+from crl_exp.config.assets import FETCH, asset_path
 from crl_exp.config.devices import device_faults, missing_device
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import home
@@ -29,7 +29,7 @@ TEMPLATE_OURS = {
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 OFFLINE = (
     "Without the hub: copy a folder with config.json, safetensors and the tokenizer's files here "
-    "and set model.path=/that/folder, or take model=smollm2_135m, which `make assets` fetches"
+    f"and set model.path=/that/folder, or take model=smollm2_135m, which `{FETCH}` fetches"
 )
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crl_exp.config.paths import REPO
+from crl_exp.config.paths import REPO, SHIPPED
 from crl_exp.runs.directory import write_atomic, write_json
 
 SOURCES = ("crl_exp", "hydra_plugins", "conf", "sweeps", "launch.py")
 """Where a file that git doesn't know yet changes what a run does."""
 DIFF_CHARS = 5_000_000
+BUILT_FROM = "built_from.json"
+"""In a wheel: the commit that it was made from, and whether that was changed (setup.py)."""
 
 
 @dataclass(frozen=True)
 class CodeState:
-    """commit, dirty: null outside a git checkout. diff: against the commit, new files included."""
+    """commit, dirty: of the checkout, or what the wheel was made from; null where neither is known.
+    diff: against the commit, new files included; a wheel has none."""
 
     commit: str | None
     dirty: bool | None
@@ -47,10 +51,21 @@ class CodeState:
 @functools.cache
 def code_state() -> CodeState:
     """Read once a process: what is edited later is not what was loaded."""
-    return read_code_state(REPO)
+    # A wheel lies in an environment, often inside of a repository that is the user's own.
+    return built_from(SHIPPED) if SHIPPED.is_dir() else read_code_state(REPO)
+
+
+def built_from(shipped: Path) -> CodeState:
+    """What a wheel says of the checkout that it was made from."""
+    path = shipped / BUILT_FROM
+    said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return CodeState(said.get("git_commit"), said.get("git_dirty"), "")
 
 
 def read_code_state(repo: Path) -> CodeState:
+    """Of the git checkout that this folder is the top of, or a part that git knows."""
+    if not _git(repo, "ls-files", "--", "."):  # unpacked inside of a repository of the user's own
+        return CodeState(None, None, "")
     commit = _git(repo, "rev-parse", "HEAD")
     if commit is None:
         return CodeState(None, None, "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import time
 import traceback
@@ -193,7 +194,8 @@ class RunDirectory(RunStatus):
         self.cancel_path.unlink(missing_ok=True)
         told = read_heartbeat(self.path / "heartbeat.json")
         self.progress.seconds, self.progress.packed = told.get("seconds", {}), told.get("packed", 1)
-        self.set_status("running", attempts=before.get("attempts", 0) + 1, started=time.time())
+        attempts = before.get("attempts", 0) + 1
+        self.set_status("running", attempts=attempts, started=time.time(), cwd=os.getcwd())
 
     # --- journal: one JSON object a line, {"step": …, "metrics": {…}} ---
 

@@ -100,16 +100,24 @@ class RunStatus:
     def set_status(self, state: str, **more: Any) -> None:
         """Record the state, one of `STATES`, with `more` of error, traceback, signal, ….
 
+        cwd: where the last attempt began, which relative paths of its config are meant from.
         Only for who holds the directory, and for the launcher before it submits the run.
         """
         assert state in STATES, state
-        kept = {k: v for k, v in self.status().items() if k in ("attempts", "started")}
+        kept = {k: v for k, v in self.status().items() if k in ("attempts", "started", "cwd")}
         here = {
             "host": socket.gethostname(), "pid": os.getpid(), "slurm_job_id": slurm.job_id(),
             "inside_job": slurm.inside(), "node": slurm.node(), "error": None, "traceback": None,
             "signal": None,
         }  # fmt: skip
-        written = {"state": state, "format": RUN_FORMAT, "attempts": 0, "started": None, **kept}
+        written = {
+            "state": state,
+            "format": RUN_FORMAT,
+            "attempts": 0,
+            "started": None,
+            "cwd": None,
+            **kept,
+        }
         write_json(self.path / "status.json", {**written, "updated": time.time(), **here, **more})
 
     def _last_word(self, state: str, **more: Any) -> None:

@@ -16,7 +16,7 @@ from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import home
 from crl_exp.config.hub import hub_trouble
 from crl_exp.config.option_names import DICTIONARIES, OFF
-from crl_exp.config.paths import REPO
+from crl_exp.config.paths import here_or_shipped
 from crl_exp.saes.metadata import SAEMetadata
 
 TINY_PREFIX = "tiny:"
@@ -34,8 +34,9 @@ class SAEConfig:
 
     name: what results are filed under; `none`: there are none, which methods without features and
         analyses can do with.
-    folder: SAELens folders on disk (relative to the repository), `tiny:KIND` for random ones made
-        on the spot, or null.
+    folder: SAELens folders on disk (a relative one is looked for in the working directory, then in
+        the checkout or in what the wheel ships), `tiny:KIND` for random ones made on the spot, or
+        null.
     release: a SAELens release, or null. Exactly one of `folder` and `release` is given.
     id_template: id of a layer's SAE, with `{layer}`.
     other_model: allow SAEs that were trained on another model than the one they steer. Trained on
@@ -87,8 +88,7 @@ class SAEConfig:
             from crl_exp.models.tiny import tiny_saes
 
             return tiny_saes(self.folder.removeprefix(TINY_PREFIX))
-        folder = home(self.folder, "sae.folder")
-        return folder if folder.is_absolute() else REPO / folder
+        return here_or_shipped(home(self.folder, "sae.folder"))
 
     def path(self, layer: int) -> Path:
         return self.root() / self.sae_id(layer)

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import home
-from crl_exp.config.paths import REPO
+from crl_exp.config.paths import here_or_shipped
 from crl_exp.runs.records import rows_of_run
 
 COLUMNS = ("layer", "feature", "coefficient")
@@ -67,7 +67,9 @@ def typed_list(rows: Sequence[Any]) -> FeatureList:
 
 def read_list(path: str, name: str | None) -> FeatureList:
     """A CSV file or a run's features.json; a relative path is looked for in the working directory,
-    then in the repository. name: of the list, in a CSV file that holds several.
+    then in the checkout or in what the wheel ships.
+
+    name: of the list, in a CSV file that holds several.
 
     Raises `UserError` where it can't be read, with what is wrong and where.
     """
@@ -82,9 +84,7 @@ def read_list(path: str, name: str | None) -> FeatureList:
 
 def list_file(path: str) -> Path:
     """The file that `method.path` names. Raises `UserError` where there is none."""
-    file = home(path, "method.path")
-    if not file.is_absolute() and not file.exists():
-        file = REPO / file
+    file = here_or_shipped(home(path, "method.path"))
     if file.is_dir():
         file = file / "features.json"
     if not file.is_file():

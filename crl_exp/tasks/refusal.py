@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from crl_exp.config.assets import asset_path
+from crl_exp.config.assets import FETCH, asset_path
 from crl_exp.config.errors import UserError
 from crl_exp.tasks.base import Item, Splits, content_id, shuffled, unique
 from crl_exp.tasks.data.files import damaged, read_text
@@ -121,7 +121,7 @@ def read_donotanswer(folder: Path) -> list[tuple[str, str]]:
     """
     files = sorted(folder.glob("*.jsonl"))
     if not files:
-        raise UserError(f"{folder} holds no .jsonl file; run `make assets`")
+        raise UserError(f"{folder} holds no .jsonl file; run `{FETCH}`")
     prompts = []
     for path in files:
         for number, line in enumerate(read_text(path).split("\n"), start=1):

@@ -43,13 +43,14 @@ class FrozenLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Submit; with `wait`, return every job's result, else jobs without one."""
-        from crl_exp.launcher.command_line import check_sweeper
+        from crl_exp.launcher.command_line import check_config_dir, check_sweeper
         from crl_exp.launcher.follow import wait_for
         from crl_exp.launcher.launch import launch
         from crl_exp.launcher.settings import make_settings
 
         assert self.hydra_context is not None and self.config is not None
         check_sweeper(self.config.hydra)
+        check_config_dir(self.config.hydra)
         settings = make_settings(self.kind, self.values)
         sweeper = str(self.config.hydra.sweeper._target_)
         grown = not any(name in sweeper for name in NEED_NO_RESULTS)

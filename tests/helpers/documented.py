@@ -8,7 +8,18 @@ import shlex
 from tests.helpers.tiny_run import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("python", "make", "pip", "hf", "apt-get", "git", "scontrol", "squeue", "export")
+PROGRAMS = (
+    "python",
+    "crl-exp",
+    "make",
+    "pip",
+    "hf",
+    "apt-get",
+    "git",
+    "scontrol",
+    "squeue",
+    "export",
+)
 FENCED = re.compile(r"^ *```(\S*)[^\n]*\n(.*?)^ *```", re.M | re.S)
 INLINE = re.compile(r"`([^`\n]+)`")
 # A command kept in a variable of the shell, over several lines.
@@ -29,9 +40,19 @@ def documented() -> dict[str, str]:
         lines += [one for one in INLINE.findall(FENCED.sub("", text)) if " " in one.strip()]
         for line in lines:
             command = " ".join(line.split("  #")[0].split()).removeprefix("$ ")
+            command = in_a_checkout(command)
             if command.split()[0] in PROGRAMS or command.startswith("$"):
                 found.setdefault(command, page.name)
     return found
+
+
+def in_a_checkout(command: str) -> str:
+    """What is typed there in place of a command of the installed program."""
+    program, *more = command.split(" ", 2)
+    if program != "crl-exp":
+        return command
+    script = "python launch.py" if more[0] == "launch" else f"python -m crl_exp {more[0]}"
+    return " ".join([script, *more[1:]])
 
 
 def _typed(block: str) -> list[str]:

@@ -31,6 +31,9 @@ from tests.helpers.tiny_run import ROOT
 HUB = "weights of the hub"
 LONG = "takes minutes to hours"
 NOT_RUN = {
+    "python -m crl_exp COMMAND": "stands for each of them",
+    "python -m crl_exp assets": "an index; test_assets.py",
+    "pip install .": "an index; test_wheel.py installs what it makes",
     "python -m crl_exp options": "writes into docs/; test_options_page.py makes the page",
     "python -m crl_exp bench": f"{LONG}; test_bench.py has its parts",
     "python -m crl_exp train-sae": LONG,

@@ -6,8 +6,10 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from crl_exp.config.errors import UserError
 from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.steering.answerer import Answering
+from crl_exp.steering.kept_run import KeptRun
 from crl_exp.steering.workspace import SteeringConfig, Workspace
 
 
@@ -61,6 +63,17 @@ class Method:
         for most methods a controller."""
         raise NotImplementedError
 
+    def restored(self, kept: KeptRun) -> Controller:
+        """The controller of a finished run, of what the run has kept; nothing is run for it.
+
+        Raises `UserError` where that isn't enough, as for whatever answers otherwise than by adding
+        features.
+        """
+        raise UserError(
+            f"method={self.name}: what it answered by (a probe, adapted weights, vectors, other "
+            "words) is not kept in a run, so it can't answer again"
+        )
+
 
 @dataclass
 class WithoutFeatures(Method):
@@ -96,4 +109,7 @@ class NoSteering(WithoutFeatures):
     control = True
 
     def prepare(self, workspace: Workspace) -> Controller:
+        return Unsteered()
+
+    def restored(self, kept: KeptRun) -> Controller:
         return Unsteered()

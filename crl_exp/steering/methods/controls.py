@@ -17,6 +17,8 @@ from crl_exp.config.errors import UserError
 from crl_exp.generation.controller import Controller
 from crl_exp.steering.controllers.fixed import Steer
 from crl_exp.steering.feature_statistics.store import LayerStatistics
+from crl_exp.steering.kept_run import KeptRun
+from crl_exp.steering.methods.base import Method
 from crl_exp.steering.methods.corrsteer import CorrSteer
 from crl_exp.steering.methods.residual_means import ResidualMeans, residual_means
 from crl_exp.steering.workspace import Workspace
@@ -92,6 +94,9 @@ class RandomDirection(CorrSteer):
             vectors[steer.layer] = direction_D / direction_D.norm() * length(workspace, steer)
         return workspace.vectors(vectors)
 
+    def restored(self, kept: KeptRun) -> Controller:
+        return Method.restored(self, kept)  # vectors, not features
+
 
 @dataclass
 class RawResidual(CorrSteer):
@@ -136,6 +141,9 @@ class RawResidual(CorrSteer):
         _, best, multiplier = max(tried, key=lambda t: t[0])
         workspace.note(f"multiplier for layers {sorted(contrast)}", multiplier)
         return best
+
+    def restored(self, kept: KeptRun) -> Controller:
+        return Method.restored(self, kept)  # vectors, not features
 
     def _contrast(self, layer: int, means: ResidualMeans) -> Tensor:
         if not (means.n_rewarded and means.n_unrewarded):

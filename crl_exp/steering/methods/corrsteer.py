@@ -9,6 +9,7 @@ from crl_exp.config.errors import UserError
 from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.steering.controllers.fixed import Steer
 from crl_exp.steering.feature_statistics.store import LayerStatistics
+from crl_exp.steering.kept_run import KeptRun
 from crl_exp.steering.methods.base import Method
 from crl_exp.steering.workspace import Workspace
 
@@ -139,6 +140,9 @@ class CorrSteer(Method):
 
     def prepare(self, workspace: Workspace) -> Controller:
         return workspace.fixed(self.select(workspace))
+
+    def restored(self, kept: KeptRun) -> Controller:
+        return kept.fixed()
 
 
 @dataclass

@@ -7,6 +7,7 @@ CRL is here; what a method is, and CorrSteer, in `methods.base` and `methods.cor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,7 +15,10 @@ from crl_exp.analysis.row_random import own_seed
 from crl_exp.config.errors import UserError
 from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.steering.controllers.policy import PolicyController
+from crl_exp.steering.feature_statistics.correlation import Moments
 from crl_exp.steering.feature_statistics.running import online_conflicts
+from crl_exp.steering.feature_statistics.store import LayerStatistics
+from crl_exp.steering.kept_run import KeptRun
 from crl_exp.steering.methods.corrsteer import (
     CorrSteer,
     warn_of_nothing,
@@ -106,6 +110,26 @@ class CRL(CorrSteer):
                 workspace.tried.add(reward_I.numpy(), "updates of the policy")
         return PolicyController(agents, exp.decay)
 
+    def restored(self, kept: KeptRun) -> Controller:
+        if not self.stage2 and self.features == "fixed":
+            return kept.fixed()
+        if not self.stage2:
+            raise UserError(
+                "method.stage2=false: an untrained policy follows stage 1's correlations, which "
+                "are not kept in a run, so it can't answer again"
+            )
+        state = kept.training()
+        if kept.exp.algorithm.validate_every:
+            policies = state["best"]["agents"]
+        else:
+            policies = {layer: one["averaged"] for layer, one in state["learners"].items()}
+        norms = state.get("norms", {})
+        agents = {
+            layer: _kept_agent(kept, layer, policy, norms.get(layer))
+            for layer, policy in policies.items()
+        }
+        return PolicyController(agents, kept.exp.decay)
+
     def free_agents(self, workspace: Workspace) -> dict[int, LayerAgent]:
         agents = {}
         for layer, statistics in workspace.statistics().items():
@@ -148,17 +172,54 @@ def _agent(
     workspace: Workspace, layer: int, allowed_C: torch.Tensor, coefficient_F: torch.Tensor
 ) -> LayerAgent:
     exp = workspace.exp
-    online = isinstance(exp.method, CRL) and exp.method.online_correlation
     if exp.policy.first_weights == "by_layer":
         torch.manual_seed(own_seed("policy", exp.seed, layer))
     return LayerAgent(
         workspace.saes[layer], workspace.statistics()[layer], allowed_C, coefficient_F,
         Pipeline(exp.stages, exp.order),
         AgentSetting(
-            exp.policy, exp.warmup, workspace.n_tokens, exp.algorithm.uses_critic, online,
+            exp.policy, exp.warmup, workspace.n_tokens, exp.algorithm.uses_critic, _online(exp),
             _score_scale(workspace), exp.seed,
         ),
     )  # fmt: skip
+
+
+def _online(exp: SteeringConfig) -> bool:
+    return isinstance(exp.method, CRL) and exp.method.online_correlation
+
+
+def _kept_agent(
+    kept: KeptRun, layer: int, policy: dict[str, Any], norms: list[float] | None
+) -> LayerAgent:
+    """A trained agent, made without stage 1: what it needs of that is in its state.
+
+    norms: mean and deviation of the residual's length; None: from a checkpoint of before they were
+        kept. Raises `UserError` where a stage needs them then.
+    """
+    exp, sae = kept.exp, kept.sae(layer)
+    pipeline = Pipeline(exp.stages, exp.order)
+    if norms is None and "length" in pipeline.needs:
+        raise UserError(
+            f"layer {layer}: a stage needs the residual's length as stage 1 measured it, which a "
+            "checkpoint of that version doesn't hold, so it can't answer again; resume=force "
+            "trains it anew"
+        )
+    norm_mean, norm_std = norms or (0.0, 1.0)
+    nothing_F = torch.zeros(sae.d_sae, dtype=torch.float64)
+    statistics = LayerStatistics(
+        layer, 0, 0.0, 0.0, norm_mean, norm_std, policy["mean_D"], policy["std_D"],
+        Moments.of(nothing_F[None], torch.zeros(1)), {"score": nothing_F},
+    )  # fmt: skip
+    coefficient_F = torch.zeros(sae.d_sae)
+    coefficient_F[policy["allowed_C"]] = policy["coefficient_C"]
+    setting = AgentSetting(
+        exp.policy, exp.warmup, kept.n_tokens, exp.algorithm.uses_critic, _online(exp),
+        seed=exp.seed,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and replaced
+        agent = LayerAgent(sae, statistics, policy["allowed_C"], coefficient_F, pipeline, setting)
+    agent.load_state_dict(policy)
+    return agent
 
 
 def _score_scale(workspace: Workspace) -> float:

@@ -9,6 +9,7 @@ from crl_exp.config.errors import UserError
 from crl_exp.generation.controller import Controller
 from crl_exp.steering.controllers.fixed import Steer
 from crl_exp.steering.feature_lists import FeatureList, read_list, typed_list
+from crl_exp.steering.kept_run import KeptRun
 from crl_exp.steering.methods.base import Method
 from crl_exp.steering.methods.corrsteer import NOTHING_BY_0, best_scale, multiplier_faults
 from crl_exp.steering.workspace import SteeringConfig, Workspace
@@ -78,6 +79,9 @@ class Listed(Method):
             if one.layer in workspace.saes
         ]
         return workspace.fixed(best_scale(workspace, steers, self.multipliers)[0])
+
+    def restored(self, kept: KeptRun) -> Controller:
+        return kept.fixed()
 
 
 def other_sae(listed: FeatureList, exp: SteeringConfig) -> list[str]:

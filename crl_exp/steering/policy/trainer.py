@@ -148,6 +148,8 @@ class Trainer:
             "best": {
                 "score": self.best_score, "step": self.best_step, "agents": self.best_agents,
             },
+            # For who has the policy without stage 1 (`CRL.restored`).
+            "norms": {la: [agent.norm_mean, agent.norm_std] for la, agent in self.agents.items()},
             "queue": self.queue,
             "explore": self.explore.get_state(),
             "shuffle": self.shuffle.get_state(),

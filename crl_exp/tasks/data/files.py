@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from crl_exp.config.assets import FETCH
 from crl_exp.config.errors import UserError
 
 MARKED = {
@@ -23,13 +24,13 @@ def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); run `make assets`") from error
+        raise UserError(f"{path} can't be read ({error.strerror}); run `{FETCH}`") from error
     except UnicodeDecodeError as error:
         raise damaged(str(path), f"not UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def damaged(where: str, fault: str) -> UserError:
-    return UserError(f"{where} is damaged ({fault}); remove its folder and run `make assets`")
+    return UserError(f"{where} is damaged ({fault}); remove its folder and run `{FETCH}`")
 
 
 def users_text(path: Path, where: str) -> str:

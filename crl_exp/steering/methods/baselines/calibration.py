@@ -14,6 +14,8 @@ from torch import Tensor
 
 from crl_exp.config.errors import UserError
 from crl_exp.generation.controller import Controller, StepContext
+from crl_exp.models.language_model import LanguageModel
+from crl_exp.steering.kept_run import KeptRun
 from crl_exp.steering.methods.base import WithoutLayers
 from crl_exp.steering.methods.baselines.options import option_rewards, option_scores
 from crl_exp.steering.workspace import SteeringConfig, Workspace
@@ -96,6 +98,27 @@ class Calibration(WithoutLayers):
     def prepare(self, workspace: Workspace) -> OutputBias:
         return self._of_options(workspace) if workspace.options else self._of_tokens(workspace)
 
+    def restored(self, kept: KeptRun) -> OutputBias:
+        choices = kept.exp.task.choices
+        if choices:
+            biases = kept.notes[self._of_each]
+            return OutputBias({i: biases[choice] for i, choice in enumerate(choices)})
+        bias = kept.notes[self._of_all]
+        return OutputBias(dict.fromkeys(self._ids(kept.lm), bias))
+
+    @property
+    def _of_each(self) -> str:
+        """What the notes of a result call the biases of the options."""
+        return f"bias of each option, chosen on {self.chosen_on}"
+
+    @property
+    def _of_all(self) -> str:
+        """What they call the one of all tokens."""
+        return f"bias of {self.tokens}"
+
+    def _ids(self, lm: LanguageModel) -> list[int]:
+        return sorted({i for text in self.tokens or [] for i in token_ids(lm, text)})
+
     def _of_options(self, workspace: Workspace) -> OutputBias:
         split = self.chosen_on
         score_NO, reward_NO = option_scores(workspace, split), option_rewards(workspace, split)
@@ -103,11 +126,11 @@ class Calibration(WithoutLayers):
         for reward_N in tried_rewards(score_NO, reward_NO, bias_O):
             workspace.tried.add(reward_N.numpy(), "biases between the options", split)
         named = zip(workspace.exp.task.choices or [], bias_O.tolist(), strict=True)
-        workspace.note(f"bias of each option, chosen on {split}", dict(named))
+        workspace.note(self._of_each, dict(named))
         return OutputBias(dict(enumerate(bias_O.tolist())))
 
     def _of_tokens(self, workspace: Workspace) -> OutputBias:
-        ids = sorted({i for text in self.tokens or [] for i in token_ids(workspace, text)})
+        ids = self._ids(workspace.lm)
         tried = []
         grid = sorted({0.0, *self.grid}, key=lambda bias: (abs(bias), bias))
         with workspace.bar("trying biases", len(grid)) as advance:
@@ -117,20 +140,20 @@ class Calibration(WithoutLayers):
                 advance(1)
         _, best, bias = max(tried, key=lambda t: t[0])
         workspace.note("validation_reward_by_bias", {str(b): reward for reward, _, b in tried})
-        workspace.note(f"bias of {self.tokens}", bias)
+        workspace.note(self._of_all, bias)
         return best
 
 
-def token_ids(workspace: Workspace, text: str) -> list[int]:
+def token_ids(lm: LanguageModel, text: str) -> list[int]:
     """Ids of the token that a text is. Raises `UserError` where it is none or several."""
     if text == END:
-        return sorted(workspace.lm.eos_ids)
-    ids = workspace.lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-    unknown = ids == [workspace.lm.tokenizer.unk_token_id]
+        return sorted(lm.eos_ids)
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    unknown = ids == [lm.tokenizer.unk_token_id]
     if len(ids) != 1 or unknown:
         what = "unknown" if unknown else f"{len(ids)} tokens"
         raise UserError(
-            f"method.tokens: {text!r} is {what} to {workspace.lm.name}; name texts of one token "
+            f"method.tokens: {text!r} is {what} to {lm.name}; name texts of one token "
             f"(a leading space counts), or {END} for what ends an answer"
         )
     return ids

@@ -1,0 +1,65 @@
+"""`python launch.py …` and `crl-exp launch …`: one experiment, or with `-m` a sweep, by Hydra."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from crl_exp.config.paths import REPO, working_directory_last
+from crl_exp.runs.preemption import guard
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+INTERRUPTED = (
+    "interrupted: what was done is saved up to the last checkpoint. Type the same line to go on"
+)
+
+
+def run(config: DictConfig) -> float | None:
+    """One point, in Hydra's hands."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from crl_exp.experiments.run import run_experiment
+    from crl_exp.launcher.command_line import (
+        check_alone,
+        check_config_dir,
+        check_sweeper,
+        people_errors,
+    )
+    from crl_exp.launcher.planning.written import check_written
+    from crl_exp.runs.result import objective
+
+    hydra_node = HydraConfig.get()
+    in_sweep = hydra_node.mode == RunMode.MULTIRUN
+    with people_errors():  # ends the process: a sweeper would go on to its next point
+        check_sweeper(hydra_node)
+    if not in_sweep:
+        check_alone(hydra_node)
+        check_config_dir(hydra_node)
+        check_written(hydra_node, [config])
+    result = run_experiment(config, skip_finished=in_sweep)
+    return None if result is None else objective(result)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """argv: what is typed behind the command; None: it is in `sys.argv`, where Hydra reads it."""
+    if argv is not None:
+        sys.argv = ["crl-exp launch", *argv]
+    working_directory_last()
+    # Before the imports, which take seconds: who is asked to end meanwhile ends in good order.
+    with guard():
+        import hydra
+
+        from crl_exp.config.display import lossy_terminal
+        from crl_exp.launcher.command_line import people_errors, register
+
+        register()
+        lossy_terminal()
+        with people_errors(INTERRUPTED):
+            hydra.main(version_base="1.3", config_path=str(REPO / "conf"), config_name="config")(
+                run
+            )()
+    return 0

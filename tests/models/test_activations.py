@@ -1,0 +1,146 @@
+"""`read_activations` against the model run plainly: one text at a time, without padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GraniteConfig, GraniteForCausalLM
+
+from crl_exp.config.errors import UserError
+from crl_exp.models.activations import SITES, read_activations
+from crl_exp.models.language_model import LanguageModel
+from tests.helpers import tiny
+
+KINDS = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen3")
+LAYERS = range(tiny.N_LAYERS)
+NEAR = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def lm(request) -> LanguageModel:
+    return tiny.language_model(request.param)
+
+
+@torch.no_grad()
+def plainly(lm: LanguageModel, ids: list[int]) -> dict[tuple[str, int], torch.Tensor]:
+    """Residuals [T, D] by site and layer, from transformers' own list of hidden states and, as that
+    has the last one behind the final norm, a hook on the last layer."""
+    last: list[torch.Tensor] = []
+
+    def keep(_module, _inputs, output):
+        last.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = lm.layers[-1].register_forward_hook(keep)
+    out = lm.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+    handle.remove()
+    before = [hidden[0] for hidden in out.hidden_states[: tiny.N_LAYERS]]
+    found = {("resid_pre", layer): before[layer] for layer in LAYERS}
+    behind = [*before[1:], last[0].reshape(before[0].shape)]
+    return found | {("resid_post", layer): behind[layer] for layer in LAYERS}
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post"])
+def test_residuals_are_the_models_own(lm, site):
+    """Texts of 5 to 17 tokens; Gemma-2's window is 6."""
+    texts = tiny.prompts(7)
+    alone = [plainly(lm, ids) for ids in texts]
+    everything = read_activations(lm, texts, LAYERS, site, positions="all", batch_size=3)
+    last = read_activations(lm, texts, LAYERS, site, batch_size=3)
+    for layer in LAYERS:
+        assert everything[layer].shape == (7, max(map(len, texts)), lm.d_model)
+        for i, ids in enumerate(texts):
+            want_TD = alone[i][site, layer]
+            torch.testing.assert_close(everything[layer][i, : len(ids)], want_TD, **NEAR)
+            assert everything[layer][i, len(ids) :].isnan().all()
+            torch.testing.assert_close(last[layer][i], want_TD[-1], **NEAR)
+
+
+def test_what_a_layer_adds_is_what_its_output_has_more_than_its_input(lm):
+    texts = tiny.prompts(5, seed=1)
+    read = {site: read_activations(lm, texts, LAYERS, site) for site in SITES}
+    for layer in LAYERS:
+        added = read["resid_post"][layer] - read["resid_pre"][layer]
+        parts = read["attn_out"][layer] + read["mlp_out"][layer]
+        torch.testing.assert_close(parts, added, **NEAR)
+        assert read["attn_out"][layer].norm() > 0 and read["mlp_out"][layer].norm() > 0
+
+
+def test_the_attention_is_what_is_left_when_the_mlp_adds_nothing(lm):
+    """The two could be mixed up, and their sum would be right all the same."""
+    texts = tiny.prompts(4, seed=2)
+    attention = read_activations(lm, texts, [1], "attn_out")[1]
+    block = lm.layers[1]
+    silent = getattr(block, "post_feedforward_layernorm", None) or block.mlp
+    handle = silent.register_forward_hook(lambda _module, _inputs, output: output * 0)
+    try:
+        # A parallel or sequential layer: without its MLP the layer adds its attention alone.
+        before = read_activations(lm, texts, [1], "resid_pre")[1]
+        behind = read_activations(lm, texts, [1], "resid_post")[1]
+    finally:
+        handle.remove()
+    torch.testing.assert_close(behind - before, attention, **NEAR)
+
+
+def test_a_text_is_read_as_its_tokens_and_the_batch_changes_nothing():
+    lm = tiny.language_model("llama")
+    texts = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10"]
+    ids = [lm.tokenizer(text)["input_ids"] for text in texts]
+    together = read_activations(lm, texts, [0, 3])
+    assert list(together) == [0, 3] and together[0].dtype == torch.float32
+    for layer in (0, 3):
+        torch.testing.assert_close(read_activations(lm, ids, [layer])[layer], together[layer])
+        for i, text in enumerate(texts):
+            alone = read_activations(lm, [text], [layer], batch_size=1)[layer][0]
+            torch.testing.assert_close(alone, together[layer][i], **NEAR)
+
+
+def test_no_hook_is_left_behind():
+    lm = tiny.language_model("gemma2")
+    for site in SITES:
+        read_activations(lm, ["w1 w2"], LAYERS, site)
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules()
+    )
+
+
+def test_a_layer_that_adds_otherwise_is_refused_by_name():
+    """Granite multiplies what it adds."""
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, pad_token_id=0,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+        residual_multiplier=0.5,
+    )  # fmt: skip
+    lm = LanguageModel(GraniteForCausalLM(config), tiny.tokenizer(), "tiny-granite")
+    for site in ("attn_out", "mlp_out"):
+        with pytest.raises(UserError, match=r"layer 1 of tiny-granite \(Granite.*resid_post"):
+            read_activations(lm, ["w1 w2 w3"], [1], site)
+    assert read_activations(lm, ["w1 w2 w3"], [1])[1].shape == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"hook_name": "resid_pots"}, "resid_pots.*did you mean 'resid_post'"),
+        ({"positions": "first"}, "positions='first'.*last, all"),
+        ({"layers": [1, 4]}, r"layers=\[4\]: tiny-llama has layers 0 to 3"),
+        ({"layers": []}, "nothing to read"),
+        ({"texts": []}, "nothing to read"),
+        ({"texts": [[7], []]}, "text 1 has no token"),
+        ({"texts": [[7] * 129]}, "129 tokens, but tiny-llama takes 128"),
+    ],
+)
+def test_what_cannot_be_read_is_named(given, said):
+    lm = tiny.language_model("llama")
+    asked = {"texts": ["w1"], "layers": [0], **given}
+    with pytest.raises(UserError, match=said):
+        read_activations(lm, **asked)
+
+
+def test_half_precision_is_measured_by_its_own_rounding():
+    lm = tiny.language_model("llama")
+    exact = read_activations(lm, tiny.prompts(3), [2], "mlp_out")[2]
+    half = LanguageModel(tiny.model("llama").to(torch.bfloat16), tiny.tokenizer(), "tiny-llama")
+    rounded = read_activations(half, tiny.prompts(3), [2], "mlp_out")[2]
+    assert rounded.dtype == torch.float32
+    assert float((rounded - exact).norm() / exact.norm()) < 0.1
