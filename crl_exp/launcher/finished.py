@@ -97,7 +97,10 @@ class FinishedRun:
 
     @property
     def lm(self) -> LanguageModel:
-        """The model that it ran on, kept by the process. Raises `UserError` where it can't be had, or isn't the same."""
+        """The model that it ran on, kept by the process.
+
+        Raises `UserError` where it can't be had, or isn't the same.
+        """
         with _still_readable(self.path):
             lm = shared_model(asdict(self.exp.model), lambda: checked(load_model(self.exp.model)))
             if lm.fingerprint() != self.result.get("weights", lm.fingerprint()):
