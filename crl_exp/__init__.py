@@ -24,18 +24,9 @@ _HOMES = {
 }
 """Where each lies. No module or package at the top of `crl_exp` may have a name of these: once
 imported, it would take the name's place."""
-__all__ = [
-    "Controller",
-    "Engine",
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "__version__",
-    "compose",
-    "load_model",
-    "load_run",
-    "load_saes",
-    "load_task",
-    "read_activations",
-    "read_sweep",
-    "run",
+    *_HOMES,
 ]
 
 

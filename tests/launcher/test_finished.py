@@ -19,8 +19,10 @@ import crl_exp
 from crl_exp.config.errors import UserError
 from crl_exp.config.keys import run_key
 from crl_exp.experiments.run import run_experiment
+from crl_exp.generation.results import Job
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.kept import LOADED
+from crl_exp.steering.answers import Steered
 from tests.helpers import tiny
 from tests.helpers.tiny_run import ROOT, run_small, small, write_task
 
@@ -51,6 +53,40 @@ def rewards_again(run: crl_exp.launcher.finished.FinishedRun) -> list[float]:
 def rewards_then(folder: Path) -> list[float]:
     table = pq.read_table(folder / "items.parquet", filters=[("split", "==", "test")])
     return table["reward_steered"].to_pylist()
+
+
+Added = dict[tuple[str, int, int], tuple[list[int], list[float], float]]
+"""By item, token and layer: features, their coefficients, and the length of what was added."""
+
+
+def added_again(run: crl_exp.launcher.finished.FinishedRun) -> Added:
+    """What the run's controller adds on its test items now."""
+    items = run.task.splits().test
+    ids = [run.lm.prompt_ids(item.user, run.task.chat_template) for item in items]
+    jobs = [Job(run.controller, range(len(ids)))]
+    made = run.engine.generate(
+        run.engine.read(ids), jobs, run.task.max_new_tokens, run.options, record=True
+    )[0]
+    found: Added = {}
+    for one in map(Steered.of, made.steps):
+        for i, row in enumerate(one.rows):
+            there = one.feature_idx_NK[i] >= 0
+            found[items[row].item_id, one.token_index, one.layer] = (
+                one.feature_idx_NK[i][there].tolist(),
+                pytest.approx(one.coefficient_NK[i][there].tolist()),
+                pytest.approx(float(one.delta_norm_N[i]), rel=1e-4, abs=1e-6),
+            )
+    return found
+
+
+def added_then(folder: Path) -> Added:
+    table = pq.read_table(folder / "interventions.parquet", filters=[("split", "==", "test")])
+    return {
+        (row["item"], row["token_index"], row["layer"]): (
+            row["features"], row["coefficients"], row["delta_norm"],
+        )
+        for row in table.to_pylist()
+    }  # fmt: skip
 
 
 METHODS = {
@@ -86,9 +122,9 @@ def test_it_answers_as_it_did_and_writes_nothing(method, common, tmp_path, monke
     assert run.config.method.name == run.result["method"] and run.result["n"] == 16
     items = run.task.splits().test
     texts = run.generate([item.user for item in items])
-    then = pq.read_table(folder / "interventions.parquet", filters=[("split", "==", "test")])
-    if method[0] not in ("method=none", "method=calibration", "method=corrsteer_p"):
-        assert len(then), "else nothing is steered here"
+    then = added_then(folder)
+    nothing = method[0] in ("method=none", "method=calibration", "method=corrsteer_p")
+    assert bool(then) != nothing and added_again(run) == then
     assert rewards_again(run) == rewards_then(folder)
     changed = pq.read_table(folder / "items.parquet", filters=[("split", "==", "test")])["changed"]
     plain = run.unsteered([item.user for item in items])
@@ -110,6 +146,7 @@ def test_free_text_is_the_same_token_by_token(tmp_path, monkeypatch):
     table = pq.read_table(folder / "items.parquet", filters=[("split", "==", "test")])
     assert [a != b for a, b in zip(steered, plain, strict=True)] == table["changed"].to_pylist()
     assert any(table["changed"].to_pylist()), "else nothing is told apart"
+    assert len(then := added_then(folder)) > 16 and added_again(run) == then
 
 
 def test_a_run_on_a_disk_that_cannot_be_written(common, tmp_path):
@@ -309,6 +346,7 @@ def test_runs_of_earlier_versions(version, tmp_path, monkeypatch):
     before = state_of(old)
     run = crl_exp.load_run(keys["corrsteer_s"])
     assert rewards_again(run) == _rewards_then(keys["corrsteer_s"])
+    assert added_again(run) == added_then(keys["corrsteer_s"])
     assert "checkpoint.pt" in refused(keys["crl"], "1 + 1")
     assert state_of(old) == before
 

@@ -103,7 +103,7 @@ class Calibration(WithoutLayers):
         if choices:
             biases = kept.notes[self._of_each]
             return OutputBias({i: biases[choice] for i, choice in enumerate(choices)})
-        bias: float = kept.notes[self._of_all]
+        bias = float(kept.notes[self._of_all])
         return OutputBias(dict.fromkeys(self._ids(kept.lm), bias))
 
     @property
