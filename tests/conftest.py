@@ -24,8 +24,11 @@ if TYPE_CHECKING:  # seconds of imports, which the process that only hands out t
 
 
 def pytest_configure() -> None:
-    """Tiny models gain nothing by threads, which wait for each other on a busy machine."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+    """Before the libraries are imported, which read this."""
+    # Tiny models gain nothing by threads, which wait for each other on a busy machine.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # No test needs the hub; without a network a look-up tries again for half a minute.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_xdist_make_scheduler(config, log) -> Sharing:
