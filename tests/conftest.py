@@ -17,6 +17,7 @@ if sys.dont_write_bytecode:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
+from tests.helpers.forking import clean_up
 from tests.helpers.sharing import Sharing, long_ones_first
 
 if TYPE_CHECKING:  # seconds of imports, which the process that only hands out tests can do without
@@ -29,6 +30,11 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # No test needs the hub; without a network a look-up tries again for half a minute.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_unconfigure(config) -> None:
+    if not hasattr(config, "workerinput"):
+        clean_up()
 
 
 def pytest_xdist_make_scheduler(config, log) -> Sharing:
