@@ -61,6 +61,12 @@ def no_fsync(monkeypatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
+@pytest.fixture(autouse=True)
+def no_job_of_ours(monkeypatch) -> None:
+    """What stands for a job of our launcher says so to its whole process."""
+    monkeypatch.delenv("CRL_EXP_SLURM_JOB", raising=False)
+
+
 @pytest.fixture
 def quick_figures(monkeypatch) -> None:
     """Figures of few pixels, and in PDF files no fonts."""
