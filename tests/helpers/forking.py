@@ -105,7 +105,8 @@ def ask(folder: Path, everybodys: str, arguments: list[str]) -> int:
         hand_on(number)
     code = int(answers.readline())
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code != signal.SIGKILL:  # whose effect nobody can change
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     return code
 
