@@ -17,6 +17,7 @@ if sys.dont_write_bytecode:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
+from tests.helpers.forking import clean_up
 from tests.helpers.sharing import Sharing, long_ones_first
 
 if TYPE_CHECKING:  # seconds of imports, which the process that only hands out tests can do without
@@ -24,8 +25,16 @@ if TYPE_CHECKING:  # seconds of imports, which the process that only hands out t
 
 
 def pytest_configure() -> None:
-    """Tiny models gain nothing by threads, which wait for each other on a busy machine."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+    """Before the libraries are imported, which read this."""
+    # Tiny models gain nothing by threads, which wait for each other on a busy machine.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # No test needs the hub; without a network a look-up tries again for half a minute.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_unconfigure(config) -> None:
+    if not hasattr(config, "workerinput"):
+        clean_up()
 
 
 def pytest_xdist_make_scheduler(config, log) -> Sharing:
@@ -50,6 +59,12 @@ def tiny_files(tmp_path_factory) -> TinyFiles:
 def no_fsync(monkeypatch) -> None:
     """Thousands of small files are written here, none of which has to outlive the machine."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture(autouse=True)
+def no_job_of_ours(monkeypatch) -> None:
+    """What stands for a job of our launcher says so to its whole process."""
+    monkeypatch.delenv("CRL_EXP_SLURM_JOB", raising=False)
 
 
 @pytest.fixture

@@ -102,10 +102,16 @@ def number_faults(where: str, value: Any) -> Iterator[str]:
 
 
 def once(known: Known | None, of: Any, find: Callable[[], Any]) -> Any:
-    """What `find` returns, asked once for equal `of` where something is known at all."""
+    """What `find` returns, asked once for equal `of` where something is known at all. So is the
+    `UserError` that it raises: without a network the hub says no after half a minute."""
     if known is None:
         return find()
     key = content_key(of)
     if key not in known:
-        known[key] = find()
-    return known[key]
+        try:
+            known[key] = find()
+        except UserError as error:
+            known[key] = error
+    if isinstance(found := known[key], UserError):
+        raise found.with_traceback(None)
+    return found

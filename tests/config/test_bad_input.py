@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from crl_exp.config.errors import UserError
 from crl_exp.runs.directory import RunDirectory
+from tests.helpers import forking
 from tests.helpers.tiny_run import (
     ROOT,
     SMALL,
@@ -382,17 +383,17 @@ def test_a_sweep_runs_what_is_missing(tiny_files, tmp_path):
     sizes = [f"{key}={SMALL[key]}" for key in ("task.n_train", "task.n_validation", "task.n_test")]
     common = [*tiny_files.overrides(), *sizes, f"output_dir={tmp_path}", "layers.layer=1"]
 
-    def launch(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "launch.py", *arguments, *common]
+    def launch(*arguments: str, python: str) -> subprocess.CompletedProcess:
+        command = [python, "launch.py", *arguments, *common]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
-    first = launch("-m", "method=none,corrsteer_s")
+    first = launch("-m", "method=none,corrsteer_s", python=sys.executable)
     assert first.returncode == 0 and "skipped" not in first.stdout, first.stdout + first.stderr
     assert len(list(tmp_path.glob("single/*/result.json"))) == 2
-    second = launch("-m", "method=none,corrsteer_s,corrsteer_a")
+    second = launch("-m", "method=none,corrsteer_s,corrsteer_a", python=forking.python())
     assert second.returncode == 0 and second.stdout.count("already finished, skipped") == 2
     assert len(list(tmp_path.glob("single/*/result.json"))) == 3
-    alone = launch("method=none")
+    alone = launch("method=none", python=forking.python())
     assert alone.returncode == 1 and "resume=force" in alone.stderr
     assert "Traceback" not in alone.stderr
 

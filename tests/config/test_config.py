@@ -26,6 +26,7 @@ from crl_exp.runs.directory import run_key
 from crl_exp.runs.records import flatten
 from hydra_plugins.crl_exp_sweeper.grids import GridSweeper
 from tests.helpers.tiny_run import CONF, ROOT, composed, quickly_composed, run_small
+from tests.helpers import forking
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
@@ -250,7 +251,7 @@ def test_every_point_of_every_sweep_runs_on_a_tiny_model(name, tiny_cache):
 
 @pytest.mark.slow
 def test_a_sweep_is_tried_by_the_line_that_the_docs_give(tiny_cache):
-    command = [sys.executable, "launch.py", "-m", "+sweep=decay", "+debug=tiny"]
+    command = [forking.python(), "launch.py", "-m", "+sweep=decay", "+debug=tiny"]
     done = subprocess.run(
         [*command, f"output_dir={tiny_cache / 'typed'}"], cwd=ROOT, capture_output=True, text=True
     )
@@ -406,7 +407,7 @@ def test_several_faults_are_told_at_once():
 )
 def test_launch_says_it_without_a_traceback(override, named):
     done = subprocess.run(
-        [sys.executable, "launch.py", override, "tracking=none"],
+        [forking.python(), "launch.py", override, "tracking=none"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1

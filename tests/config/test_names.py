@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from crl_exp.launcher.commands.typed import typed_sweep
 from crl_exp.launcher.planning.plan import compose_points
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import find_records, find_sweep
+from tests.helpers import forking
 from tests.helpers.launching import points_of, settings
 from tests.helpers.synthetic import config, finished_run
 from tests.helpers.tiny_run import CONF, ROOT, quickly_composed
@@ -165,9 +165,10 @@ def test_a_clusters_time_is_not_read_in_base_60(tmp_path, users_conf):
         written(tmp_path, "sweep_name=s", "hydra/launcher=mine", conf=users_conf)
 
 
+@pytest.mark.slow
 def test_one_run_is_asked_as_a_sweep_is(tmp_path):
     done = subprocess.run(
-        [sys.executable, "launch.py", "+debug=tiny", f"output_dir={tmp_path}",
+        [forking.python(), "launch.py", "+debug=tiny", f"output_dir={tmp_path}",
          "sweep_name=2024_11_29", "task.choices=[1_0,b]"],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"},
     )  # fmt: skip

@@ -32,7 +32,8 @@ def targets() -> set[str]:
 def our_files() -> Iterator[Path]:
     for folder, names, files in os.walk(ROOT):
         names[:] = [n for n in names if n not in SKIPPED and not n.endswith(".egg-info")]
-        yield from (Path(folder) / file for file in files)
+        # In a second working tree .git is a file.
+        yield from (Path(folder) / file for file in files if file not in SKIPPED)
 
 
 def pages() -> list[Path]:

@@ -17,6 +17,7 @@ from crl_exp.launcher.settings import make_settings
 from crl_exp.launcher.states import states_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.runs.records import find_records
+from tests.helpers import forking
 from tests.helpers.tiny_run import CONF
 
 # Nothing of a test cluster's is worth limiting.
@@ -36,7 +37,8 @@ def points_of(*overrides: str) -> list[Point]:
 
 
 def launched(kind: str, overrides: Sequence[str], conf: Path = CONF, **values: Any) -> Launch:
-    """values: of the launcher's settings."""
+    """values: of the launcher's settings. The jobs are forks, unless `python` is given."""
+    values.setdefault("python", forking.python())
     with typed_sweep(overrides, conf) as (loader, master, jobs):
         return launch(loader, master, jobs, settings(kind, **values), grown=False)
 

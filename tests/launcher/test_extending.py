@@ -7,12 +7,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from crl_exp.launcher.commands.options import SOURCE
+from tests.helpers import forking
 from tests.helpers.tiny_run import ROOT
 from tests.launcher.test_options_page import STAGES
 
@@ -49,7 +49,7 @@ def test_the_steps_work_as_they_stand(section, tmp_path):
             program, *arguments = shlex.split(line)
             assert program == "python"
             done = subprocess.run(
-                [sys.executable, *arguments], cwd=tmp_path, env=environment,
+                [forking.python(), *arguments], cwd=tmp_path, env=environment,
                 capture_output=True, text=True,
             )  # fmt: skip
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"

@@ -88,6 +88,23 @@ def test_every_fault_of_every_point_is_told_at_once(tmp_path):
     assert "layers.layer=3" not in str(caught.value)
 
 
+def test_what_cannot_be_had_is_asked_for_once(tmp_path, monkeypatch):
+    """The hub, where there is none, says so after half a minute."""
+    asked = []
+
+    def no_hub(path: str, **_: Any) -> None:
+        asked.append(path)
+        raise OSError("no network")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", no_hub)
+    methods = "method=none,corrsteer_s,corrsteer_a"
+    points = points_of(*tiny(tmp_path, "model.path=some/model", methods, "seed=0,1"))
+    assert asked == ["some/model"]
+    with pytest.raises(UserError, match=r"6 of 6 runs [\s\S]*'some/model' \(no network\)"):
+        check(points)
+    assert len(asked) == 2
+
+
 def test_faults_of_the_overrides_are_told_with_their_points(tmp_path):
     with pytest.raises(UserError, match="2 of 4 runs") as caught:
         points_of(*tiny(tmp_path, "method=crl,corsteer", "seed=0,1"))

@@ -18,6 +18,7 @@ from crl_exp.launcher.commands.cancel import cancel
 from crl_exp.launcher.commands.retry import retry
 from crl_exp.launcher.local_workers import THREADS, n_cores, share_of_cores
 from crl_exp.runs.records import find_records
+from tests.helpers import forking
 from tests.helpers.launching import attempts, figures, launched, over, states, tiny, told, until
 from tests.helpers.tiny_run import ROOT
 
@@ -111,11 +112,16 @@ class Climber(Sweeper):
 '''
 
 
-def typed(*overrides: str, plugins: Path | None = None) -> subprocess.CompletedProcess[str]:
+def typed(
+    *overrides: str, plugins: Path | None = None, python: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What `launch.py -m` does, and its jobs: forks of a process that has the libraries."""
+    python = python or forking.python()
     more = [str(plugins)] if plugins else []
     path = os.pathsep.join([str(ROOT), *more, os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "launch.py", "-m", "hydra/launcher=local_processes", *overrides],
+        [python, "launch.py", "-m", "hydra/launcher=local_processes", *overrides,
+         f"hydra.launcher.python={python}"],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
 
@@ -141,9 +147,11 @@ def test_a_failed_run_is_named_by_a_sweep_that_waits(tmp_path, tiny_files):
     """Its data file is damaged after the sweep was checked; before, it is refused."""
     data = tmp_path / "task.jsonl"
     shutil.copy(tiny_files.root / "task.jsonl", data)
-    task = ["task=jsonl", f"task.path={data}", "task.choices=[yes,no]", "hydra.launcher.wait=true"]
+    task = ["task=jsonl", f"task.path={data}", "task.choices=[yes,no]", "hydra.launcher.wait=true",
+            "hydra.launcher.parallel=1"]  # fmt: skip
     damage = f"hydra.launcher.setup=['echo no json > {data}']"
-    done = typed(*tiny(tmp_path / "out", *task, "seed=0,1"), damage)
+    python = sys.executable  # each process starts as a user's does
+    done = typed(*tiny(tmp_path / "out", *task, "seed=0,1"), damage, python=python)
     assert done.returncode == 1
     assert "2 of 2 jobs failed" in done.stdout + done.stderr
     assert "was begun with something else in task.path=" in done.stderr, done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from crl_exp.runs.preemption import EXIT_CODE
+from tests.helpers import forking
 from tests.helpers.disturbed import STEP_SECONDS
 from tests.helpers.tiny_run import ROOT
 from tests.runs.test_resume import outcome
@@ -47,7 +47,7 @@ class Disturbing:
     def __init__(self, home: Path, common: list[str]):
         self.home, self.common = home, common
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.disturbed"], cwd=ROOT, text=True,
+            [forking.python(), "-m", "tests.helpers.disturbed"], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self.straight: dict[str, dict[str, Any]] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.experiments.test_packing import close, told
+from tests.helpers import forking
 from tests.helpers.mlflow_reading import children, history, with_database
 from tests.helpers.tiny_run import ROOT
 from tests.runs.test_resume import outcome
@@ -64,7 +64,7 @@ class Killing:
         self.home, self.common = home, common
         self._straight: dict[str, dict[str, Any]] = {}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.disturbed"], cwd=ROOT, text=True,
+            [forking.python(), "-m", "tests.helpers.disturbed"], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import warnings
 from collections.abc import Iterator
 
 import pytest
 
+from tests.helpers import forking
 from tests.slurm.cluster import Cluster, missing_programs, running_cluster
 
 HOW = "on Debian, as root: apt-get install munge slurmctld slurmd slurm-client"
@@ -22,6 +24,8 @@ def slurm() -> Iterator[Cluster]:
     if why:
         warnings.warn(f"NO TEST ON SLURM WAS RUN: {why}", stacklevel=1)
         pytest.skip(f"no SLURM: {why}")
+    # The jobs' forks are of a process that is in no job, which would end it.
+    subprocess.run([forking.python(), "-c", ""], check=True)
     with running_cluster(cpus=2) as started:
         yield started
 

@@ -15,6 +15,7 @@ import pytest
 from crl_exp.launcher.commands.retry import retry
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.runs.records import Record, find_records
+from tests.helpers import forking
 from tests.helpers.launching import attempts, figures, launched, over, states, told, until
 from tests.helpers.tiny_run import CONF, ROOT
 
@@ -34,7 +35,8 @@ MINUTES = 60.0
 def undisturbed(slurm, tiny_cache, tmp_path_factory) -> tuple[Path, str]:
     """The sweep as a person types it, tracked; its folder, and what launching it said."""
     out = tmp_path_factory.mktemp("undisturbed")
-    launcher = ["hydra/launcher=slurm", "hydra.launcher.cpus=2", "hydra.launcher.mem=null"]
+    launcher = ["hydra/launcher=slurm", "hydra.launcher.cpus=2", "hydra.launcher.mem=null",
+                f"hydra.launcher.python={forking.python()}"]  # fmt: skip
     typed = [*LAYERWISE, *launcher, "tracking=mlflow", f"output_dir={out}"]
     done = subprocess.run(
         [sys.executable, "launch.py", "-m", *typed], cwd=ROOT, capture_output=True, text=True,
@@ -58,7 +60,7 @@ def test_twelve_jobs_are_done_and_reported(undisturbed, cluster):
         f"{part['job']}_{i}" for i in range(12)
     }
     report = subprocess.run(
-        [sys.executable, "-m", "crl_exp", "report", str(folder)],
+        [forking.python(), "-m", "crl_exp", "report", str(folder)],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert report.returncode == 0, report.stderr
@@ -153,9 +155,11 @@ def test_a_yaml_file_edited_after_submission_changes_nothing(cluster, tmp_path):
     tiny.write_text(tiny.read_text().replace("n_test: 16", "n_test: 12"))
     try:
         typed = ["+debug=tiny", "method=none", f"output_dir={out}", "sweep_name=s"]
+        # Its job starts as a user's does; those of other tests are forks.
         run = launched(
-            "slurm", typed, conf=conf, setup=[f"while ! [ -e {tmp_path}/go ]; do sleep 0.1; done"]
-        )
+            "slurm", typed, conf=conf, python=None,
+            setup=[f"while ! [ -e {tmp_path}/go ]; do sleep 0.1; done"],
+        )  # fmt: skip
         shutil.rmtree(conf)
         (tmp_path / "go").touch()
         until(lambda: set(states(run.folder).values()) == {"done"}, 3 * MINUTES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 
 from crl_exp.config.errors import UserError
 from crl_exp.steering.feature_statistics.store import LayerStatistics, shared_statistics
+from tests.helpers import forking
 from tests.helpers.tiny_steering import random_sae, statistics
 
 REPO = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ assert set(found) == {2, 3} and found[3].layer == 3
 @pytest.mark.slow
 def test_processes_started_together_compute_a_layer_once(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RACE, str(tmp_path)]
+    command = [forking.python(), "-c", RACE, str(tmp_path)]
     both = [subprocess.Popen([*command, name], cwd=REPO, env=environment) for name in "ab"]
     assert [process.wait(timeout=600) for process in both] == [0, 0]
     assert (tmp_path / "computed").read_text() == "2 3\n"

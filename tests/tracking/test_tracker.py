@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from crl_exp.tracking.client import resolved_uri
 from crl_exp.tracking.live import Tracker
 from crl_exp.tracking.sync import TrackingConfig, announce
 from crl_exp.tracking.system_metrics import SystemMonitor, gpu_metrics
+from tests.helpers import forking
 from tests.helpers.mlflow_reading import children, free_port, history, runs, sync, with_database
 from tests.helpers.synthetic import config, figures, finish, result
 
@@ -192,10 +192,10 @@ def test_a_killed_run_is_not_left_running_and_goes_on_where_it_was(folder):
     run = RunDirectory(made)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(made))
     quiet = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen([sys.executable, "-c", WORK, folder / "config.yaml"], env=quiet)
+    process = subprocess.Popen([forking.python(), "-c", WORK, folder / "config.yaml"], env=quiet)
     wait_until(lambda: "reward" in (run.path / "mlflow.json").read_text()
                if (run.path / "mlflow.json").exists() else False)  # fmt: skip
-    process.send_signal(signal.SIGKILL)
+    os.kill(run.status()["pid"], signal.SIGKILL)
     process.wait()
     (child,) = children(uri)
     assert child.info.status == "RUNNING"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -18,6 +17,7 @@ from crl_exp.runs.records import Record
 from crl_exp.tracking.client import resolved_uri
 from crl_exp.tracking.live import Tracker
 from crl_exp.tracking.sync import TrackingConfig, announce, main, place_of, send
+from tests.helpers import forking
 from tests.helpers.mlflow_reading import children, free_port, history, runs, with_database
 from tests.helpers.synthetic import config, finished_run
 
@@ -167,7 +167,7 @@ def test_no_run_is_a_clear_error(tmp_path):
 def start_sync(path: Path, *more: str) -> subprocess.Popen:
     code = "import sys; from crl_exp.tracking.sync import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(path), *more],
+        [forking.python(), "-c", code, str(path), *more],
         stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
 

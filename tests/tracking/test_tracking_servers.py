@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from crl_exp.runs.records import find_records
 from crl_exp.tracking.sync import main
+from tests.helpers import forking
 from tests.helpers.mlflow_reading import children, client, history, runs, sync, with_database
 from tests.helpers.mlflow_server import Server, SlowProxy
 from tests.helpers.mlflow_workers import STEPS
@@ -34,7 +34,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
 def start(what: str, folder: Path, uri: str, n: int) -> subprocess.Popen:
     root = Path(__file__).parents[2]
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.mlflow_workers", what, str(folder), uri, str(n)],
+        [forking.python(), "-m", "tests.helpers.mlflow_workers", what, str(folder), uri, str(n)],
         env={**os.environ, "PYTHONPATH": str(root)}, cwd=root, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
