@@ -22,6 +22,7 @@ def test_the_largest_of_a_few_normal_draws():
     assert expected_largest(3) == pytest.approx(1.5 * np.pi**-0.5, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(12, 26), (100, 5), (500, 3)])
 def test_it_is_what_the_best_of_equals_gains_by_luck(n, m):
     """Options that change a fifth of the items, all for nothing."""

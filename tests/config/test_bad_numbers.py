@@ -31,17 +31,22 @@ def numbers(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def told(config: DictConfig, key: str, bad: Any) -> str:
-    """What a config with this value is refused with."""
-    before = OmegaConf.select(config, key)
-    OmegaConf.update(config, key, bad, merge=False)
+KNOWN = configs.Known()  # sections beside the one with the number are made once
+
+
+def told(config: DictConfig, values: dict[str, Any]) -> str:
+    """What a config with these values is refused with, a line for each."""
+    before = {key: OmegaConf.select(config, key) for key in values}
+    for key, bad in values.items():
+        OmegaConf.update(config, key, bad, merge=False)
     try:
-        configs.experiment(config)
+        configs.experiment(config, KNOWN)
     except UserError as error:
         return str(error)
     finally:
-        OmegaConf.update(config, key, before, merge=False)
-    return f"{key}={bad} was taken"
+        for key, value in before.items():
+            OmegaConf.update(config, key, value, merge=False)
+    return f"{values} was taken"
 
 
 @pytest.mark.parametrize(("group", "option"), GROUPS, ids=str)
@@ -51,22 +56,28 @@ def test_a_number_that_nothing_can_mean_is_refused_by_its_key(group, option):
     for key, value in section.items():
         if value == "???":  # to be given by the user
             config[group][key] = "given"
-    for key, value in numbers(section, f"{group}."):
-        one = value[0] if isinstance(value, list) else value
-        floats = [float("inf"), float("-inf"), float("nan"), 1e300, -1e30, 2 * LARGEST]
-        for bad in floats if isinstance(one, float) else [2**63, -(10**30)]:
-            said = told(config, key, [bad] if isinstance(value, list) else bad)
-            assert said.startswith(f"{key}=") and "must be" in said, said
+    floats = [float("inf"), float("-inf"), float("nan"), 1e300, -1e30, 2 * LARGEST]
+    whole = [2**63, -(10**30)] * 3
+    for bad_float, bad_whole in zip(floats, whole, strict=True):
+        values = {}
+        for key, value in numbers(section, f"{group}."):
+            one = value[0] if isinstance(value, list) else value
+            bad = bad_float if isinstance(one, float) else bad_whole
+            values[key] = [bad] if isinstance(value, list) else bad
+        said = told(config, values).splitlines() if values else []
+        for key in values:
+            of_it = [line for line in said if line.startswith(f"{key}=")]
+            assert of_it and "must be" in of_it[0], (key, said)
 
 
 @pytest.mark.parametrize("seed", [2**63 - 1, 2**70, -(2**63)])
 def test_a_seed_fits_into_64_bits(seed):
-    said = told(quickly_composed([]), "seed", seed)
+    said = told(quickly_composed([]), {"seed": seed})
     assert f"seed={seed}: must be a whole number below 2^63" in said
 
 
 def test_a_number_where_null_is_meant_is_none_too_many():
-    assert "was taken" in told(quickly_composed([]), "tracking.system_seconds", None)
+    assert "was taken" in told(quickly_composed([]), {"tracking.system_seconds": None})
 
 
 @pytest.mark.parametrize(

@@ -72,15 +72,13 @@ def test_configs_keep_their_keys(earlier):
         assert run_key(OmegaConf.create(plain)) == run_key(config), "filled or not, the same"
 
 
+@pytest.mark.slow
 def test_sections_that_were_frozen_can_still_be_built(earlier):
     ran = OmegaConf.load(FIXTURES / earlier.name / "old" / earlier.crl / "config.yaml")
+    left_out_of_keys = OmegaConf.to_container(ran)
+    known = configs.Known()
     for plain in earlier.configs().values():
-        configs.experiment(_whole(ran, plain))
-
-
-def _whole(ran, plain):
-    """With the sections that a key leaves out."""
-    return OmegaConf.create({**OmegaConf.to_container(ran), **plain})  # type: ignore[dict-item]
+        configs.experiment(OmegaConf.create({**left_out_of_keys, **plain}), known)  # type: ignore[dict-item]
 
 
 def test_finished_runs_are_finished(sweep, earlier):

@@ -126,14 +126,8 @@ def assert_same(got: list[Generation], expected: list[Generation], atol: float =
                     torch.testing.assert_close(one[name], other[name], atol=atol, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "batch_size"),
-    [
-        ("gemma2", 128),
-        *(pytest.param(*p, marks=pytest.mark.slow) for p in product(KINDS, (128, 10))
-          if p != ("gemma2", 128)),
-    ],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "batch_size"), product(KINDS, (128, 10)))
 def test_compiled_answers_equal_eager_ones(kind, batch_size, captured) -> None:
     """Rows of different prompts that end at different tokens, several teams, one who looks."""
     acting, eager_acting = controllers(), controllers()
@@ -161,6 +155,7 @@ def test_every_stage_can_be_captured(group, name, captured) -> None:
     assert captured.runs > 0
 
 
+@pytest.mark.slow
 def test_the_null_action_and_doses_can_be_captured(captured) -> None:
     options = {"null_action": True, "doses": [0.5, 2.0], "noise": "gaussian"}
     expected = answers(engine("llama", "eager"), [learned(seed, **options) for seed in (0, 1)], 4)

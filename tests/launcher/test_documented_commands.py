@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -133,7 +134,13 @@ def overrides_of(command: str, home: Path) -> list[str]:
     return [*typed, *made_tiny, f"output_dir={home / 'out'}"]
 
 
-@pytest.mark.parametrize("command", LAUNCHES)
+def slow_where_it_is_a_ready_sweep(command: str) -> Any:
+    """Dozens of points are composed and checked."""
+    ready = "+sweep=" in command and f"+sweep={SWEEP}" not in command
+    return pytest.param(command, marks=pytest.mark.slow if ready else ())
+
+
+@pytest.mark.parametrize("command", map(slow_where_it_is_a_ready_sweep, LAUNCHES), ids=LAUNCHES)
 def test_a_launch(command, home):
     overrides = overrides_of(command, home)
     why = next((reason for text, reason in COMPOSED.items() if text in command), None)

@@ -77,7 +77,10 @@ def best(lm: LanguageModel, prompt: list[int], added: dict, options: Options) ->
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", *(pytest.param(k, marks=pytest.mark.slow) for k in tiny.KINDS if k != "llama")],
+)
 def test_an_option_is_chosen_as_by_running_each_whole(kind: str, normalised: bool) -> None:
     """Ragged prompts, several jobs in one call at different sites, batches smaller than the rows;
     Gemma-2's window of 6 and its caps among the models."""

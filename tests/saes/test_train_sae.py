@@ -271,6 +271,7 @@ def test_training_lowers_the_loss():
     assert losses[1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_specialists_see_the_last_prompt_token_and_stay_shut_elsewhere():
     generator = torch.Generator().manual_seed(2)
     rows = planted_rows()

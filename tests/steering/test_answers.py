@@ -180,6 +180,7 @@ def test_letter_scores_take_the_items_own_number_of_options():
     assert scorer.name == "letter(A-D)"
 
 
+@pytest.mark.slow
 @UNTIMED
 @given(st.text(max_size=60), st.integers(2, 10))
 def test_any_text_is_read_as_one_of_the_letters_or_none(output, n_options):

@@ -179,6 +179,7 @@ def target_log_likelihood(workspace, added: dict[int, Tensor]) -> float:
     return total / len(workspace.splits.train)
 
 
+@pytest.mark.slow
 def test_the_predicted_change_is_the_real_one(common):
     """Of the best and the worst feature of each layer, for a small dose, through the whole model.
     Batches of one size or another give the same."""

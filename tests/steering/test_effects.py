@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from itertools import combinations
 
@@ -24,10 +25,15 @@ ABLATIONS = (
     "activations", "exploration", "fusion_weights", "fusions", "masks", "order", "thresholds",
 )  # fmt: skip
 FREE = ["task=refusal", "tracking=none"]
+# Their models are behind a licence.
+GATED = ("architectures", "harmbench_lists", "harmbench_parity")
+
+
+KNOWN = configs.Known()  # sections that are equal are made once
 
 
 def experiment(*overrides: str) -> Experiment:
-    return configs.experiment(quickly_composed(["tracking=none", *overrides]))
+    return configs.experiment(quickly_composed(["tracking=none", *overrides]), KNOWN)
 
 
 def effect_of(*overrides: str) -> Effect:
@@ -43,6 +49,7 @@ def without_seeds(name: str) -> list[list[str]]:
     return [list(point) for point in dict.fromkeys(tuple(point) for point in points)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_the_points_of_an_ablation_act_differently(name) -> None:
     points = without_seeds(name)
@@ -52,12 +59,30 @@ def test_the_points_of_an_ablation_act_differently(name) -> None:
         assert first != second, f"the same acts:\n{one}\n{other}"
 
 
+@functools.cache
+def built(name: str) -> list[tuple[list[str], Experiment]]:
+    """Every point of a ready sweep, composed and built."""
+    return [(point, experiment(*point)) for point in without_seeds(name)]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_ready_sweep_holds_nothing_that_does_nothing(name) -> None:
     points = without_seeds(name)
-    for point in points:
+    assert len(sweep_points(name)) > 1
+    for point, exp in built(name):
         compared = ("policy.combine",) if point != other_way(point) in points else ()
-        assert cautions(experiment(*point), compared=compared) == [], point
+        assert exp.sweep_name == name, "a sweep's runs lie under its own name"
+        assert cautions(exp, compared=compared) == [], point
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name not in GATED])
+def test_every_point_of_every_sweep_fits_its_model_and_saes(name) -> None:
+    known = configs.Known()
+    for _, exp in built(name):
+        assert bool(configs.validate(exp, known)) == exp.method.uses_layers
 
 
 def other_way(point: list[str]) -> list[str]:

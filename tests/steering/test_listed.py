@@ -89,6 +89,7 @@ def refused(*overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_lists_that_can_not_be_steered_are_refused(common, tmp_path):
     listed = [*common, "method=listed", "layers=list"]
     said = refused(*listed, "layers.layers=[1]", "method.features=[[1,2,3],[2,2,3]]")

@@ -91,6 +91,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(finished, tmp_path) -
     assert outcome(copy) == outcome(folder)
 
 
+@pytest.mark.slow
 def test_left_alone_everywhere_it_is_the_unsteered_model_and_says_so(
     tiny_files, tmp_path, quick_reports
 ) -> None:

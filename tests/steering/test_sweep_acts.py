@@ -67,6 +67,7 @@ def acts(point: list[str], files: TinyFiles, folder) -> tuple[Tensor, Tensor]:
     return probability_BF, torch.cat([step.action.delta_BD for step in again.steps])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["negatives", "online", "several_features"])
 def test_the_points_act_differently(name, tiny_files, tmp_path) -> None:
     found = {}
