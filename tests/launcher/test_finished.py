@@ -23,6 +23,7 @@ from crl_exp.generation.results import Job
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.kept import LOADED
 from crl_exp.steering.answers import Steered
+from crl_exp.steering.feature_statistics.store import LayerStatistics
 from tests.helpers import tiny
 from tests.helpers.tiny_run import ROOT, run_small, small, write_task
 
@@ -147,6 +148,21 @@ def test_free_text_is_the_same_token_by_token(tmp_path, monkeypatch):
     assert [a != b for a, b in zip(steered, plain, strict=True)] == table["changed"].to_pylist()
     assert any(table["changed"].to_pylist()), "else nothing is told apart"
     assert len(then := added_then(folder)) > 16 and added_again(run) == then
+
+
+def test_a_policy_knows_the_lengths_that_stage_1_measured(common, tmp_path):
+    """They are beside the weights in the checkpoint; an earlier version's has none."""
+    typed = [*common, "method=crl", "layers.layer=1", "fusion=context_scale"]
+    _, folder = run_small(typed)
+    (stored,) = tmp_path.glob("shared/warmup/*/layer_1_*.safetensors")
+    statistics = LayerStatistics.load(stored)
+    agent = crl_exp.load_run(folder).controller.agents[1]
+    assert agent.norm_mean == statistics.norm_mean > 0
+    assert agent.norm_std == statistics.norm_std > 0
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    del state["norms"]
+    torch.save(state, folder / "checkpoint.pt")
+    assert "a stage needs the residual's length" in refused(folder, "w1 w2")
 
 
 def test_a_run_on_a_disk_that_cannot_be_written(common, tmp_path):
