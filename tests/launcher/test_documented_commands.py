@@ -96,7 +96,13 @@ COMMANDS = [
 ]
 # Names in the docs that stand for a sweep, a run, or its folder.
 SWEEP = "layerwise"
-STANDS_FOR = {"mine": SWEEP, "NAME": SWEEP, "SWEEP": SWEEP, "tiny/layerwise": SWEEP}
+STANDS_FOR = {
+    "mine": SWEEP,
+    "NAME": SWEEP,
+    "SWEEP": SWEEP,
+    "probing": SWEEP,
+    "tiny/layerwise": SWEEP,
+}
 
 
 def test_every_command_is_run_or_it_says_why_not():
