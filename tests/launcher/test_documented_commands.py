@@ -146,7 +146,9 @@ def slow_where_it_is_a_ready_sweep(command: str) -> Any:
     return pytest.param(command, marks=pytest.mark.slow if ready else ())
 
 
-@pytest.mark.parametrize("command", map(slow_where_it_is_a_ready_sweep, LAUNCHES), ids=LAUNCHES)
+@pytest.mark.parametrize(
+    "command", [slow_where_it_is_a_ready_sweep(one) for one in LAUNCHES], ids=LAUNCHES
+)
 def test_a_launch(command, home):
     overrides = overrides_of(command, home)
     why = next((reason for text, reason in COMPOSED.items() if text in command), None)
