@@ -106,8 +106,8 @@ STEERING = {"_target_": "crl_exp.experiments.kinds.steering.Steering", "name": "
 
 
 def is_steering(experiment: Any) -> bool:
-    """Whether the section `experiment` of a resolved config asks for that kind."""
-    return isinstance(experiment, dict) and experiment.get("_target_") == STEERING["_target_"]
+    """Whether the section `experiment` of a config asks for that kind; None: there was no other."""
+    return experiment is None or experiment.get("_target_") == STEERING["_target_"]
 
 
 _RIGHT_OR_WRONG = (

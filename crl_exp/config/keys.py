@@ -19,7 +19,7 @@ from crl_exp.config.sections import target_class
 # what it computes.
 NOT_IN_KEY = ("hydra", "output_dir", "sweep_name", "tracking", "resume", "checkpoint", "rung")
 RESUME = ("new", "retry", "force")
-EVERY_KIND = ("experiment", "seed", *NOT_IN_KEY)
+EVERY_KIND = ("experiment", "seed", "model", "task", *NOT_IN_KEY)
 """What every kind of experiment reads, or the frame that runs it."""
 
 
@@ -37,7 +37,7 @@ def run_key(config: DictConfig) -> str:
 def sections_read(plain: dict[str, Any]) -> dict[str, Any]:
     """A resolved config without the sections that its kind of experiment doesn't read."""
     kind = plain.get("experiment")
-    if kind is None or compatibility.is_steering(kind):
+    if compatibility.is_steering(kind):
         return plain  # which reads all; its class needn't be loaded for it
     target = str(kind.get("_target_", ""))
     reads = getattr(target_class(target, "experiment", object), "reads", None)
@@ -49,8 +49,8 @@ def sections_read(plain: dict[str, Any]) -> dict[str, Any]:
 def filed_under(config: Mapping[Any, Any]) -> str:
     """What the result of a config is filed under: the name of its method, or of its kind of
     experiment where that has none."""
-    kind = (config.get("experiment") or {}).get("name", "steering")
-    return str(config["method"]["name"] if kind == "steering" else kind)
+    kind = config.get("experiment")
+    return str((config["method"] if compatibility.is_steering(kind) else kind)["name"])
 
 
 def frozen_config(path: Path) -> DictConfig:

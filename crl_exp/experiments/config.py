@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from crl_exp.config import compatibility
+from crl_exp.config.compatibility import STEERING, is_steering
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.keys import EVERY_KIND
 from crl_exp.config.paths import sweep_fault
@@ -149,9 +150,15 @@ def _kind(config: DictConfig, known: Known | None) -> ExperimentKind:
     if OmegaConf.is_missing(config, "experiment") or not config.experiment:
         raise UserError("experiment: no kind is chosen; set experiment=steering")
     plain = OmegaConf.to_container(config.experiment, resolve=True)
-    return once(
+    kind = once(
         known, ["experiment", plain], lambda: build(config.experiment, "experiment", ExperimentKind)
     )
+    if (kind.name == STEERING["name"]) != is_steering(plain):
+        raise UserError(
+            f"experiment.name={kind.name}: results of steering, and of it alone, are filed under "
+            f"{STEERING['name']}; leave the name as it comes"
+        )
+    return kind
 
 
 def _unknown_sections(config: DictConfig) -> list[str]:
@@ -206,9 +213,11 @@ def validate(exp: Experiment, known: Known | None = None) -> list[int]:
 def _layers(exp: Experiment, n_layers: int, known: Known | None) -> list[int]:
     """The layers that are looked at. Raises `UserError` for one that isn't there, or has no SAE
     where one is needed."""
+    kind = exp.experiment
     if "sae" in exp.needs and exp.sae.absent:
+        who = f"method={exp.method.name}" if exp.reads("method") else f"experiment={kind.name}"
         raise UserError(
-            f"method={exp.method.name} needs SAEs with these options, and sae=none gives none: "
+            f"{who} needs SAEs with these options, and sae=none gives none: "
             "choose sae=… (`ls conf/sae`), or a method that works with residuals (probe, "
             "probe_steering, raw_residual)"
         )

@@ -63,6 +63,10 @@ def load_saes(config: DictConfig, layers: Sequence[int] | None = None) -> dict[i
     doesn't fit the model.
     """
     exp = _experiment(config)
+    if not exp.reads("sae") or exp.sae.absent:
+        raise UserError(
+            "this config has no SAEs (sae=none, or an analysis): compose one with sae=…"
+        )
     if layers is None:
         layers = configs.validate(exp)
     d_model, device = check_architecture(exp.model).hidden_size, torch.device(exp.model.device)

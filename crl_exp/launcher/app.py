@@ -22,6 +22,7 @@ def run(config: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from crl_exp.experiments import config as configs
     from crl_exp.experiments.run import run_experiment
     from crl_exp.launcher.command_line import (
         check_alone,
@@ -29,6 +30,7 @@ def run(config: DictConfig) -> float | None:
         check_sweeper,
         people_errors,
     )
+    from crl_exp.launcher.planning.plan import unread
     from crl_exp.launcher.planning.written import check_written
     from crl_exp.runs.result import objective
 
@@ -40,6 +42,9 @@ def run(config: DictConfig) -> float | None:
         check_alone(hydra_node)
         check_config_dir(hydra_node)
         check_written(hydra_node, [config])
+        with people_errors(INTERRUPTED):
+            for line in unread(configs.experiment(config), hydra_node.overrides.task):
+                print(line, file=sys.stderr)
     result = run_experiment(config, skip_finished=in_sweep)
     return None if result is None else objective(result)
 

@@ -54,6 +54,8 @@ def read_activations(
     Raises `UserError` for an unknown site or layer, a text that is empty or too long, and a model
     that adds otherwise than it is told above.
     """
+    if isinstance(texts, str):
+        raise UserError("texts is one text: give a list of texts, as in [text]")
     ids = [plain_ids(lm.tokenizer, one) if isinstance(one, str) else list(one) for one in texts]
     _check(lm, ids, layers, hook_name, positions)
     longest = max(map(len, ids))

@@ -55,6 +55,7 @@ CHANGED = {
     "seed",
     "resume",
     "mask",
+    "experiment",
 }
 """What a sweep asks for that isn't asked for again with the commands to type next."""
 # Table columns don't fit a narrow terminal; where there is none, this many characters.
@@ -150,8 +151,8 @@ def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:
     if not sweep.rows:
         kind = config["experiment"]["name"]
         return [
-            f"{launch} experiment={kind} seed=1,2  # other draws of the control",
-            f"{launch} layers.layer={which}  # steer it, beside the analysis",
+            f"{launch} experiment={kind} seed=1,2  # again, with other draws",
+            f"{launch} method=crl layers=single layers.layer={which}  # steer, beside the analysis",
         ]
     lines = {
         f"{launch} layers.layer={which} seed=3,4": "more seeds; finished runs are not run again",

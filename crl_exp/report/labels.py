@@ -132,8 +132,8 @@ def is_control(record: Record) -> bool:
 
 def best_on_validation(record: Record) -> bool:
     """Whether the run chose its layer itself, so that its seeds may have different ones."""
-    target = str(record.config["layers"].get("_target_"))
-    return record.layers != [] and target.endswith(".BestOnValidation")
+    target = str((record.config.get("layers") or {}).get("_target_"))
+    return record.steers and record.layers != [] and target.endswith(".BestOnValidation")
 
 
 def options_of(

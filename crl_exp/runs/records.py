@@ -21,7 +21,6 @@ from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import read_json
 from crl_exp.config.keys import read_config
 from crl_exp.runs.heartbeat import HEARTBEAT_SECONDS
-from crl_exp.runs.result import STEERING
 
 RUN_KEY = re.compile("[0-9a-f]{12}")
 """What a run directory is called; another folder with a config.yaml is none."""
@@ -55,7 +54,7 @@ class Record:
     @property
     def steers(self) -> bool:
         """Whether its result is a difference to the unsteered model; else it is an analysis."""
-        return (self.config.get("experiment") or {}).get("name", STEERING) == STEERING
+        return compatibility.is_steering(self.config.get("experiment"))
 
     @cached_property
     def status(self) -> dict[str, Any]:
@@ -99,7 +98,7 @@ class Record:
         """The steered layers; None where the run hasn't got to naming them (`layers=all`)."""
         if self.result is not None:
             return list(self.result["layers"])
-        section = self.config["layers"]
+        section = self.config.get("layers") or {}
         return [section["layer"]] if "layer" in section else section.get("layers")
 
     def _json(self, name: str) -> dict[str, Any] | None:

@@ -103,7 +103,7 @@ def tags(record: Record, code: dict[str, Any] | None = None) -> dict[str, str]:
     found = {
         "sweep": record.sweep,
         "run_key": record.key,
-        "kind": (config.get("experiment") or {}).get("name", STEERING),
+        "kind": STEERING if record.steers else filed_under(config),
         "method": filed_under(config),
         "model": config["model"]["name"],
         "sae": sae.get("name"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from crl_exp.analysis.statistics import crossed
+from crl_exp.analysis.statistics import accuracy_interval, crossed
 from crl_exp.config.errors import UserError
 from crl_exp.config.keys import NOT_IN_KEY, content_key, filed_under
 from crl_exp.config.option_names import DICTIONARIES
@@ -50,7 +50,9 @@ def sweep_points(records: Sequence[Record]) -> list[Point]:
 
 def _steers_one_layer(record: Record) -> bool:
     try:
-        return record.steers and len(record.layers or []) == 1
+        chosen = str(record.config.get("layers", {}).get("_target_")).endswith(".BestOnValidation")
+        # One that chose its layer itself is no point of a series: its seeds may be at several.
+        return record.steers and len(record.layers or []) == 1 and not chosen
     except UserError:
         return False  # damaged: told where the run itself is sent
 
@@ -109,8 +111,12 @@ def _figures(runs: list[Record]) -> dict[str, Figure]:
         return {}
     steered_SI = np.stack([one.steered for one in same])
     delta_SI = steered_SI - np.stack([one.baseline for one in same])
-    found = {}
-    for name, value_SI in (("delta", delta_SI), ("accuracy", steered_SI)):
-        made = crossed(value_SI)
-        found[name] = Figure(made.mean, *made.interval, made.n)
-    return found
+    delta, accuracy = crossed(delta_SI), crossed(steered_SI)
+    ends = delta.interval
+    if all(np.array_equal(one, delta_SI[0], equal_nan=True) for one in delta_SI):
+        assert runs[0].result is not None
+        ends = runs[0].result["delta_ci95"]  # one seed, or all alike: the run's own, as in a report
+    return {
+        "delta": Figure(delta.mean, *ends, delta.n),
+        "accuracy": Figure(accuracy.mean, *accuracy_interval(accuracy), accuracy.n),
+    }

@@ -274,6 +274,25 @@ def test_a_coefficient_on_the_command_line_beats_the_methods_own(stated):
     assert config.coefficient == composed(["method=none", f"coefficient={stated}"]).coefficient
 
 
+def test_grpo_weighs_every_answer_alike_as_its_paper_does():
+    assert composed(["algorithm=grpo"]).algorithm.flatten_tokens is False
+
+
+@pytest.mark.slow
+def test_what_the_tables_of_depth_and_the_paper_hold():
+    """Depth is varied at one width; CRL stands at all layers, beside controls that are as free."""
+    depth = [quickly_composed(point) for point in sweep_points("depth", "seed=0")]
+    by_depth = [
+        c for c in depth if c.policy.critic_depth == 0 and c.layers._target_.endswith("Single")
+    ]
+    assert {c.policy.hidden for c in by_depth if c.policy.policy_depth != 1} == {576}
+    assert any(c.layers._target_.endswith(".All") for c in depth)
+    paper = [quickly_composed(point) for point in sweep_points("paper_table", "seed=0")]
+    of = {name: {c.layers._target_.rpartition(".")[2] for c in paper if c.method.name == name}
+          for name in ("crl", "crl_published", "random", "random_direction")}  # fmt: skip
+    assert all("All" in layers for layers in of.values())
+
+
 def test_crl_as_its_paper_has_it():
     """What is typed beats what the method brings."""
     made = composed(["method=crl_published"])

@@ -157,11 +157,11 @@ def test_cut_off_between_layers_it_goes_on_and_ends_the_same(common, tmp_path, m
     seen: list[int] = []
     fit_at = probing.Probing._at
 
-    def cut(self, workspace, lesson, layer):
+    def cut(self, workspace, lesson, layer, check):
         seen.append(layer)
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return fit_at(self, workspace, lesson, layer)
+        return fit_at(self, workspace, lesson, layer, check)
 
     elsewhere = [*common[:-1], f"output_dir={tmp_path / 'again'}", "checkpoint.updates=1"]
     monkeypatch.setattr(probing.Probing, "_at", cut)
@@ -208,7 +208,10 @@ def test_report_of_analyses_alone(common, tmp_path, capsys):
     made = tmp_path / "single" / "report"
     assert (made / "analyses.png").exists() and not (made / "by_layer.png").exists()
     told = capsys.readouterr().out
-    assert "linear probe by layer" in told and "experiment=probing" in told
+    assert "linear probe by layer" in told
+    typed = [line.strip() for line in told.splitlines() if line.strip().startswith("python launch")]
+    assert len(typed) == 2 and "experiment=probing seed=1,2" in typed[0]
+    assert "experiment" not in typed[1] and "method=crl layers=single" in typed[1]
 
 
 def test_mlflow_gets_the_figures_by_layer(common):
@@ -247,6 +250,27 @@ def test_free_text_has_no_option_to_read():
     config = quickly_composed(["experiment=probing", "task=one_sentence", "model=tiny"])
     with pytest.raises(UserError, match=r"set experiment\.target=reward"):
         validate(experiment(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("probing", "steering"), ("steering", "mine")], ids=["taken", "another"]
+)
+def test_what_steers_is_called_steering_and_nothing_else_is(kind, name):
+    """Reports, status and MLflow tell runs apart by it."""
+    with pytest.raises(UserError, match=rf"experiment\.name={name}: .* leave the name as it comes"):
+        experiment(quickly_composed([f"experiment={kind}", f"experiment.name={name}"]))
+
+
+def test_a_negative_seed_is_a_seed(common):
+    assert run_small([*common, "seed=-1", "layers=single"])[0]["seed"] == -1
+
+
+def test_without_saes_there_are_none_to_load(common):
+    from crl_exp import load_saes
+
+    for config in (small(common), small([*common[1:], "sae=none", "experiment=steering"])):
+        with pytest.raises(UserError, match=r"has no SAEs .* compose one with sae=…"):
+            load_saes(config)
 
 
 def test_a_kind_that_is_none():

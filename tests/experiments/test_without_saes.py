@@ -45,8 +45,9 @@ def test_every_layer_can_be_read_where_only_some_have_an_sae(common):
     assert validate(experiment(small([*without(common), "method=probe", "layers=all"]))) == [
         0, 1, 2, 3,
     ]  # fmt: skip
-    with pytest.raises(UserError, match="layer 3 has no SAE"):
-        validate(experiment(small([*common, "method=crl", "layers=every"])))
+    for method in ("crl", "raw_residual"):  # the second has stage 1 beside it, where SAEs are
+        with pytest.raises(UserError, match="layer 3 has no SAE"):
+            validate(experiment(small([*common, f"method={method}", "layers=every"])))
 
 
 def test_a_layer_is_read_at_its_saes_site_where_it_has_one(tmp_path, tiny_files, common):

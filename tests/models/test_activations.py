@@ -40,6 +40,11 @@ def plainly(lm: LanguageModel, ids: list[int]) -> dict[tuple[str, int], torch.Te
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post"])
+def test_one_text_is_no_list_of_texts():
+    with pytest.raises(UserError, match="texts is one text"):
+        read_activations(tiny.language_model("llama"), "w1 w2", [0])
+
+
 def test_residuals_are_the_models_own(lm, site):
     """Texts of 5 to 17 tokens; Gemma-2's window is 6."""
     texts = tiny.prompts(7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -36,6 +37,8 @@ from crl_exp.saes.training.text import (
 )
 from crl_exp.saes.training.train import TrainingConfig, draw_rows, save_rounded, train_layer
 from crl_exp.tasks.base import Item, Splits, content_id
+from tests.helpers import forking
+from tests.helpers.tiny_run import ROOT
 
 D_MODEL, VOCABULARY = 32, 64
 SHIPPED = Path(__file__).parents[2] / "assets" / "smollm2_saes"
@@ -354,6 +357,22 @@ def test_an_sae_worse_than_the_mean_is_named():
     said = useless({layer: {"explained_variance": share} for layer, share in figures.items()})
     assert [line.split(":")[0] for line in said] == ["layer 12", "layer 15"]
     assert "explained variance -0.56" in said[0] and "training.lr" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "code"), [(-0.56, 1), (0.9, 0)])
+def test_training_that_came_to_nothing_exits_with_a_fault(share, code, tmp_path):
+    """What was trained is saved, and a script that goes on from it is told. Not trained here."""
+    program = (
+        "import sys\nfrom crl_exp.launcher.commands import train_sae\n"
+        f"train_sae.run = lambda *_: {{10: {{'explained_variance': {share}}}}}\n"
+        f"sys.exit(train_sae.main(['layers=[10]', 'out={tmp_path}']))\n"
+    )
+    done = subprocess.run(
+        [forking.python(), "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert ("explained variance -0.56" in done.stdout + done.stderr) == bool(code)
 
 
 def test_cross_entropy_edits_only_the_layer_and_kept_tokens(lm):

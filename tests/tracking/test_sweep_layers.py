@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from crl_exp.analysis.statistics import crossed
+from crl_exp.report.comparison.rows import compare_runs
 from crl_exp.runs.records import find_records
 from crl_exp.tracking.client import resolved_uri
 from crl_exp.tracking.sweep_layers import sweep_points
@@ -45,6 +46,20 @@ def test_a_series_a_method_with_means_over_seeds(tmp_path):
     assert found["by_layer/crl/delta/high"][18] == pytest.approx(high)
 
 
+def test_intervals_are_those_of_a_report(tmp_path):
+    """Also where all seeds got everything right, whose variance is none."""
+    for layer, fixed in {8: 2, 18: 20}.items():
+        for seed in (0, 1):
+            steered(tmp_path, layer, seed, fixed=fixed)
+    rows = compare_runs(find_records(tmp_path / "demo")).rows
+    found = series(tmp_path)
+    for row in rows:
+        for metric, ends in (("delta", row.interval()), ("accuracy", row.accuracy_interval())):
+            told = [found[f"by_layer/crl/{metric}/{end}"][row.layers[0]] for end in ("low", "high")]
+            assert told == pytest.approx(list(ends))
+    assert found["by_layer/crl/accuracy/low"][18] < 1 == found["by_layer/crl/accuracy/high"][18]
+
+
 def test_options_that_set_runs_of_a_method_apart_are_in_the_name(tmp_path):
     for layer in (8, 18):
         steered(tmp_path, layer)
@@ -76,6 +91,17 @@ def test_a_run_without_its_items_or_with_a_damaged_result_leaves_the_others(tmp_
     damaged = steered(tmp_path, 22)
     damaged.result_path.write_text("{")
     assert set(series(tmp_path)["by_layer/crl/delta"]) == {8, 12}
+
+
+def test_a_run_that_chose_its_layer_is_no_point(tmp_path):
+    for layer in (8, 18):
+        steered(tmp_path, layer, fixed=2)
+        chosen = steered(tmp_path, layer, seed=layer, fixed=8)
+        text = (chosen.path / "config.yaml").read_text()
+        (chosen.path / "config.yaml").write_text(
+            text.replace("layers.Single", "layers.BestOnValidation")
+        )
+    assert series(tmp_path)["by_layer/crl/delta"] == {8: 0.05, 18: 0.05}
 
 
 def test_mlflow_has_them_in_the_sweeps_run_once(tmp_path):

@@ -134,17 +134,24 @@ class Probing(ExperimentKind):
         def save() -> None:
             checkpoint.save({"by_layer": {layer: asdict(one) for layer, one in found.items()}})
 
+        def check() -> None:
+            if preemption.asked():
+                save()  # what other layers have told isn't asked again
+            preemption.check()
+
         todo = [layer for layer in layers if layer not in found]
         with workspace.bar("probing layers", len(layers), len(layers) - len(todo)) as advance:
             for layer in todo:
-                found[layer] = self._at(workspace, lesson, layer)
+                found[layer] = self._at(workspace, lesson, layer, check)
                 advance(1)
                 pace.after_step(save)
         if pace.unsaved:
             save()
         return {layer: found[layer] for layer in layers}
 
-    def _at(self, workspace: RunWorkspace, lesson: Lesson, layer: int) -> AtLayer:
+    def _at(
+        self, workspace: RunWorkspace, lesson: Lesson, layer: int, check: Callable[[], None]
+    ) -> AtLayer:
         x = {split: all_last_residuals(workspace, split, [layer]) for split in SPLITS}
         x_ND, class_N = x["train"][lesson.known["train"]], lesson.classes("train")
         fitted = _fit(x_ND, class_N, lesson.n_classes, self.penalties)
@@ -158,7 +165,7 @@ class Probing(ExperimentKind):
         test_ND, test_N = x["test"][lesson.known["test"]], lesson.classes("test")
         control, control_train = [], []
         for permuted_N in lesson.permuted(self.control_draws, workspace.exp.seed):
-            preemption.check()
+            check()
             null = _fit(x_ND, permuted_N, lesson.n_classes, [penalty])[penalty]
             control.append(_share(null.classes(test_ND) == test_N))
             control_train.append(_share(null.classes(x_ND) == permuted_N))
@@ -175,7 +182,8 @@ class Probing(ExperimentKind):
     ) -> dict[str, float]:  # fmt: skip
         score_NC, class_N = probe.scores(test_ND).numpy(), test_N.numpy()
         prob_NC = probes.probabilities(score_NC)
-        null, null_high = probes.calibration_null(prob_NC, seed, self.bins)
+        draws = own_seed("calibration null", seed, 0)
+        null, null_high = probes.calibration_null(prob_NC, draws, self.bins)
         found = {
             "accuracy": float((prob_NC.argmax(axis=1) == class_N).mean()),
             "auc": probes.auc(prob_NC, class_N),

@@ -43,7 +43,8 @@ class Steering(ExperimentKind):
         spared = exp.sae.absent and not method.needs_sae
         wanted = {
             "layers": method.uses_layers,
-            "sae": method.uses_layers and method.needs_sae,
+            "sae": method.uses_layers
+            and (method.needs_sae or (method.needs_statistics and not spared)),
             "feature_statistics": method.needs_statistics and not spared,
         }
         return frozenset(name for name, needed in wanted.items() if needed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,7 @@ from crl_exp.report.figures.style import (
     style,
     wrapped,
 )
+from crl_exp.report.labels import Label
 from crl_exp.runs.result import Series
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ def analyses(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
         figure, axes = plt.subplots(
             len(metrics), 1, figsize=(width, height + 0.17 * lines), sharex=True, squeeze=False
         )
+        several = _seeds_differ(sweep)
+        shown = [(replace(one, label=several.get(one.run.key, one.label)), s) for one, s in shown]
         looks = _looks(shown)
         for axis, metric in zip(axes[:, 0], metrics, strict=True):
             those = [(one, series) for one, series in shown if series.metric == metric]
@@ -62,6 +67,18 @@ def analyses(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
         return save(figure, paths)
 
 
+def _seeds_differ(sweep: SweepComparison) -> dict[str, Label]:
+    """By run key, of analyses that are called alike: a label that names the seed."""
+    called = Counter(one.label.text for one in sweep.analyses)
+    return {
+        one.run.key: replace(
+            one.label, said=(*one.label.said, ("seed", str(one.run.config["seed"])))
+        )
+        for one in sweep.analyses
+        if called[one.label.text] > 1
+    }
+
+
 def _looks(shown: list[tuple[Analysis, Series]]) -> dict[str, tuple[str, str]]:
     """Colour and line of each name; the same name in two panels looks the same."""
     names = dict.fromkeys(_called(one, series) for one, series in shown)
@@ -70,7 +87,7 @@ def _looks(shown: list[tuple[Analysis, Series]]) -> dict[str, tuple[str, str]]:
 
 
 def _called(analysis: Analysis, series: Series) -> str:
-    """The series' name, with the options that set its analysis apart and its seed, if any."""
+    """The series' name, with what sets its analysis apart."""
     name = series.name.replace("_", " ")
     options = analysis.label.options
     return f"{name} ({options})" if options else name

@@ -6,11 +6,11 @@ from typing import Any
 
 from crl_exp.config.display import UNDEFINED, undefined
 from crl_exp.report.comparison.rows import Analysis, SweepComparison
-from crl_exp.report.tables.cells import FurtherTable
+from crl_exp.report.tables.cells import FurtherTable, layers_text
 from crl_exp.runs.result import Figure
 
 TITLE = "Analyses"
-COLUMNS = ("analysis", "figure", "seed", "value [95 %]", "n")
+COLUMNS = ("analysis", "figure", "layers", "seed", "value [95 %]", "n")
 CSV = (
     "sweep", "run_key", "analysis", "name", "metric", "unit", "better", "layer", "split", "n",
     "seed", "data_digest", "value", "low", "high", "interval", "reference", "reference_name",
@@ -22,10 +22,13 @@ def analysis_tables(sweep: SweepComparison) -> list[FurtherTable]:
     if not sweep.analyses:
         return []
     lines = [
-        [one.label.text, name, str(one.run.config["seed"]), shown(figure), _n(figure)]
+        [
+            one.label.text, name, layers_text(one.run.layers or ()), str(one.run.config["seed"]),
+            shown(figure), _n(figure),
+        ]
         for one in sweep.analyses
         for name, figure in one.result.figures.items()
-    ]
+    ]  # fmt: skip
     return [FurtherTable(TITLE, "analyses", COLUMNS, lines, _said(sweep))]
 
 
