@@ -81,6 +81,7 @@ COMPOSED = {
     "task=refusal": "data that `make assets` fetches", "task=one_sentence": "likewise",
     "+sweep=harmbench_parity": HUB, "EleutherAI/": HUB,
     "+sweep=null_action": "data that `make assets` fetches",
+    "+sweep=demo_one_sentence": "likewise; its bias is of tokens, which only free text has",
 }  # fmt: skip
 """Commands with these are composed, and neither checked nor run: the reason."""
 DOCUMENTED = documented()

@@ -63,9 +63,9 @@ def test_a_thousand_points_are_composed_and_read_once(tmp_path):
     assert len({point.key for point in points}) == 1000
     known = Known()
     check(points, known)
-    # Sections of 17 groups, two of which (method, coefficient) differ; model, SAEs, layer, data;
+    # Sections of 18 groups, two of which (method, coefficient) differ; model, SAEs, layer, data;
     # what does nothing, of both methods.
-    assert len(known) <= 17 + 2 + 3 + 1 + 2
+    assert len(known) <= 18 + 2 + 3 + 1 + 2
     with typed_sweep(tiny(tmp_path, "method=crl,corrsteer_a", "seed=range(500)")) as typed:
         loader, master, jobs = typed
         composer = Composer(loader, master)

@@ -148,7 +148,7 @@ options = {}
 for path in sorted((REPO / "conf").glob("*/*.yaml")):
     options.setdefault(path.parent.name, []).append(path.stem)
 n = sum(map(len, options.values()))
-for preset in ("sweep", "experiment", "debug"):
+for preset in ("sweep", "preset", "debug"):
     for name in options.pop(preset):
         with typed_sweep([f"+{preset}={name}"]) as (loader, master, jobs):
             assert jobs

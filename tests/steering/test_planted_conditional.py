@@ -50,7 +50,7 @@ def test_there_is_something_to_learn(common):
 @pytest.mark.parametrize("feature", [PLANTED, OTHER])
 def test_either_feature_alone_helps_half_and_hurts_half(feature, common):
     """Steered by CorrSteer's own controller, at the policy's strength."""
-    workspace = lab_of([*common, "method=none"])
+    workspace = lab_of([*common, "method=corrsteer_s"])
     coefficient = float(workspace.coefficients(LAYER)[feature])
     answers = workspace.answer(workspace.fixed([Steer(LAYER, feature, coefficient)]), "test")
     wanted = "yes" if feature == PLANTED else "no"
@@ -64,7 +64,7 @@ def test_either_feature_alone_helps_half_and_hurts_half(feature, common):
 @pytest.mark.slow
 def test_no_fixed_feature_wins(common, learned):
     """Not the planted ones, nor any other, at the policy's strength and even chosen on the test."""
-    workspace = lab_of([*common, "method=none"])
+    workspace = lab_of([*common, "method=corrsteer_s"])
     coefficient_F, found = workspace.coefficients(LAYER), []
     for feature in workspace.statistics()[LAYER].allowed(0.02).tolist():
         controller = workspace.fixed([Steer(LAYER, feature, float(coefficient_F[feature]))])

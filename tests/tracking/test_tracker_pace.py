@@ -219,7 +219,8 @@ def test_a_sweep_that_begins_is_running(folder):
 
 
 def test_a_diff_without_end_is_cut(tmp_path, monkeypatch):
-    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+    (tmp_path / "README").write_text("known to git\n")
+    for words in (["init", "-q"], ["add", "README"], ["commit", "-q", "-m", "first"]):
         name = "-c user.name=a -c user.email=a@b"
         assert os.system(f"git -C {tmp_path} {name} {' '.join(words)}") == 0
     (tmp_path / "launch.py").write_text("x = 1\n" * 100)
