@@ -268,7 +268,8 @@ def test_a_negative_seed_is_a_seed(common):
 def test_without_saes_there_are_none_to_load(common):
     from crl_exp import load_saes
 
-    for config in (small(common), small([*common[1:], "sae=none", "experiment=steering"])):
+    steering = [one for one in common if not one.startswith(("sae.", "experiment="))]
+    for config in (small(common), small([*steering, "sae=none", "method=probe"])):
         with pytest.raises(UserError, match=r"has no SAEs .* compose one with sae=…"):
             load_saes(config)
 

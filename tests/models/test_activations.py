@@ -40,11 +40,6 @@ def plainly(lm: LanguageModel, ids: list[int]) -> dict[tuple[str, int], torch.Te
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post"])
-def test_one_text_is_no_list_of_texts():
-    with pytest.raises(UserError, match="texts is one text"):
-        read_activations(tiny.language_model("llama"), "w1 w2", [0])
-
-
 def test_residuals_are_the_models_own(lm, site):
     """Texts of 5 to 17 tokens; Gemma-2's window is 6."""
     texts = tiny.prompts(7)
@@ -149,3 +144,8 @@ def test_half_precision_is_measured_by_its_own_rounding():
     rounded = read_activations(half, tiny.prompts(3), [2], "mlp_out")[2]
     assert rounded.dtype == torch.float32
     assert float((rounded - exact).norm() / exact.norm()) < 0.1
+
+
+def test_one_text_is_no_list_of_texts():
+    with pytest.raises(UserError, match="texts is one text"):
+        read_activations(tiny.language_model("llama"), "w1 w2", [0])
