@@ -37,7 +37,7 @@ def run_key(config: DictConfig) -> str:
 def sections_read(plain: dict[str, Any]) -> dict[str, Any]:
     """A resolved config without the sections that its kind of experiment doesn't read."""
     kind = plain.get("experiment")
-    if compatibility.is_steering(kind):
+    if kind is None or compatibility.is_steering(kind):
         return plain  # which reads all; its class needn't be loaded for it
     target = str(kind.get("_target_", ""))
     reads = getattr(target_class(target, "experiment", object), "reads", None)
@@ -50,7 +50,9 @@ def filed_under(config: Mapping[Any, Any]) -> str:
     """What the result of a config is filed under: the name of its method, or of its kind of
     experiment where that has none."""
     kind = config.get("experiment")
-    return str((config["method"] if compatibility.is_steering(kind) else kind)["name"])
+    if kind is None or compatibility.is_steering(kind):
+        return str(config["method"]["name"])
+    return str(kind["name"])
 
 
 def frozen_config(path: Path) -> DictConfig:

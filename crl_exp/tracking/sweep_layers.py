@@ -112,11 +112,13 @@ def _figures(runs: list[Record]) -> dict[str, Figure]:
     steered_SI = np.stack([one.steered for one in same])
     delta_SI = steered_SI - np.stack([one.baseline for one in same])
     delta, accuracy = crossed(delta_SI), crossed(steered_SI)
-    ends = delta.interval
+    low, high = delta.interval
     if all(np.array_equal(one, delta_SI[0], equal_nan=True) for one in delta_SI):
         assert runs[0].result is not None
-        ends = runs[0].result["delta_ci95"]  # one seed, or all alike: the run's own, as in a report
+        low, high = runs[0].result[
+            "delta_ci95"
+        ]  # one seed, or all alike: the run's own, as in a report
     return {
-        "delta": Figure(delta.mean, *ends, delta.n),
+        "delta": Figure(delta.mean, low, high, delta.n),
         "accuracy": Figure(accuracy.mean, *accuracy_interval(accuracy), accuracy.n),
     }
