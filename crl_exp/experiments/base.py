@@ -14,8 +14,8 @@ from typing import Any, ClassVar, NoReturn
 from crl_exp.runs.result import Result
 from crl_exp.steering.workspace import SteeringConfig
 
-NEEDS = ("layers", "sae", "feature_statistics", "targets")
-"""What a run may need: layers to look at, their SAEs, stage 1, items with one right option."""
+NEEDS = ("layers", "sae", "feature_statistics")
+"""What a run may need: layers to look at, their SAEs, stage 1."""
 
 
 class Unread:

@@ -22,6 +22,7 @@ def run(config: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from crl_exp.config.compatibility import is_steering
     from crl_exp.experiments import config as configs
     from crl_exp.experiments.run import run_experiment
     from crl_exp.launcher.command_line import (
@@ -43,8 +44,10 @@ def run(config: DictConfig) -> float | None:
         check_config_dir(hydra_node)
         check_written(hydra_node, [config])
         with people_errors(INTERRUPTED):
-            for line in unread(configs.experiment(config), hydra_node.overrides.task):
-                print(line, file=sys.stderr)
+            # Steering reads all there is.
+            if not is_steering(config.experiment):
+                for line in unread(configs.experiment(config), hydra_node.overrides.task):
+                    print(line, file=sys.stderr)
     result = run_experiment(config, skip_finished=in_sweep)
     return None if result is None else objective(result)
 

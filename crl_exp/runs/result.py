@@ -106,7 +106,7 @@ class Result:
             "primary": self.primary,
             "figures": {name: figure.plain() for name, figure in self.figures.items()},
             "by_layer": {
-                one.key: {str(layer): figure.plain() for layer, figure in by_number(one.by_layer)}
+                one.key: {str(layer): one.by_layer[layer].plain() for layer in sorted(one.by_layer)}
                 for one in self.series
             },
             "series": {one.key: one.described for one in self.series},
@@ -130,10 +130,6 @@ class Result:
         return cls(
             plain["kind"], plain["primary"], figures, list(read_series(plain)), plain["said"]
         )
-
-
-def by_number(series: Mapping[int, Figure]) -> list[tuple[int, Figure]]:
-    return sorted(series.items())
 
 
 def read_series(plain: Mapping[str, Any]) -> Iterator[Series]:

@@ -146,9 +146,14 @@ def run_name(record: Record) -> str:
     word = "layer" if record.layers is not None and len(record.layers) == 1 else "layers"
     where = "" if record.layers == [] else f" {word} {layers_text(record)}"
     name = f"{filed_under(record.config)}{where}"
+    return " ".join([name, f"seed {record.config['seed']}", *control_words(record)])
+
+
+def control_words(record: Record) -> list[str]:
+    """What makes a control of a method that is none itself: other directions, shuffled labels."""
     dictionary = DICTIONARIES[(record.config.get("sae") or {}).get("dictionary", "sae")]
     shuffled = "shuffled labels" if record.config["task"].get("shuffle_labels") else ""
-    return " ".join(filter(None, [name, f"seed {record.config['seed']}", dictionary, shuffled]))
+    return [word for word in (dictionary, shuffled) if word]
 
 
 def points(lines: list[dict[str, Any]], prefix: str = "") -> list[Point]:

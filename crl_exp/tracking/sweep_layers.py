@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,10 @@ import numpy as np
 from crl_exp.analysis.statistics import accuracy_interval, crossed
 from crl_exp.config.errors import UserError
 from crl_exp.config.keys import NOT_IN_KEY, content_key, filed_under
-from crl_exp.config.option_names import DICTIONARIES
 from crl_exp.runs.items import aligned, item_rewards
 from crl_exp.runs.records import Record, flatten
 from crl_exp.runs.result import Figure, Series
-from crl_exp.tracking.content import Point, by_layer_points
+from crl_exp.tracking.content import Point, by_layer_points, control_words
 
 LONGEST = 120
 """Characters of a series' name that are made of options."""
@@ -82,9 +80,7 @@ def _named(groups: dict[str, dict[int, list[Record]]]) -> dict[str, dict[int, li
 
 
 def _base(record: Record) -> str:
-    dictionary = DICTIONARIES[(record.config.get("sae") or {}).get("dictionary", "sae")]
-    shuffled = "shuffled labels" if record.config["task"].get("shuffle_labels") else ""
-    return " ".join(filter(None, [filed_under(record.config), dictionary, shuffled]))
+    return " ".join([filed_under(record.config), *control_words(record)])
 
 
 def _differing(mine: dict[str, Any], all_of_them: list[dict[str, Any]]) -> list[str]:
@@ -99,7 +95,7 @@ def _differing(mine: dict[str, Any], all_of_them: list[dict[str, Any]]) -> list[
 
 
 def _written(run: Record) -> int:
-    return int(Path(run.path / "result.json").stat().st_mtime * 1000)
+    return int((run.path / "result.json").stat().st_mtime * 1000)
 
 
 def _figures(runs: list[Record]) -> dict[str, Figure]:
@@ -113,11 +109,10 @@ def _figures(runs: list[Record]) -> dict[str, Figure]:
     delta_SI = steered_SI - np.stack([one.baseline for one in same])
     delta, accuracy = crossed(delta_SI), crossed(steered_SI)
     low, high = delta.interval
+    # One seed, or all alike: the run's own interval, as in a report.
     if all(np.array_equal(one, delta_SI[0], equal_nan=True) for one in delta_SI):
         assert runs[0].result is not None
-        low, high = runs[0].result[
-            "delta_ci95"
-        ]  # one seed, or all alike: the run's own, as in a report
+        low, high = runs[0].result["delta_ci95"]
     return {
         "delta": Figure(delta.mean, low, high, delta.n),
         "accuracy": Figure(accuracy.mean, *accuracy_interval(accuracy), accuracy.n),

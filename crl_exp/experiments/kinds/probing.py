@@ -43,7 +43,8 @@ CONTROL, CAPACITY = "permuted_labels", "permuted_labels_train"
 @dataclass
 class AtLayer:
     """What was found at one layer. validation: accuracy there, by which penalty and layer are
-    chosen. right: of each test item. control: of each draw, accuracy on test and on train."""
+    chosen. answers: the class read for each item, by split. control, control_train: of each draw,
+    accuracy on test and on train."""
 
     penalty: float
     validation: float
@@ -85,7 +86,7 @@ class Probing(ExperimentKind):
     input_site: bool
 
     def needs(self, exp: SteeringConfig) -> frozenset[str]:
-        return frozenset({"layers"} | ({"targets"} if self.target == "option" else set()))
+        return frozenset({"layers"})
 
     def faults(self) -> list[str]:
         found = []
@@ -159,8 +160,7 @@ class Probing(ExperimentKind):
             x["validation"][lesson.known["validation"]],
             lesson.classes("validation"),
         )
-        right = {p: _share(one.classes(asked_ND) == wanted_N) for p, one in fitted.items()}
-        penalty = max(sorted(right, reverse=True), key=lambda p: right[p])
+        penalty, right = _best_penalty(fitted, asked_ND, wanted_N)
         probe = fitted[penalty]
         test_ND, test_N = x["test"][lesson.known["test"]], lesson.classes("test")
         control, control_train = [], []
@@ -171,7 +171,7 @@ class Probing(ExperimentKind):
             control_train.append(_share(null.classes(x_ND) == permuted_N))
         scores = asked_ND, wanted_N, test_ND, test_N
         return AtLayer(
-            penalty, right[penalty], self._figures(probe, *scores, seed=workspace.exp.seed),
+            penalty, right, self._figures(probe, *scores, seed=workspace.exp.seed),
             {split: probe.classes(x[split]).tolist() for split in ("validation", "test")},
             control, control_train,
         )  # fmt: skip
@@ -239,11 +239,7 @@ class Probing(ExperimentKind):
         }
         known = {split: x_N1[split][lesson.known[split]] for split in SPLITS}
         fitted = _fit(known["train"], lesson.classes("train"), lesson.n_classes, self.penalties)
-        wanted_N = lesson.classes("validation")
-        penalty = max(
-            sorted(fitted, reverse=True),
-            key=lambda p: _share(fitted[p].classes(known["validation"]) == wanted_N),
-        )
+        penalty, _ = _best_penalty(fitted, known["validation"], lesson.classes("validation"))
         prob_NC = probes.probabilities(fitted[penalty].scores(known["test"]).numpy())
         class_N, n = lesson.classes("test").numpy(), len(lesson.classes("test"))
         right = float((prob_NC.argmax(axis=1) == class_N).mean())
@@ -386,6 +382,15 @@ def _fit(
     if n_classes == 2:
         return fit_two(x_ND, class_N, penalties)
     return fit(x_ND, class_N, n_classes, penalties)
+
+
+def _best_penalty(
+    fitted: dict[float, Regression], asked_ND: Tensor, wanted_N: Tensor
+) -> tuple[float, float]:
+    """The penalty that does best on these items (the largest of equals), and its accuracy there."""
+    right = {p: _share(one.classes(asked_ND) == wanted_N) for p, one in fitted.items()}
+    best = max(sorted(right, reverse=True), key=lambda p: right[p])
+    return best, right[best]
 
 
 def _share(right_N: Tensor) -> float:

@@ -56,15 +56,12 @@ def markdown(sweep: SweepComparison, level: int = 1) -> str:
     for more in further_tables(sweep):
         parts += [f"{head}# {more.title}", _markdown_table(more.columns, more.lines), *more.notes]
     runs = [run_cells(row, run) for row in sweep.rows for run in row.runs]
-    parts += (
-        []
-        if not runs
-        else [
+    if runs:
+        parts += [
             f"{head}# Runs",
             "Intervals are paired bootstraps over items.",
             _markdown_table(RUN_COLUMNS, runs),
         ]
-    )
     return "\n\n".join(parts + _not_finished(sweep.unfinished, level + 1)) + "\n"
 
 
