@@ -47,8 +47,8 @@ CAPTIONS = {
     "95 % intervals, over draws of them where there are several. Validation's labels come on top. "
     "Where several layers were tried: the one that did best on validation.",
     "analyses": "What analyses found, by layer; shaded: 95 % intervals, of controls the range of "
-    "all draws, where a figure has one (analyses.csv names which). Beside it the accuracy of methods "
-    "that steer one layer (hollow: controls).",
+    "all draws, where a figure has one (analyses.csv names which). Beside it the accuracy of "
+    "methods that steer one layer (hollow: controls).",
     "heat_map": "Difference to the unsteered model in points; bold: Holm's p below 0.05. Grey: "
     "not run.",
     "training": "Reward while the policy was trained: on its rollouts (pale, mean over seeds) and "
