@@ -316,6 +316,10 @@ MENDED: tuple[Mended, ...] = (
         ),
     ),
     Mended("validation filled up before train is drawn", _validation_may_be_filled_up),
+    Mended(
+        "shuffled labels drawn by the run's seed",  # all seeds had one permutation
+        lambda plain: bool(_get(plain, "task", "shuffle_labels")),
+    ),
     # Options of several tokens could never be right.
     Mended("options_of_several_tokens", several_tokens),
     # "I must refuse", "Sorry, no." are refusals (refusal_rule_v2).

@@ -60,7 +60,7 @@ def _is_open(attribute: Any) -> bool:
 
 def fill(node: DictConfig, where: str, cls: type) -> Any:
     """Make a dataclass from a section, checked. Raises `UserError` as `build` does."""
-    known = [f.name for f in fields(cls)]
+    known = [f.name for f in fields(cls) if f.init]
     given = [str(key) for key in node if key != "_target_"]
     faults = [
         f"{where}.{key}: {cls.__name__} has no such key{did_you_mean(key, known)}"

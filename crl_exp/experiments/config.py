@@ -93,6 +93,14 @@ class Experiment:
         return section in self.experiment.reads or section in EVERY_KIND
 
     @property
+    def uses_seed(self) -> bool:
+        """Whether another `seed` may give another result."""
+        if not self.experiment.steers:
+            return True
+        drawn = self.method.uses_dictionary and self.sae.dictionary != "sae"
+        return self.method.uses_seed or drawn or self.task.shuffle_labels
+
+    @property
     def needs(self) -> frozenset[str]:
         """What a run needs; see `crl_exp.experiments.base.NEEDS`."""
         return self.experiment.needs(self)
@@ -142,6 +150,8 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
         made["order"] = Unread("order", kind.name)
     else:
         made["order"] = list(config.order)
+    if isinstance(made["task"], Task):
+        made["task"] = made["task"].permuted_by(config.seed)
     return Experiment(**top, **made)
 
 

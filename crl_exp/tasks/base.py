@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.tasks.data.drawing import (
@@ -42,7 +44,8 @@ class Task:
         same restriction holds in warmup, training and evaluation.
     chat_template: render the user turn with the tokenizer's chat template.
     shuffle_labels: a control; targets of train and validation are permuted, test keeps its own.
-        Where items have none, whether each is benign is.
+        Where items have none, whether each is benign is. Each seed of a run permutes in its own
+        way, so that an interval over seeds holds the draw.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Task:
     choices: list[str] | None
     chat_template: bool
     shuffle_labels: bool
+    shuffle_seed: int = field(default=0, init=False)  # the run's: `permuted_by`
 
     def faults(self) -> list[str]:
         """What is wrong with the values, each with the override that mends it."""
@@ -90,15 +94,24 @@ class Task:
         self.load_scorer()
         return self.drawn()
 
+    def permuted_by(self, seed: int) -> Self:
+        """This task as a run of that seed has it: itself, but for `shuffle_labels`."""
+        if not self.shuffle_labels:
+            return self
+        task = copy(self)
+        task.shuffle_seed = seed
+        return task
+
     def drawn(self) -> Splits:
         """The splits, without asking whether answers can be scored here."""
         self._raise_faults()
         splits = self.draw()
         if self.shuffle_labels:
+            draw = f"{self.split_seed} {self.shuffle_seed}"
             splits = replace(
                 splits,
-                train=permute_labels(splits.train, self.split_seed),
-                validation=permute_labels(splits.validation, self.split_seed + 1),
+                train=permute_labels(splits.train, f"train {draw}"),
+                validation=permute_labels(splits.validation, f"validation {draw}"),
             )
         splits.check_disjoint()
         return splits

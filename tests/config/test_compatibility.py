@@ -161,6 +161,7 @@ def test_rewards_said_to_be_0_or_1_are_so(as_it_is):
         (["method=probe", "warmup.negative=steer"], []),
         (["method=attribution", "warmup.negative=steer", "coefficient=mean_positive"],
          ["attribution takes away means over failures"]),
+        (["task.shuffle_labels=true"], ["shuffled labels drawn by the run's seed"]),
         (["task=mmlu"], []), (["task=mmlu_pro"], []), (["task=gsm8k"], []),
         (["task=mmlu", "task.n_validation=2000"],
          ["validation filled up before train is drawn"]),

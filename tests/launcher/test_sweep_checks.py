@@ -13,7 +13,7 @@ from crl_exp.config.errors import UserError
 from crl_exp.launcher.command_line import _check_points, check_alone
 from crl_exp.launcher.commands.typed import typed_sweep
 from crl_exp.launcher.planning import plan
-from crl_exp.launcher.planning.plan import check_all
+from crl_exp.launcher.planning.plan import check, check_all
 from crl_exp.launcher.planning.shows import shows_text
 from tests.helpers.launching import launched, points_of, tiny
 from tests.helpers.tiny_run import ROOT
@@ -94,9 +94,29 @@ def test_points_that_are_one_run_by_other_words_are_one(tmp_path):
 
 
 def test_what_a_sweep_can_show_is_said_once(tmp_path, capsys):
-    with typed_sweep(tiny(tmp_path, "method=corrsteer_s", "seed=0,1")) as (loader, master, jobs):
+    with typed_sweep(tiny(tmp_path, "method=random", "seed=0,1")) as (loader, master, jobs):
         _check_points(loader, master, jobs)
     assert capsys.readouterr().out.count("can show, with 16 test items, 2 seeds: ") == 1
+
+
+def test_seeds_of_a_method_without_chance_are_told_and_count_as_one(tmp_path, capsys):
+    typed = tiny(tmp_path, "method=corrsteer_s,prompting", "seed=0,1,2")
+    with typed_sweep(typed) as (loader, master, jobs):
+        _check_points(loader, master, jobs)
+    told = capsys.readouterr().out
+    assert "method=corrsteer_s has no chance in it: one seed is enough" in told
+    assert told.count("method=corrsteer_s seed=") == 2, "one for each seed but the first"
+    assert "can show, with 16 test items, 1 seed: " in told
+    assert "can show, with 16 test items, 3 seeds: " in told, "examples in context are drawn"
+
+
+@pytest.mark.parametrize(
+    "typed", [["task.shuffle_labels=true"], ["sae.dictionary=random"], ["method=lora"]]
+)
+def test_a_draw_outside_the_method_is_chance_too(typed, tmp_path):
+    points = points_of(*tiny(tmp_path, "method=corrsteer_s", *typed, "seed=0,1"))
+    assert not any("one seed is enough" in line for line in check(points))
+    assert all(point.uses_seed for point in points)
 
 
 def test_draws_of_training_items_count_as_seeds(tmp_path):

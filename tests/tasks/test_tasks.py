@@ -101,7 +101,7 @@ def ids(items: tuple[Item, ...]) -> list[str]:
 @pytest.mark.parametrize("name", ["sentiment", "refusal", "one_sentence"])
 def test_yaml_holds_exactly_the_fields(name):
     config = OmegaConf.load(CONF / f"{name}.yaml")
-    keys = {f.name for f in fields(task(name))}
+    keys = {f.name for f in fields(task(name)) if f.init}
     assert set(config) - {"_target_"} == keys
 
 
@@ -463,3 +463,16 @@ def test_real_splits_have_the_sizes_of_the_config():
     assert sizes == {"train": 2000, "validation": 500, "test": 1500}
     sizes = {name: len(items) for name, items in task("refusal").splits().named().items()}
     assert sizes == {"train": 280, "validation": 80, "test": 300, "harmbench": 400, "benign": 160}
+
+
+def test_every_seed_shuffles_labels_in_its_own_way(cache):
+    """So that an interval over seeds of a control holds the draw of its labels."""
+    plain, mixed = sentiment(n_train=60), sentiment(n_train=60, shuffle_labels=True)
+    first, second = (mixed.permuted_by(seed).splits() for seed in (0, 1))
+    assert ids(first.train) == ids(second.train) and first.test == second.test
+    for split in ("train", "validation"):
+        one, other = (found.named()[split] for found in (first, second))
+        assert [i.target for i in one] != [i.target for i in other]
+        assert Counter(i.target for i in one) == Counter(i.target for i in other)
+    assert mixed.permuted_by(1).splits() == second
+    assert plain.permuted_by(1) is plain

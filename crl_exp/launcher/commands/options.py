@@ -155,7 +155,7 @@ def _meanings(options: Sequence[Option]) -> list[str]:
 def _documentation(cls: type) -> str:
     """The class's docstring, after it those of its bases here that explain further values."""
     bases = [base for base in cls.__mro__[1:] if base.__module__.startswith("crl_exp.")]
-    known = {f.name for f in fields(cls)}
+    known = {f.name for f in fields(cls) if f.init}
     more = []
     for base in bases:
         own = set(vars(base).get("__annotations__", {})) & known

@@ -42,14 +42,18 @@ HERE = LocalSettings(
 """Of runs that this process runs itself, one after another."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Point:
-    """One run of a sweep. settings: those of the launcher, for this run."""
+    """One run of a sweep. settings: those of the launcher, for this run.
+
+    uses_seed: whether another seed may give another result; known once it was checked.
+    """
 
     overrides: tuple[str, ...]
     config: DictConfig
     run: RunDirectory
     settings: Settings
+    uses_seed: bool = True
 
     @property
     def key(self) -> str:
@@ -240,6 +244,7 @@ def check(
         try:
             exp = configs.experiment(point.config, known)
             configs.validate(exp, known)
+            point.uses_seed = exp.uses_seed
             if here and (found := exp.model.machine_faults()):
                 raise UserError("\n".join(found))
             if exp.task.is_local:  # that of the hub is loaded by the run
@@ -262,7 +267,22 @@ def check(
     faults.raise_any()
     for group in alike.values():
         _tell_same(group, told)
+    for row in _but_for_seed([point for point in points if not point.uses_seed]).values():
+        for point in row[1:]:
+            method = point.config.method.name
+            told.say(f"method={method} has no chance in it: one seed is enough", str(point))
     return told.lines()
+
+
+def _but_for_seed(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """Points by all of their config but the seed."""
+    rows: dict[str, list[Point]] = {}
+    for point in points:
+        plain = OmegaConf.to_container(point.config, resolve=True)
+        assert isinstance(plain, dict)
+        beside = {k: v for k, v in plain.items() if k not in (*NOT_IN_KEY, "seed")}
+        rows.setdefault(content_key(beside), []).append(point)
+    return rows
 
 
 def unread(exp: configs.Experiment, overrides: Sequence[str]) -> list[str]:

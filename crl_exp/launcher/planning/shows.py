@@ -17,7 +17,7 @@ def shows_text(points: Sequence[Point]) -> list[str]:
     """A line for each number of test items and seeds that these runs have; none where nothing is
     steered."""
     sizes: Counter[tuple[int, int]] = Counter()
-    seeds: dict[str, set[tuple[int, int | None]]] = {}
+    seeds: dict[str, set[tuple[int | None, int | None]]] = {}
     items: dict[str, int] = {}
     steered = [point for point in points if _steers(point)]
     for point in steered:
@@ -25,7 +25,8 @@ def shows_text(points: Sequence[Point]) -> list[str]:
         assert isinstance(plain, dict)
         draw = plain["task"].pop("train_seed", None)  # type: ignore[union-attr]
         row = content_key({k: v for k, v in plain.items() if k not in (*NOT_IN_KEY, "seed")})
-        seeds.setdefault(row, set()).add((int(point.config.seed), draw))
+        seed = int(point.config.seed) if point.uses_seed else None
+        seeds.setdefault(row, set()).add((seed, draw))
         items[row] = int(point.config.task.n_test)
     for row, mine in seeds.items():
         sizes[items[row], len(mine)] += 1

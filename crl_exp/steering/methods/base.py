@@ -46,6 +46,11 @@ class Method:
         return True
 
     @property
+    def uses_seed(self) -> bool:
+        """Whether chance is in it (a draw, training), so that another `seed` is another result."""
+        return False
+
+    @property
     def nothing_instead(self) -> str:
         """What to set so that it does nothing where all that it tries does harm; "" if it can't."""
         return ""

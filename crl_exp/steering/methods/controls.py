@@ -35,6 +35,10 @@ class RandomFeatures(CorrSteer):
     label = "random features"
     control = True
 
+    @property
+    def uses_seed(self) -> bool:
+        return True
+
     def select(self, workspace: Workspace) -> list[Steer]:
         return [self._swapped(workspace, steer) for steer in self.each_layer(workspace)]
 
@@ -80,6 +84,10 @@ class RandomDirection(CorrSteer):
 
     label = "random directions"
     control = True
+
+    @property
+    def uses_seed(self) -> bool:
+        return True
 
     @property
     def uses_dictionary(self) -> bool:

@@ -53,6 +53,10 @@ class CRL(CorrSteer):
 
     label = "CRL"
 
+    @property
+    def uses_seed(self) -> bool:
+        return self.stage2 or self.features == "free"
+
     def faults(self) -> list[str]:
         ok = self.features in ("free", "fixed")
         found = "" if ok else f"method.features={self.features}: must be free or fixed"

@@ -97,7 +97,7 @@ def split_items(
     )
 
 
-def permute_labels(items: tuple[Item, ...], seed: int) -> tuple[Item, ...]:
+def permute_labels(items: tuple[Item, ...], seed: str) -> tuple[Item, ...]:
     """Labels change places among items with as many options, so that each stays one of them. They
     are the targets or, where no item has one, whether an item is benign.
 

@@ -88,6 +88,10 @@ class Lora(WithoutFeatures):
     weight_decay: float
 
     @property
+    def uses_seed(self) -> bool:
+        return True
+
+    @property
     def needs_statistics(self) -> bool:
         """How many features the policy may choose from is known after stage 1."""
         return self.rank is None

@@ -92,6 +92,10 @@ class Prompting(WithoutLayers):
     wordings: list[str]
     shots: list[int]
 
+    @property
+    def uses_seed(self) -> bool:
+        return any(self.shots)
+
     def faults(self) -> list[str]:
         found = [
             f"method.wordings: {wording!r} must hold {{user}}, the task's own prompt"
