@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,14 @@ class SAEConfig:
                 f"sae.release={self.release}: SAELens knows no such release"
                 f"{did_you_mean(str(self.release), directory)}"
             )
-        return directory[self.release]
+        entry = directory[self.release]
+        if kind := _not_of_the_residual(str(self.release), entry.saes_map):
+            raise UserError(
+                f"sae.release={self.release}: holds {kind}, and only SAEs of the residual can be "
+                "steered here; choose a release of the residual (mostly its name has -res), or "
+                "sae=none for methods that need no features"
+            )
+        return entry
 
     def allowed_for(self, model_name: str) -> str | None:
         """The model that the SAEs must have been trained on; None where any will do."""
@@ -215,3 +223,13 @@ def _holding(folder: Path, name: str, above: frozenset[str] = frozenset()) -> li
         elif entry.name == name:
             found.append(folder)
     return found
+
+
+def _not_of_the_residual(release: str, paths: Mapping[str, str]) -> str:
+    """What a release holds where names alone tell that it isn't SAEs of the residual; else ""."""
+    words = " ".join([release, *list(paths.values())[:1]]).lower()
+    kinds = {
+        "transcoder": "transcoders, which read before an MLP and write what is behind it",
+        "clt": "cross-layer transcoders",
+    }
+    return next((kind for word, kind in kinds.items() if word in words), "")

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -27,7 +29,7 @@ from crl_exp.models.language_model import LanguageModel
 
 WORDS = ["<pad>", "<eos>", "<user>", "<bot>", "yes", "no", *[f"w{i}" for i in range(58)]]
 D_MODEL, N_LAYERS, D_SAE = 32, 4, 64
-KINDS = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen2", "qwen3")
+KINDS = ("llama", "gemma2", "gemma3", "gpt2", "gpt_neox", "qwen2", "qwen3")
 CHAT = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<bot>"
 
 
@@ -43,8 +45,8 @@ def tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
 
 
 def model(kind: str, seed: int = 0):
-    """A random causal LM: llama (grouped heads), gemma2 (window 6, soft caps), gpt2 (absolute
-    positions), gpt_neox (partial rotary, parallel residual), qwen2 (biases), qwen3 (query norms).
+    """A random causal LM: llama (grouped heads), gemma2 (window 6, soft caps), gemma3 (window 6 in
+    three of four layers, another rotation in the last), gpt2 (absolute positions), gpt_neox (partial rotary, parallel residual), qwen2 (biases), qwen3 (query norms).
     """
     torch.manual_seed(seed)
     common = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
@@ -59,6 +61,12 @@ def model(kind: str, seed: int = 0):
         special = {"sliding_window": 6, "query_pre_attn_scalar": 8, "initializer_range": 0.2}
         made = Gemma2ForCausalLM(
             Gemma2Config(**common, **shape, **special, attn_implementation="eager")
+        )
+    elif kind == "gemma3":
+        special = {"sliding_window": 6, "query_pre_attn_scalar": 8, "initializer_range": 0.2}
+        layer_types = ["sliding_attention"] * (N_LAYERS - 1) + ["full_attention"]
+        made = Gemma3ForCausalLM(
+            Gemma3TextConfig(**common, **shape, **special, layer_types=layer_types)
         )
     elif kind == "gpt_neox":
         shape = {name: shape[name] for name in (

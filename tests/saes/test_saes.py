@@ -22,6 +22,12 @@ PUBLISHED = {
     "llama_scope_res_8x": range(32),
     "llama_scope_res_32x": range(32),
     "llama31_8b_it": (3, 7, 11, 15, 19, 23, 27),
+    "gemma_scope_27b_res": [10, 22, 34],
+    "gemma_scope2_270m_it_res": [5, 9, 12, 15],
+    "gemma_scope2_1b_it_res": [7, 13, 17, 22],
+    "gemma_scope2_4b_it_res": [9, 17, 22, 29],
+    "qwen_scope_1_7b_res": range(28),
+    "qwen_scope_8b_res": range(36),
     "gpt2_res_jb": range(12),
 }
 
@@ -50,6 +56,30 @@ def test_every_option_with_a_release_is_listed_here():
     options = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in files}
     named = {name for name, values in options.items() if values["folder"] is None}  # type: ignore[index, call-overload]
     assert named - {"release", "none"} == set(PUBLISHED)
+
+
+PRESETS = sorted(path.stem for path in (CONF / "preset").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_saes_are_of_its_model(name):
+    """Or of the base model of its instruction-tuned one."""
+    picked = OmegaConf.load(CONF / "preset" / f"{name}.yaml").defaults
+    chosen = {key.removeprefix("override /"): one for pair in picked for key, one in pair.items()}
+    model = OmegaConf.load(CONF / "model" / f"{chosen['model']}.yaml")
+    sae = option(chosen["sae"])
+    if not sae.absent:
+        assert relation(sae._published().model, model.name) in ("same", "tuned")
+
+
+@pytest.mark.parametrize(
+    "release",
+    ["mwhanna-qwen3-4b-transcoders", "gemma-scope-2-1b-it-transcoders-all",
+     "gemma-scope-2b-pt-transcoders"],
+)  # fmt: skip
+def test_transcoders_are_refused_by_name(release):
+    with pytest.raises(UserError, match=f"sae.release={release}: holds transcoders, .* sae=none"):
+        _ = option("release", release=release, id_template="layer_{layer}").available
 
 
 def test_metadata_comes_without_the_hub_where_saelens_knows_it():
