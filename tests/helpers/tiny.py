@@ -46,7 +46,8 @@ def tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
 
 def model(kind: str, seed: int = 0):
     """A random causal LM: llama (grouped heads), gemma2 (window 6, soft caps), gemma3 (window 6 in
-    three of four layers, another rotation in the last), gpt2 (absolute positions), gpt_neox (partial rotary, parallel residual), qwen2 (biases), qwen3 (query norms).
+    three of four layers, another rotation in the last), gpt2 (absolute positions), gpt_neox
+    (partial rotary, parallel residual), qwen2 (biases), qwen3 (query norms).
     """
     torch.manual_seed(seed)
     common = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
