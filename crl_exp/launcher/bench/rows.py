@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from crl_exp.generation.controller import Controller, Unsteered
+from crl_exp.generation.engine import Prompts
 from crl_exp.generation.results import Generation, Job
+from crl_exp.launcher.bench.peers import Chosen, HookedLoop
 from crl_exp.launcher.bench.runs import (
     floor_calls,
     memory_calls,
@@ -135,6 +137,39 @@ def warmups(subject: Subject) -> Iterator[Calls]:
 
 
 @contextmanager
+def peers(subject: Subject) -> Iterator[Calls]:
+    """CorrSteer by the engine and by a plain loop, on the same prompts in the same batches: a test
+    has it that both find the same features and give the same answers."""
+    ids, n_tokens, engine = subject.prompts(subject.n_prompts), subject.new_tokens, subject.engine
+    loop = HookedLoop(subject.lm, subject.saes, n_tokens, len(ids))
+    one = [Chosen(subject.layer, 0, 0.0, 1e-3)]
+    every = [Chosen(layer, 0, 0.0, 1e-3) for layer in subject.saes]
+    kept = engine.read(ids)
+
+    def loop_warmup() -> None:
+        loop.warm_up(ids, lambda i: float(i % 2), 0.0)
+
+    def by_the_loop() -> None:
+        for chosen in ([], one, every):
+            loop.answer(ids, loop.addition(chosen))
+
+    def by_the_engine(read: Callable[[], Prompts]) -> None:
+        for controller in (
+            Unsteered(), subject.fixed([subject.layer]), subject.fixed(list(subject.saes))
+        ):  # fmt: skip
+            engine.generate(read(), [Job(controller, range(len(ids)))], n_tokens)
+
+    with never_ending(subject), warmups(subject) as ours:
+        yield {
+            "loop_warmup": loop_warmup,
+            "warmup": ours["warmup"],
+            "loop_answers": by_the_loop,
+            "answers": lambda: by_the_engine(lambda: engine.read(ids)),
+            "kept_answers": lambda: by_the_engine(lambda: kept),
+        }
+
+
+@contextmanager
 def updates(subject: Subject) -> Iterator[Calls]:
     """Rollouts, prompts kept or read again, and the PPO updates from them."""
     engine, learner = subject.engine, LayerLearner(subject.agent("none"), subject.exp.algorithm)
@@ -211,6 +246,14 @@ GROUPS = [
         Figure("warmup_time", "warmup, statistics of all layers / unsteered answers", "warmup",
                "unsteered", 1.3),
     ], rounds=2, warm_ups=1),
+    Group("peers", peers, [
+        Figure("peer_warmup", "CorrSteer as a loop around model.generate / warmup, all layers",
+               "loop_warmup", "warmup", 1.0, at_least=True),
+        Figure("peer_answers", "that loop's answers, unsteered, one feature, one a layer / the "
+               "engine's", "loop_answers", "answers", 1.0, at_least=True),
+        Figure("peer_kept", "the same / prompts kept", "loop_answers", "kept_answers", 1.0,
+               at_least=True),
+    ], rounds=3, warm_ups=1),
     Group("updates", updates, [
         Figure("rollout_kept", "rollout of 50 choice prompts kept / read again", "kept", "read",
                1 / 30),
