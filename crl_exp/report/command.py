@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from crl_exp.report.comparison.feature_credit import (
-    CREDIT_COLUMNS,
     ITEM_COLUMNS,
     FeatureCredit,
+    credit_columns,
     credit_lines,
     credits_of,
     item_lines,
@@ -120,7 +120,7 @@ def write_texts(part: ReportPart, files: Files) -> list[FeatureCredit]:
     if lines := group_lines(sweep):
         files.text("groups.csv", table_csv.as_csv(GROUP_CSV, lines))
     if credits:
-        files.text("features.csv", table_csv.as_csv(CREDIT_COLUMNS, credit_lines(credits)))
+        files.text("features.csv", table_csv.as_csv(credit_columns(credits), credit_lines(credits)))
         files.text("by_layer.csv", table_csv.as_csv(*metric_lines(sweep)))
     if items := [line for row in sweep.rows for line in item_lines(row)]:
         files.text("items.csv", table_csv.as_csv(ITEM_COLUMNS, items))

@@ -17,6 +17,7 @@ from crl_exp.config.hub import hub_trouble
 from crl_exp.config.keys import content_key
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.config import Experiment, Known
+from crl_exp.launcher.assets.feature_labels import fetch_labels
 from crl_exp.launcher.command_line import people_errors
 from crl_exp.launcher.commands.typed import typed_sweep
 from crl_exp.launcher.planning.compose import Composer
@@ -57,7 +58,8 @@ def fetch(points: Sequence[Experiment]) -> list[str]:
         if key not in seen:
             seen.add(key)
             try:
-                print(get(), flush=True)
+                if told := get():
+                    print(told, flush=True)
             except UserError as error:
                 faults[key] = str(error)
         return key not in faults
@@ -69,7 +71,9 @@ def fetch(points: Sequence[Experiment]) -> list[str]:
         # Which layers are steered depends on the model. A baseline at an SAE's site asks for its
         # hook, though not for its weights.
         if there and "layers" in exp.needs and exp.reads("sae") and not exp.sae.absent:
-            once(["saes", model, asdict(exp.sae), asdict(exp.layers)], lambda e=exp: fetch_saes(e))
+            saes = [model, asdict(exp.sae), asdict(exp.layers)]
+            if once(["saes", *saes], lambda e=exp: fetch_saes(e)):
+                once(["labels", *saes], lambda e=exp: fetch_their_labels(e))
     return list(faults.values())
 
 
@@ -105,6 +109,20 @@ def fetch_saes(exp: Experiment) -> str:
     for layer in layers:
         _fetch_sae(exp.sae, layer)
     return f"SAEs {exp.sae.name}, layers {layers}: in the hub's cache"
+
+
+def fetch_their_labels(exp: Experiment) -> str:
+    """What Neuronpedia calls their features, for reports. Where it can't be had no run lacks it, so
+    that it is told and is no fault."""
+    layers = configs.with_sae(exp, configs.validate(exp))
+    sources = {exp.sae.metadata(layer).neuronpedia_id for layer in layers} - {None}
+    told = []
+    for source in sorted(map(str, sources)):
+        try:
+            told.append(f"labels {source}: of {fetch_labels(source):,} features")
+        except UserError as error:
+            told.append(f"labels {source}: none, reports go without ({error})")
+    return "\n".join(told)
 
 
 def _fetch_sae(sae: SAEConfig, layer: int) -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from crl_exp.report.comparison.feature_use import all_uses
 from crl_exp.report.comparison.rows import Row
+from crl_exp.report.feature_labels import label_of
 from crl_exp.runs.records import Record
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, unseen by type checkers
@@ -47,6 +48,11 @@ class FeatureCredit:
     changed: int = 0
     fixed: int | None = None
     broken: int | None = None
+
+    @property
+    def label(self) -> str | None:
+        """What Neuronpedia calls it, where its labels were fetched."""
+        return label_of(self.link)
 
     @property
     def weight(self) -> tuple[int, int]:
@@ -143,17 +149,25 @@ def _unique(pairs: pa.Table) -> pa.Table:
     return pairs.group_by(pairs.column_names).aggregate([])
 
 
+LABEL = "label"
 CREDIT_COLUMNS = (
     "method", "layers", "layer", "feature", "runs", "additions", "mean_coefficient", "correlation",
     "rank_in_stage_1", "items", "changed", "fixed", "broken", "neuronpedia",
 )  # fmt: skip
 
 
+def credit_columns(credits: Sequence[FeatureCredit]) -> list[str]:
+    """Head of features.csv; labels have a column where one is known."""
+    return [*CREDIT_COLUMNS, *([LABEL] if any(c.label for c in credits) else [])]
+
+
 def credit_lines(credits: Sequence[FeatureCredit]) -> list[list[Any]]:
-    """Lines of features.csv, below `CREDIT_COLUMNS`; what isn't known is empty."""
+    """Lines of features.csv, below `credit_columns`; what isn't known is empty."""
+    labelled = LABEL in credit_columns(credits)
     lines = [
         [c.row.family, " ".join(map(str, c.row.layers)), c.layer, c.feature, c.runs, c.tokens,
-         c.coefficient, c.correlation, c.rank, c.items, c.changed, c.fixed, c.broken, c.link]
+         c.coefficient, c.correlation, c.rank, c.items, c.changed, c.fixed, c.broken, c.link,
+         *([c.label] if labelled else [])]
         for c in credits
     ]  # fmt: skip
     return [["" if value is None else value for value in line] for line in lines]

@@ -218,8 +218,14 @@ FEATURE_NOTE = (
 def feature_cells(credit: FeatureCredit) -> list[str]:
     counts = (credit.rank, credit.items, credit.changed, credit.fixed, credit.broken)
     return [
-        credit.row.family, row_layers(credit.row), f"{credit.layer}/{credit.feature}",
+        credit.row.family, row_layers(credit.row), _named(credit),
         f"{credit.tokens:,}", number(credit.coefficient, ".1f"),
         number(credit.correlation, "+.3f"),
         *["–" if count is None else f"{count:,}" for count in counts],
     ]  # fmt: skip
+
+
+def _named(credit: FeatureCredit) -> str:
+    """`18/3290`, with its label where one is known."""
+    named = f"{credit.layer}/{credit.feature}"
+    return f"{named} {credit.label}" if credit.label else named

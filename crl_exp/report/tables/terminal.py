@@ -93,8 +93,10 @@ def feature_section(credits: Sequence[FeatureCredit]) -> str:
 def _linked(credit: FeatureCredit) -> list[str]:
     cells = feature_cells(credit)
     at = FEATURE_COLUMNS.index("feature")
-    return [*cells[:at], f"[{cells[at]}]({credit.link})" if credit.link else cells[at],
-            *cells[at + 1 :]]  # fmt: skip
+    if credit.link:
+        name, space, label = cells[at].partition(" ")
+        cells[at] = f"[{name}]({credit.link}){space}{label}"
+    return cells
 
 
 def _not_finished(runs: Sequence[Record], level: int) -> list[str]:
