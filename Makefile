@@ -100,8 +100,7 @@ lint: setup ## ruff's rules, which way imports go, and that what is imported is 
 	$(BIN)/python -m deptry --no-ansi .
 
 docs: setup ## the docs as a site that needs no network, build/site/index.html
-	@DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=true \
-		$(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
 types: setup ## the type checker
