@@ -24,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
 .PHONY: help setup assets demo demo-refusal report status logs retry cancel prefetch test test-fast \
-	check format format-check lint types bench mlflow sync clean
+	check format format-check lint types docs bench mlflow sync clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip -c constraints.txt
 	@echo "installing into $(VENV): a minute or two the first time"
 	@# Python compiles what it imports by itself; compiling every file here takes longer.
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e '.[dev]' \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e '.[dev,docs]' \
 		-c constraints.txt
 	@touch $@
 
@@ -94,9 +94,14 @@ format: setup ## rewrite the code in the one format
 format-check: setup ## fail if `make format` would change a file
 	$(BIN)/ruff format --check .
 
-lint: setup ## ruff's rules, and which way imports go
+lint: setup ## ruff's rules, which way imports go, and that what is imported is declared
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m deptry --no-ansi .
+
+docs: setup ## the docs as a site that needs no network, build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 types: setup ## the type checker
 	$(BIN)/pyright

@@ -42,7 +42,10 @@ COMMANDS = {
     "compare": ("crl_exp.report.compare", "two runs, or rows of a report, on the same items"),
     "train-sae": ("crl_exp.launcher.commands.train_sae", "train SAEs of a model, a layer each"),
     "bench": ("crl_exp.launcher.bench.command", "measure speed and memory, in ratios"),
-    "options": ("crl_exp.launcher.commands.options", "write docs/options.md from conf/"),
+    "options": (
+        "crl_exp.launcher.commands.options",
+        "write docs/options.md and its pages from conf/",
+    ),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import shlex
 from pathlib import Path
 
@@ -132,10 +133,20 @@ def typed_for_all(folder: Path) -> list[str]:
     path = folder / SWEEP_CONFIG
     asked = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
     typed: list[str] = OmegaConf.select(asked, "hydra.overrides.task") or []
-    kept = [one for one in typed if "," not in one and one.lstrip("+").split("=")[0] not in CHANGED]
+    kept = [
+        one for one in typed if not _swept(one) and one.lstrip("+").split("=")[0] not in CHANGED
+    ]
     if folder.parent != Path("outputs") and not any(one.startswith("output_dir=") for one in kept):
         kept.append(f"output_dir={folder.parent}")
     return kept
+
+
+def _swept(override: str) -> bool:
+    """Whether it lists several values; the commas of a list, a mapping or a quoted text don't."""
+    inside = re.compile(r"""\[[^\[\]]*\]|\{[^{}]*\}|'[^']*'|"[^"]*\"""")
+    while (left := inside.sub("", override)) != override:
+        override = left
+    return "," in override
 
 
 def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:

@@ -16,7 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True)
+# In a notebook rich would draw bars by ipywidgets, and where there are none leave an empty output
+# for each and a warning: what a log gets is good there too.
+console = Console(stderr=True, force_jupyter=False)
 
 
 _shown = threading.Lock()

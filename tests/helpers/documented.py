@@ -7,7 +7,7 @@ import shlex
 
 from tests.helpers.tiny_run import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = (
     "python",
     "crl-exp",

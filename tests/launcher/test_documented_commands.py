@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from crl_exp.launcher.planning.plan import HERE, check, compose_points
 from crl_exp.launcher.settings import make_settings
 from crl_exp.launcher.sweep_file import SweepFile
 from tests.helpers import hub_data
-from tests.helpers.documented import documented, words
+from tests.helpers.documented import FENCED, documented, words
 from tests.helpers.launching import settings, tiny
 from tests.helpers.tiny_run import ROOT
 
@@ -36,6 +37,7 @@ NOT_RUN = {
     "python -m crl_exp assets": "an index; test_assets.py",
     "pip install .": "an index; test_wheel.py installs what it makes",
     "python -m crl_exp options": "writes into docs/; test_options_page.py makes the page",
+    "python docs/figures/token_by_layer.py": "writes into docs/; test_site.py draws it",
     "python -m crl_exp bench": f"{LONG}; test_bench.py has its parts",
     "python -m crl_exp train-sae": LONG,
     "python -m tests.helpers.planted_table": f"{LONG}, and writes into docs/",
@@ -45,7 +47,7 @@ NOT_RUN = {
     "python -m crl_exp sync outputs/NAME": "test_tracking.py",
     "python -m crl_exp sync outputs --uri http://tracking:5000": "test_tracking_servers.py",
     "python -m crl_exp prefetch +sweep=layerwise model=gemma2_2b_it sae=gemma_scope_2b_res": HUB,
-    "python launch.py --help": "Hydra's own; test_config.py composes all that it lists",
+    "python launch.py --help": "test_help.py; test_config.py composes all that it lists",
     "python launch.py --cfg job": "Hydra's own; test_startup.py",
     "python launch.py task.n_tst=3": "refused, which is the point; test_startup.py",
     "python launch.py -m hydra/sweeper=trials hydra.sweeper.n_trials=20 hydra.sweeper.n_jobs=4 "
@@ -102,6 +104,8 @@ STANDS_FOR = {
     "NAME": SWEEP,
     "SWEEP": SWEEP,
     "probing": SWEEP,
+    "single": SWEEP,
+    "tiny/single": SWEEP,
     "tiny/layerwise": SWEEP,
 }
 
@@ -119,9 +123,17 @@ def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("home")
     hub_data.on_files("gsm8k", home / "gsm8k", "jsonl")
     hub_data.on_files("mmlu", home / "mmlu")
+    own_questions(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRL_EXP_CACHE", str(home / "cache"))
         yield home  # type: ignore[misc]
+
+
+def own_questions(folder: Path) -> None:
+    """The file that docs/quickstart.md makes, by its own lines."""
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    (program,) = [text for language, text in FENCED.findall(page) if language == "python"]
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
 
 
 def overrides_of(command: str, home: Path) -> list[str]:
@@ -129,6 +141,7 @@ def overrides_of(command: str, home: Path) -> list[str]:
     typed = [word for word in words(command)[2:] if word != "-m"]
     typed = [word.replace("+sweep=NAME", f"+sweep={SWEEP}") for word in typed]
     for text, path in (
+        ("my_questions.jsonl", home / "my_questions.jsonl"),
         ("/data/gsm8k.jsonl", home / "gsm8k" / "*.jsonl"),
         ("auxiliary_train:a.parquet", f"auxiliary_train:{home}/mmlu/*auxiliary_train*.parquet"),
         ("validation:v.parquet", f"validation:{home}/mmlu/*validation*.parquet"),

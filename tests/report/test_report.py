@@ -118,6 +118,8 @@ def test_what_to_type_next_is_of_this_sweep(tmp_path, monkeypatch):
             (["+sweep=layerwise", "seed=0,1", "k=1,2", "model=hf", "model.path=/a/b"],
              " model=hf model.path=/a/b"),
             (["output_dir=other"], " output_dir=other"),
+            (["task.choices=[yes,no]", "method.multipliers=[1.0],[2.0]", "layers.among=[[1,2],3]"],
+             " 'task.choices=[yes,no]' 'layers.among=[[1,2],3]'"),
         ):  # fmt: skip
             asking = {"hydra": {"overrides": {"task": asked}}}
             OmegaConf.save(asking, output_dir / "demo" / "multirun.yaml")
