@@ -37,6 +37,10 @@ COMMANDS = {
         "crl_exp.launcher.commands.prefetch",
         "download what a sweep loads, for offline nodes",
     ),
+    "doctor": (
+        "crl_exp.launcher.doctor.command",
+        "whether this machine and its cluster can run what is typed",
+    ),
     "sync": ("crl_exp.tracking.sync", "bring MLflow up to date with the run directories"),
     "report": ("crl_exp.report.command", "tables and figures of a finished sweep"),
     "compare": ("crl_exp.report.compare", "two runs, or rows of a report, on the same items"),
