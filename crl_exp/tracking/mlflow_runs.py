@@ -20,6 +20,7 @@ from crl_exp.config.errors import UserError
 from crl_exp.runs.records import Record
 from crl_exp.tracking.client import LOCK_SECONDS, PatientClient
 from crl_exp.tracking.content import STATUS, UNFINISHED, read_json, run_name
+from crl_exp.tracking.overview import missing_tags
 from crl_exp.tracking.sent import LOCK, Sent, begun_anew, life
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Runs:
         self.experiment_id = self._experiment_id(artifacts)
         self.seen: dict[str, Run] = {}
         self._told: dict[str, str] = {}
+        self._described = False
 
     def _experiment_id(self, artifacts: Path | None) -> str:
         from mlflow.exceptions import MlflowException
@@ -81,6 +83,15 @@ class Runs:
         """Look again at what is there: after a fault nobody knows what came through."""
         self.seen.clear()
         self._told.clear()
+
+    def describe(self) -> None:
+        """Give the experiment its note and its view (`overview`), once a process."""
+        if self._described:
+            return
+        tags = self.client.get_experiment(self.experiment_id).tags
+        for name, value in missing_tags(self.experiment_id, tags).items():
+            self.client.set_experiment_tag(self.experiment_id, name, value)
+        self._described = True
 
     def look(self, parent: str) -> None:
         """Ask for all of a sweep's runs at once, instead of one by one."""
