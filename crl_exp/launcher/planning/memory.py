@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig
 
@@ -16,6 +17,7 @@ from crl_exp.config.errors import UserError
 from crl_exp.config.files import home
 from crl_exp.config.option_names import OFF
 from crl_exp.config.paths import here_or_shipped
+from crl_exp.launcher.settings import AUTO, Settings, SlurmSettings
 from crl_exp.models.sizes import BYTES, QUANTIZED, Size, model_size, n_values
 from crl_exp.saes.config import TINY_PREFIX
 
@@ -124,6 +126,31 @@ def _n_layers(config: DictConfig, size: Size) -> tuple[int, str]:
         return len(section.among), f"{len(section.among)} layers"
     n = size.n_layers or 64
     return n, f"all {n} layers"
+
+
+def with_memory(settings: Settings, config: DictConfig) -> Settings:
+    """Settings of a job in which `mem=auto` is a number.
+
+    Raises `UserError` where nothing tells how large the model is.
+    """
+    if not isinstance(settings, SlurmSettings) or settings.mem != AUTO:
+        return settings
+    found = need(config)
+    if found is None:
+        raise unknown_size(str(config.model.path))
+    return replace(settings, mem=f"{found.host(settings.pack)}GB")
+
+
+def memory_lines(points: Iterable[tuple[DictConfig, Settings]]) -> list[str]:
+    """What jobs ask for, each sum once, with where it comes from; for the plan."""
+    told: dict[str, None] = {}
+    for config, settings in points:
+        if isinstance(settings, SlurmSettings) and (found := need(config)) is not None:
+            beside = (
+                "8 GiB" if found.cuda else f"4 GiB and engine.keep_gib={config.engine.keep_gib}"
+            )
+            told[f"mem=auto: {settings.mem} of each job: {found.told}, {beside} beside"] = None
+    return list(told)
 
 
 def unknown_size(path: str) -> UserError:
