@@ -33,9 +33,15 @@ COMMANDS = {
         "start a sweep's failed, lost and cancelled runs again",
     ),
     "cancel": ("crl_exp.launcher.commands.cancel", "end a sweep's queued and running runs"),
+    "rm": ("crl_exp.launcher.commands.rm", "remove a run or a sweep, also in MLflow"),
+    "rename": ("crl_exp.launcher.commands.rename", "give a sweep another name, also in MLflow"),
     "prefetch": (
         "crl_exp.launcher.commands.prefetch",
         "download what a sweep loads, for offline nodes",
+    ),
+    "doctor": (
+        "crl_exp.launcher.doctor.command",
+        "whether this machine and its cluster can run what is typed",
     ),
     "sync": ("crl_exp.tracking.sync", "bring MLflow up to date with the run directories"),
     "report": ("crl_exp.report.command", "tables and figures of a finished sweep"),

@@ -14,6 +14,7 @@ from crl_exp.config.errors import UserError
 from crl_exp.experiments import config as configs
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.planning.estimate import estimate
+from crl_exp.launcher.planning.memory import memory_lines
 from crl_exp.launcher.planning.packs import pack_lines, packs_of
 from crl_exp.launcher.planning.plan import (
     Point,
@@ -23,7 +24,7 @@ from crl_exp.launcher.planning.plan import (
     folder_of,
 )
 from crl_exp.launcher.planning.shows import shows_text
-from crl_exp.launcher.settings import LocalSettings, Settings, SlurmSettings
+from crl_exp.launcher.settings import AUTO, LocalSettings, Settings, SlurmSettings
 from crl_exp.launcher.states import is_started, states_of
 from crl_exp.launcher.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.sweep_file import SweepFile, locked
@@ -78,6 +79,8 @@ def launch(
             if states[point.key][0] == "done" and point not in starting:
                 point.run.renumber()
         print(plan_text(list(unique.values()), starting, states, folder))
+        if getattr(settings, "mem", None) == AUTO:
+            print(*(f"  {line}" for line in memory_lines(resources(starting))), sep="\n")
         if cautions:
             print(cautions_text(cautions))
         write_atomic(folder / SWEEP_CONFIG, OmegaConf.to_yaml(master))
@@ -91,6 +94,10 @@ def launch(
         tracking = configs.experiment(starting[0].config).tracking
         announce([Record(point.run.path) for point in starting], tracking)
     return Launch(points, {point.key for point in starting})
+
+
+def resources(points: Sequence[Point]) -> list[tuple[DictConfig, Settings]]:
+    return [(point.config, point.settings) for point in points]
 
 
 def look(points: dict[str, Point], sweep: SweepFile) -> dict[str, tuple[str, str]]:

@@ -15,6 +15,7 @@ from crl_exp.config.errors import UserError, did_you_mean
 # Written into the batch script by the launcher itself.
 OURS = ("array", "output", "error", "hold", "requeue", "signal", "open-mode", "chdir", "job-name")
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
+AUTO = "auto"
 MEMORY = re.compile(r"\d+(\.\d+)?[KMGT]?B?", re.IGNORECASE)
 
 
@@ -76,7 +77,8 @@ class SlurmSettings(LaunchSettings):
 
     partition, account, qos, constraint: as sbatch has them.
     gres: instead of `gpus`, e.g. gpu:a100:1.
-    cpus: of each job. mem: of each job, e.g. 16GB. time: limit of each start, in minutes or as
+    cpus: of each job. mem: of each job, e.g. 16GB; auto: an estimate from the model and the SAEs
+        (`planning.memory`), told in the plan. time: limit of each start, in minutes or as
         [DAYS-]HH:MM:SS; a job that reaches it is queued again and goes on from its checkpoints.
     signal_seconds: the job is told to save so long before the limit.
     requeue: after the loss of a node or a preemption SLURM starts the job again.
@@ -125,8 +127,8 @@ class SlurmSettings(LaunchSettings):
                 f"must be more than hydra.launcher.signal_seconds={self.signal_seconds}, or each "
                 "start would be asked to end before it has begun"
             )
-        if self.mem is not None and not MEMORY.fullmatch(self.mem):
-            found.append(f"hydra.launcher.mem={self.mem}: must look like 16GB or 500MB")
+        if self.mem not in (None, AUTO) and not MEMORY.fullmatch(self.mem):
+            found.append(f"hydra.launcher.mem={self.mem}: must look like 16GB or 500MB, or be auto")
         if self.gres is not None and self.gpus:
             found.append("hydra.launcher: give gpus=… or gres=…, not both")
         for name in self.sbatch:

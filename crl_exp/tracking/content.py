@@ -183,6 +183,7 @@ def final_points(result: dict[str, Any], time_ms: int) -> list[Point]:
         values["eval/runtime"] = sum(result["seconds"].values())
         return [*_known(values, time_ms), *by_layer_points(read.series, time_ms)]
     values |= _split_values("eval", result)
+    values |= _in_points(result)
     values["eval/over_refusal"] = result["over_refusal_steered"]
     values["eval/unique_features"] = result["unique_features"]
     values["eval/left_alone"] = result.get("left_alone")  # not in results of before
@@ -218,6 +219,18 @@ def by_layer_points(all_series: Sequence[Series], time_ms: int) -> list[Point]:
                 if value is not None and not undefined(value)
             ]
     return sorted(found, key=lambda point: (point.name, point.step))
+
+
+def _in_points(figures: dict[str, Any]) -> dict[str, float | None]:
+    """The figures that a report's table has, in its units: percentage points."""
+    low, high = figures["delta_ci95"]
+    shares = {
+        "delta": figures["delta"],
+        "delta_low": low,
+        "delta_high": high,
+        "accuracy": figures["accuracy_steered"],
+    }
+    return {f"points/{k}": None if v is None else 100 * v for k, v in shares.items()}
 
 
 def _split_values(prefix: str, figures: dict[str, Any]) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,18 @@ from crl_exp.config.errors import UserError
 from crl_exp.runs.records import Record
 from crl_exp.tracking.client import LOCK_SECONDS, PatientClient
 from crl_exp.tracking.content import STATUS, UNFINISHED, read_json, run_name
-from crl_exp.tracking.sent import Sent, begun_anew, life
+from crl_exp.tracking.overview import missing_tags
+from crl_exp.tracking.sent import LOCK, Sent, begun_anew, life
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 Clock = Callable[[], float]
 """Asked for seconds since the epoch where they are needed."""
+
+
+class RemovedError(UserError):
+    """A folder was removed or renamed while it was to be sent from."""
 
 
 class Runs:
@@ -44,6 +49,7 @@ class Runs:
         self.experiment_id = self._experiment_id(artifacts)
         self.seen: dict[str, Run] = {}
         self._told: dict[str, str] = {}
+        self._described = False
 
     def _experiment_id(self, artifacts: Path | None) -> str:
         from mlflow.exceptions import MlflowException
@@ -66,14 +72,26 @@ class Runs:
 
     @contextmanager
     def noted(self, folder: Path) -> Iterator[Sent]:
-        """What was sent from a folder; nobody else sends from it meanwhile."""
-        with FileLock(folder / ".mlflow.lock", timeout=LOCK_SECONDS):
+        """What was sent from a folder; nobody else sends from it meanwhile, or removes it.
+
+        Raises `RemovedError` where it is no run's and no sweep's folder any more.
+        """
+        with _sending(folder):
             yield Sent(folder, self.recorded_uri, self.experiment)
 
     def forget(self) -> None:
         """Look again at what is there: after a fault nobody knows what came through."""
         self.seen.clear()
         self._told.clear()
+
+    def describe(self) -> None:
+        """Give the experiment its note and its view (`overview`), once a process."""
+        if self._described:
+            return
+        tags = self.client.get_experiment(self.experiment_id).tags
+        for name, value in missing_tags(self.experiment_id, tags).items():
+            self.client.set_experiment_tag(self.experiment_id, name, value)
+        self._described = True
 
     def look(self, parent: str) -> None:
         """Ask for all of a sweep's runs at once, instead of one by one."""
@@ -89,7 +107,14 @@ class Runs:
         """The sweep's run; made where it isn't there."""
         sweep = sent.path.parent
         tags = {"crl_exp.sweep": sweep.name, "sweep": sweep.name, **tags}
-        return self._made(sent, sweep.name, lambda: begun(sweep), tags).info.run_id
+        run = self._made(sent, sweep.name, lambda: begun(sweep), tags)
+        run_id = run.info.run_id
+        if run.data.tags.get("crl_exp.sweep") != sweep.name:  # it was renamed here since
+            self.client.update_run(run_id, name=sweep.name)
+            self.client.set_tag(run_id, "sweep", sweep.name)
+            self.client.set_tag(run_id, "crl_exp.sweep", sweep.name)
+            self.seen[run_id] = self.client.get_run(run_id)
+        return run_id
 
     def child(self, record: Record, sent: Sent, parent: str, tags: dict[str, str]) -> Run:
         """The run directory's run, as it was before anything is sent now.
@@ -168,6 +193,31 @@ class Runs:
             raise
         ours = run.info.experiment_id == self.experiment_id
         return run if ours and run.info.lifecycle_stage == "active" else None
+
+
+@contextmanager
+def _sending(folder: Path) -> Iterator[None]:
+    """Hold what was sent from a run directory or a sweep's folder.
+
+    Raises `RemovedError` where it is neither (any more), and leaves nothing there.
+    """
+    gone = RemovedError(f"{folder} was removed or renamed meanwhile")
+    if not _holds_runs(folder):
+        raise gone
+    lock = folder / LOCK
+    with FileLock(lock, timeout=LOCK_SECONDS):
+        if _holds_runs(folder):
+            yield
+            return
+    # It went while its lock was waited for, and the lock made the folder anew.
+    lock.unlink(missing_ok=True)
+    with suppress(OSError):  # somebody else is at it again
+        folder.rmdir()
+    raise gone
+
+
+def _holds_runs(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() or any(folder.glob("*/config.yaml"))
 
 
 def status_of(record: Record) -> str:

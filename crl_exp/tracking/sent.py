@@ -16,6 +16,8 @@ from crl_exp.runs.directory import MLFLOW_BEGUN, write_json
 from crl_exp.runs.records import Record
 
 SENT = "mlflow.json"
+LOCK = ".mlflow.lock"
+"""Beside it: held by who sends from the folder, or removes it."""
 AGAIN_SENT = "the run is sent to MLflow again, as a new one"
 
 

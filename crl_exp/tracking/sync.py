@@ -11,7 +11,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from crl_exp.config.errors import UserError
 from crl_exp.runs.code_state import code_state
 from crl_exp.runs.records import Record, find_records
 from crl_exp.tracking.client import connect, outside_faults, plain, resolved_uri
-from crl_exp.tracking.mlflow_runs import Runs
+from crl_exp.tracking.mlflow_runs import RemovedError, Runs
 from crl_exp.tracking.upload import Uploader
 
 log = logging.getLogger(__name__)
@@ -150,17 +151,29 @@ def send(records: list[Record], place: MlflowTarget) -> str | None:
 
     def work(uploader: Uploader) -> None:
         for sweep in sweeps if len(records) > 1 else []:
-            uploader.runs.look(uploader.parent(sweep))
+            with _unless_removed():
+                uploader.runs.look(uploader.parent(sweep))
         for record in records:
             try:
-                uploader.send(record)
+                with _unless_removed():
+                    uploader.send(record)
             except UserError as error:
                 damaged.append(str(error))
         for sweep in sweeps:
-            uploader.send_sweep(sweep)
+            with _unless_removed():
+                uploader.send_sweep(sweep)
 
     folder = records[0].path if len(records) == 1 else records[0].path.parent
     return _attempt(place, folder, None, work) or "\n".join(damaged) or None
+
+
+@contextmanager
+def _unless_removed() -> Iterator[None]:
+    """What goes while others are sent is no fault."""
+    try:
+        yield
+    except RemovedError as error:
+        log.info("%s", error)
 
 
 def main(argv: list[str]) -> int:
@@ -181,12 +194,44 @@ def main(argv: list[str]) -> int:
         raise UserError(fault)
     named = arguments.output_dir / arguments.path
     folder = arguments.path if arguments.path.is_dir() or not named.is_dir() else named
-    groups: dict[MlflowTarget, list[Record]] = {}
-    for record in find_records(folder):
-        groups.setdefault(place_of(record, arguments.uri), []).append(record)
-    for place, records in groups.items():
-        fault = send(records, place)
-        if fault:
-            raise UserError(fault)
-        print(f"{len(records)} runs up to date in {place.resolved}")
+    removed = _remove(folder, arguments.output_dir)
+    try:
+        records = find_records(folder)
+    except UserError:
+        if removed:
+            return 0  # these were the last ones
+        raise
+    for line in send_all(records, arguments.uri):
+        print(line)
     return 0
+
+
+def _remove(folder: Path, output_dir: Path) -> int:
+    """Tell MLflow of what was removed from the output folder; returns how many runs it had."""
+    from crl_exp.tracking.removal import is_due, send_removals
+
+    folder, n_removed = folder.absolute(), 0
+    places = [folder, folder.parent, folder.parent.parent, output_dir.absolute()]
+    for place in dict.fromkeys(place for place in places if is_due(place)):
+        n_deleted, faults = send_removals(place)
+        if faults:
+            raise UserError("\n".join(faults))
+        print(f"{n_deleted} removed runs deleted in MLflow")
+        n_removed += n_deleted
+    return n_removed
+
+
+def send_all(records: Sequence[Record], uri: str | None = None) -> list[str]:
+    """Send records to where their configs say, or to another MLflow; returns what to tell of it.
+
+    Raises `UserError` with what went wrong.
+    """
+    groups: dict[MlflowTarget, list[Record]] = {}
+    for record in records:
+        groups.setdefault(place_of(record, uri), []).append(record)
+    told = []
+    for place, group in groups.items():
+        if fault := send(group, place):
+            raise UserError(fault)
+        told.append(f"{len(group)} runs up to date in {place.resolved}")
+    return told

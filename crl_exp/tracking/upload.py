@@ -240,6 +240,7 @@ class Uploader:
 
     def send_sweep(self, sweep: Path) -> None:
         """The parent's status, tags and files, such as the code's changes and the report."""
+        self.runs.describe()
         with self.runs.noted(sweep) as sent:
             run_id = self.runs.parent(sent, {})
             self.artifacts(sweep, sent, SWEEP_ARTIFACTS)

@@ -61,17 +61,22 @@ class Installed:
         return done
 
 
-def installed(wheel: Path, folder: Path) -> Installed:
-    """A wheel in an environment of its own.
+def empty(folder: Path) -> Installed:
+    """An environment that has nothing yet and sees this interpreter's dependencies.
 
     A path in a .pth file is looked in behind the environment itself, and the .pth files that lie
     there, an editable install's among them, are not read.
     """
     venv.create(folder, with_pip=False)
-    made = Installed(folder)
     packages = next(folder.glob("lib/python*/site-packages"))
     theirs = [path for path in sys.path if Path(path).name == "site-packages"]
     (packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in theirs))
+    return Installed(folder)
+
+
+def installed(wheel: Path, folder: Path) -> Installed:
+    """A wheel in an environment of its own."""
+    made = empty(folder)
     subprocess.run(
         [sys.executable, "-m", "pip", "--python", str(made.python), "install", "--quiet",
          "--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check",

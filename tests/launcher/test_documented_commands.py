@@ -48,6 +48,23 @@ NOT_RUN = {
     "python -m crl_exp sync outputs --uri http://tracking:5000": "test_tracking_servers.py",
     "python -m crl_exp prefetch +sweep=layerwise model=gemma2_2b_it sae=gemma_scope_2b_res": HUB,
     "python launch.py --help": "test_help.py; test_config.py composes all that it lists",
+    "python -m crl_exp doctor": "test_doctor.py",
+    "python -m crl_exp doctor +sweep=layerwise model=gemma2_2b_it sae=gemma_scope_2b_res "
+    "hydra/launcher=slurm hydra.launcher.partition=gpu": "a cluster; test_doctor.py",
+    "python -m crl_exp rm": "test_rm_and_rename.py",
+    "python -m crl_exp rm SWEEP": "test_rm_and_rename.py",
+    "python -m crl_exp rename": "test_rm_and_rename.py",
+    "python -m crl_exp rename SWEEP NEW": "test_rm_and_rename.py",
+    "python -m crl_exp sync outputs": "test_rm_and_rename.py",
+    "python -m venv .venv && . .venv/bin/activate": "Python's own",
+    "pip wheel -c constraints.txt -w wheelhouse .": "an index; test_wheel.py builds ours",
+    "pip wheel": "an index",
+    "pip download --only-binary": "an index; it fails, which is the point",
+    "pip install --no-index --find-links wheelhouse -c constraints.txt crl-exp": (
+        "wheels of an index; test_wheel.py installs ours so"
+    ),
+    "git clone URL crl_exp && cd crl_exp": "a network",
+    "export HF_HOME=/shared/hub CRL_EXP_CACHE=/shared/crl_exp": "the shell's own",
     "python launch.py --cfg job": "Hydra's own; test_startup.py",
     "python launch.py task.n_tst=3": "refused, which is the point; test_startup.py",
     "python launch.py -m hydra/sweeper=trials hydra.sweeper.n_trials=20 hydra.sweeper.n_jobs=4 "

@@ -61,6 +61,11 @@ def test_help_and_the_config_are_shown_without_libraries():
     assert imported("-m", "--help")[-2:] == DONE
 
 
+def test_a_look_at_the_machine_takes_no_library(tmp_path):
+    words = ("-m", "doctor", "+debug=tiny", f"output_dir={tmp_path}")
+    assert imported(*words, of=MODELS)[-2:] == DONE
+
+
 def test_a_mistyped_key_is_refused_without_libraries():
     said = imported("launch.py", "task.n_tst=3")
     assert said[0].startswith("ended: error: Could not override 'task.n_tst'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 import crl_exp
 from tests.helpers.tiny_run import ROOT
-from tests.helpers.wheels import Installed, built, checkout, installed
+from tests.helpers.wheels import Installed, built, checkout, empty, installed
 
 pytestmark = pytest.mark.slow
 SHIPPED = "crl_exp/config/shipped/"
@@ -133,6 +134,25 @@ def test_a_run_in_an_empty_folder(environment, cache, tmp_path, source):
         environment.program, "status", "outputs/tiny/single", cwd=work, cache=cache
     )
     assert "done" in said.stdout
+
+
+def test_a_folder_of_wheels_is_all_that_an_install_needs(source, tmp_path, cache):
+    """As docs/cluster.md has it, but for the dependencies, which are of an index."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    # --no-build-isolation: setuptools is this environment's. Where the docs' line has an index, pip
+    # fetches it, and makes wheels of dependencies that are published as source alone.
+    made = [*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--quiet",
+            "-c", str(ROOT / "constraints.txt"), "-w", "wheelhouse", str(source)]  # fmt: skip
+    subprocess.run(made, check=True, cwd=tmp_path)
+    assert [path.suffix for path in (tmp_path / "wheelhouse").iterdir()] == [".whl"]
+    there = empty(tmp_path / "environment")
+    # --force-reinstall: it sees what is installed where the dependencies are.
+    taken = [*pip, "--python", str(there.python), "install", "--no-deps", "--no-index", "--quiet",
+             "--force-reinstall", "--find-links", "wheelhouse",
+             "-c", str(ROOT / "constraints.txt"), "crl-exp"]  # fmt: skip
+    subprocess.run(taken, check=True, cwd=tmp_path)
+    said = there.run(there.program, "doctor", "+debug=tiny", cwd=tmp_path, cache=cache).stdout
+    assert " 0 failed" in said and str(there.folder) in said
 
 
 COMPOSED = """

@@ -10,6 +10,7 @@ from crl_exp.config.errors import UserError
 from crl_exp.config.keys import frozen_config
 from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.launch import submitted_text
+from crl_exp.launcher.planning.memory import with_memory
 from crl_exp.launcher.planning.packs import pack_lines, packs_of
 from crl_exp.launcher.planning.plan import Point, look_at_inputs
 from crl_exp.launcher.settings import SlurmSettings, changed, make_settings
@@ -81,7 +82,8 @@ def _start(record: Record, sweep: SweepFile, overrides: list[str]) -> Start:
     later = {"pack": 1, "assumed_change": 0.2, "assumed_seed_deviation": 0.01}
     values = {**later, **part["settings"]}
     settings = changed(make_settings(submission["launcher"], values), overrides)
-    return Start(RunDirectory(frozen_config(record.path)), settings)
+    config = frozen_config(record.path)
+    return Start(RunDirectory(config), with_memory(settings, config))
 
 
 def _go_back(folder: str) -> None:
