@@ -20,7 +20,7 @@ def find_rows(name: str, output_dir: Path) -> tuple[str, Row]:
     record = _run(name, output_dir)
     if record is not None:
         if record.result is None:
-            raise UserError(f"{name} is {record.state}: it has no result to compare")
+            raise UserError(f"{name} is {record.state}: it has no result yet")
         return _named_run(record)
     sweep, colon, wanted = name.partition(":")
     if not colon:
