@@ -54,8 +54,8 @@ def the_item(items: Sequence[Answered], wanted: str) -> Answered:
     if begun:
         listed = ", ".join(one.item_id for one in begun[:5])
         raise UserError(
-            f"--item {wanted}: {len(begun)} items' ids begin so ({listed}{', …' * (len(begun) > 5)})"
-            "; give more of it"
+            f"--item {wanted}: the ids of {len(begun)} items begin so, such as {listed}; give more "
+            "of it"
         )
     raise UserError(
         f"--item {wanted}: no item has this id{did_you_mean(wanted, list(by_id))}; items are "

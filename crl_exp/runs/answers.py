@@ -58,6 +58,15 @@ WHICH: dict[str, Callable[[Answered], bool]] = {
 }
 
 
+def has_answers(run: Record) -> bool:
+    """Whether the run has kept them. Raises `UserError` for a damaged file."""
+    path = run.path / NAME
+    try:
+        return path.exists() and set(TEXTS.names) <= set(pq.read_schema(path).names)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); resume=force runs it again") from error
+
+
 def answers(run: Record, split: str = "test") -> list[Answered]:
     """All items of a split with their answers, in the order of evaluation.
 
