@@ -11,6 +11,7 @@ from rich.console import Console
 from crl_exp.config.display import number, plain, undefined
 from crl_exp.config.errors import UserError
 from crl_exp.report.comparison.rows import Row, SweepComparison
+from crl_exp.report.examples import read_row
 from crl_exp.report.labels import labels
 from crl_exp.report.parts import compare_parts
 from crl_exp.report.row_names import address
@@ -108,8 +109,7 @@ def print_sweep(runs: Sequence[Record]) -> None:
             name = f"{folder.name}: {part.title}" if part.title else folder.name
             print_table(console, name, COLUMNS, sweep_cells(part.sweep))
         first = parts.parts[0]
-        able = [row for row in first.sweep.rows if row.method != "none"]
-        best = max(able, key=lambda row: (not row.control, row.validation), default=None)
+        best = read_row(first.sweep)
     sweep = shlex.quote(folder.name if folder.parent == Path("outputs").absolute() else str(folder))
     next_ = {
         f"report {sweep}": "all tables, figures and a page",

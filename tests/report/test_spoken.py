@@ -98,7 +98,7 @@ def test_a_sweep_ends_with_a_table_of_its_own_runs(tmp_path, capsys):
 def test_the_best_on_validation_is_offered_to_be_read(tmp_path, capsys):
     runs = [
         with_answers(finished_run(config(tmp_path, method, (8,)), 0.1, validation=rise))
-        for method, rise in (("corrsteer_s", 0.2), ("crl", 0.1), ("random", 0.3))
+        for method, rise in (("corrsteer_s", 0.2), ("corrsteer_a", 0.1), ("random", 0.3))
     ]
     print_sweep([Record(run.path) for run in runs])
     assert f"show {tmp_path}/demo:CorrSteer-S@8 --fixed" in capsys.readouterr().out
