@@ -46,6 +46,7 @@ COMMANDS = {
     "sync": ("crl_exp.tracking.sync", "bring MLflow up to date with the run directories"),
     "report": ("crl_exp.report.command", "tables and figures of a finished sweep"),
     "compare": ("crl_exp.report.compare", "two runs, or rows of a report, on the same items"),
+    "show": ("crl_exp.report.show", "a run's answers beside the unsteered ones"),
     "train-sae": ("crl_exp.launcher.commands.train_sae", "train SAEs of a model, a layer each"),
     "bench": ("crl_exp.launcher.bench.command", "measure speed and memory, in ratios"),
     "options": (

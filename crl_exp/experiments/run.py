@@ -34,6 +34,14 @@ log = logging.getLogger(__name__)
 VERSIONS = ("crl_exp", "torch", "transformers", "sae-lens", "mlflow", "hydra-core")
 
 
+class FinishedError(UserError):
+    """The run asked for is finished already. result: what its result.json holds."""
+
+    def __init__(self, message: str, result: dict[str, Any]):
+        super().__init__(message)
+        self.result = result
+
+
 class RunHost:
     """Where a run takes place: in this process by itself. `crl_exp.experiments.packing` has others.
 
@@ -61,7 +69,8 @@ def run_experiment(
     place: in a pack of runs; see `crl_exp.experiments.packing`.
     Returns None where the run is left alone: with resume=retry unless it failed, was lost or
     cancelled, and in a sweep where another process has it.
-    Raises `UserError` for whatever the user can mend; asked to end early, `Preempted`.
+    Raises `UserError` for whatever the user can mend (`FinishedError`: it holds the result); asked
+    to end early, `Preempted`.
     """
     exp = configs.experiment(config)
     layers = configs.validate(exp)
@@ -82,7 +91,7 @@ def run_experiment(
             refuse_changed_inputs(exp, layers, run)
             done = None if run.from_scratch else run.result()
             if done is not None:
-                _already(run, skip_finished)
+                _already(run, skip_finished, done)
                 return done
             return _attempt(exp, layers, run, place or RunHost())
     except HeldError as error:
@@ -112,13 +121,14 @@ def refuse_changed_inputs(exp: Experiment, layers: list[int], run: RunDirectory)
         raise UserError(fault)
 
 
-def _already(run: RunDirectory, skip_finished: bool) -> None:
+def _already(run: RunDirectory, skip_finished: bool, done: dict[str, Any]) -> None:
     if run.status().get("state") != "done":
         run.set_status("done")  # killed between its result and its status
     if not skip_finished:
-        raise UserError(
+        raise FinishedError(
             f"this run is already finished: {run.result_path}. "
-            "Add resume=force to run it again from the start"
+            "Add resume=force to run it again from the start",
+            done,
         )
     run.renumber()
     log.info("already finished, skipped: %s", run.path)

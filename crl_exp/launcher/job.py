@@ -22,8 +22,10 @@ from crl_exp.experiments.run import run_experiment
 from crl_exp.experiments.turns import Outcome
 from crl_exp.launcher.commands import logs
 from crl_exp.launcher.local_workers import next_job
+from crl_exp.report.spoken import result_line
 from crl_exp.runs import slurm
 from crl_exp.runs.preemption import Preempted
+from crl_exp.runs.result import Result
 from crl_exp.runs.status import RunStatus
 
 log = logging.getLogger(__name__)
@@ -120,6 +122,8 @@ def _run_together(directories: Sequence[Path]) -> int:
     for runs in alike.values():
         for (path, _), outcome in zip(runs, _outcomes([run[1] for run in runs]), strict=True):
             failed |= _is_failure(path, outcome)
+            if isinstance(outcome, dict):
+                log.info("%s: %s", path.name, result_line(Result.read(outcome)))
     return int(failed)
 
 

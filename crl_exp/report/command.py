@@ -8,7 +8,6 @@ import re
 import shlex
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from crl_exp.report.comparison.feature_credit import (
@@ -22,6 +21,7 @@ from crl_exp.report.comparison.feature_credit import (
 from crl_exp.report.comparison.feature_use import metric_lines
 from crl_exp.report.comparison.pairs import chosen_pairs
 from crl_exp.report.comparison.rows import SweepComparison
+from crl_exp.report.examples import read_row
 from crl_exp.report.figures import analyses as analysis_figure
 from crl_exp.report.figures import by_labels as label_figure
 from crl_exp.report.figures import features as feature_figures
@@ -40,8 +40,8 @@ from crl_exp.report.tables.analyses import CSV as ANALYSES_CSV
 from crl_exp.report.tables.analyses import layer_lines
 from crl_exp.report.tables.groups import GROUP_CSV, group_lines
 from crl_exp.report.tables.pairs import PAIR_CSV, pair_line
-from crl_exp.runs.directory import SWEEP_CONFIG
-from crl_exp.runs.records import Record, find_records, find_sweep
+from crl_exp.runs.answers import has_answers
+from crl_exp.runs.records import Record, find_records, find_sweep, typed_for
 from crl_exp.tracking.report import attach_report
 from crl_exp.tracking.sync import resolved_uri
 
@@ -130,11 +130,10 @@ def write_texts(part: ReportPart, files: Files) -> list[FeatureCredit]:
 
 def typed_for_all(folder: Path) -> list[str]:
     """Overrides of the sweep's command that held for all its runs, but for those of `CHANGED`."""
-    path = folder / SWEEP_CONFIG
-    asked = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
-    typed: list[str] = OmegaConf.select(asked, "hydra.overrides.task") or []
     kept = [
-        one for one in typed if not _swept(one) and one.lstrip("+").split("=")[0] not in CHANGED
+        one
+        for one in typed_for(folder)
+        if not _swept(one) and one.lstrip("+").split("=")[0] not in CHANGED
     ]
     if folder.parent != Path("outputs") and not any(one.startswith("output_dir=") for one in kept):
         kept.append(f"output_dir={folder.parent}")
@@ -171,6 +170,11 @@ def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:
         f"{launch} layers.layer={which} resume=force": "again from the start",
         see if tracking["enabled"] else f"python -m crl_exp sync {folder}": "all runs in MLflow",
     }
+    if (row := read_row(sweep)) is not None and has_answers(row.runs[0]):
+        place = folder if folder.parent == Path("outputs") else row.runs[0].path.parent
+        lines[f"python -m crl_exp show {shlex.quote(str(place / row.runs[0].key))} --fixed"] = (
+            "answers that came right"
+        )
     width = max(map(len, list(lines)[:3]))
     return [f"{line:<{width}}  # {why}" for line, why in lines.items()]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from crl_exp.config.display import plain
 from crl_exp.report.comparison.feature_credit import FeatureCredit
 from crl_exp.report.comparison.rows import SweepComparison
+from crl_exp.report.examples import examples
 from crl_exp.report.parts import ReportPart, SweepParts
 from crl_exp.report.tables.cells import (
     COLUMNS,
@@ -30,7 +33,7 @@ from crl_exp.report.tables.cells import (
 )
 from crl_exp.report.tables.further import further_tables
 from crl_exp.report.tables.notes import headline, notes
-from crl_exp.runs.records import Record
+from crl_exp.runs.records import Record, typed_for
 
 ASSETS = Path(__file__).parent / "assets"
 FEATURES_SHOWN = 300
@@ -65,7 +68,8 @@ CAPTIONS = {
 
 def page(parts: SweepParts, figures: dict[str, list[Path]], credits: dict[str, list]) -> str:
     """The page. figures, credits: by the folder of a part (`` for what is of all parts)."""
-    body = [f"<h1>{escape(parts.name)}</h1>", f'<p class="about">{_about(parts)}</p>']
+    body = [f"<h1>{escape(parts.name)}</h1>", f'<p class="about">{_about(parts)}</p>',
+            *_made_by(parts)]  # fmt: skip
     if parts.several:
         body += _overview(parts, figures.get("", []))
     for part in parts.parts:
@@ -96,6 +100,20 @@ def _about(parts: SweepParts) -> str:
     scorers = ", ".join(sorted({r["scorer"] for r in results}))
     code = f"; code {', '.join(commits)}" if commits else ""
     return escape(f"{told}; scored by {scorers}{code}.")
+
+
+def _made_by(parts: SweepParts) -> list[str]:
+    """The command that made the sweep, as it was launched the last time."""
+    some = parts.parts[0].sweep.first.path.parent
+    asked = typed_for(some, launcher=True)
+    # where MLflow is may hold a password, and changes no result
+    typed = [shlex.quote(plain(x)) for x in asked if not x.lstrip("+").startswith("tracking.uri=")]
+    if not asked:
+        return [
+            '<p class="about">Its runs were started one by one; each config.yaml says what by.</p>'
+        ]
+    made = escape(" ".join(["python launch.py -m", *typed]))
+    return [f'<p class="about">Launched last by <code>{made}</code></p>']
 
 
 def _overview(parts: SweepParts, figures: list[Path]) -> list[str]:
@@ -133,6 +151,7 @@ def _section(
         found += [f"<h3>{escape(set_title(sweep))}</h3>", table(set_columns(sweep), cells, 2)]
     found += _further(sweep)
     found += ['<div class="figures">', *map(figure, figures), "</div>"]
+    found += examples(sweep)
     found += _features(credits) + _runs(sweep) + _not_finished(sweep.unfinished)
     return ["<section>", *found, "</section>"]
 

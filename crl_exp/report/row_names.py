@@ -20,7 +20,7 @@ def find_rows(name: str, output_dir: Path) -> tuple[str, Row]:
     record = _run(name, output_dir)
     if record is not None:
         if record.result is None:
-            raise UserError(f"{name} is {record.state}: it has no result to compare")
+            raise UserError(f"{name} is {record.state}: it has no result yet")
         return _named_run(record)
     sweep, colon, wanted = name.partition(":")
     if not colon:
@@ -69,10 +69,10 @@ def _row(sweep: str, wanted: str, output_dir: Path) -> tuple[str, Row]:
         found = [max(found, key=lambda one: one[1].validation)]
     if len(found) == 1:
         part, row = found[0]
-        return f"{sweep}:{_address(part, row)}", row
-    known = [_address(part, row) for part, row in rows]
+        return f"{sweep}:{address(part, row)}", row
+    known = [address(part, row) for part, row in rows]
     if named and at and not found:
-        known = [_address(part, row) for part, row in named]
+        known = [address(part, row) for part, row in named]
     what = f"several rows of {sweep} are {wanted!r}" if found else f"{sweep} has no row {wanted!r}"
     raise UserError(
         f"{what}{did_you_mean(wanted, known)}\nits rows:\n"
@@ -94,7 +94,7 @@ def _layers(text: str) -> str:
     return text.replace(" or ", ",").replace(" ", "").replace("–", "")
 
 
-def _address(part: ReportPart, row: Row) -> str:
+def address(part: ReportPart, row: Row) -> str:
     layers = ",".join(map(str, row.layers))
     family = f"{part.title} {row.family}".strip()
     return f"{family}@{layers}" if layers and row.method != "none" else family

@@ -33,6 +33,16 @@ ITEMS = pa.schema(
 subject, category or the like, "" where it has none. Readers name the columns that they want: others
 may stand beside them."""
 GROUP = "group"  # not in files of earlier versions
+TEXTS = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("target", pa.string()),
+        ("answer_baseline", pa.string()),
+        ("answer_steered", pa.string()),
+    ]
+)
+"""More columns, not in files of earlier versions: the user's turn as the task has it, the right
+answer (null where items have none), and what was answered, unsteered and steered."""
 BATCH_ROWS = 500_000
 
 
@@ -53,6 +63,16 @@ class ItemRewards:
     groups: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True)
+class ItemTexts:
+    """What items ask and what was answered, in their order; see `TEXTS`."""
+
+    prompts: Sequence[str]
+    targets: Sequence[str | None]
+    baseline: Sequence[str]
+    steered: Sequence[str]
+
+
 def items_table(
     split: str,
     ids: Sequence[str],
@@ -60,14 +80,25 @@ def items_table(
     steered: Sequence[float],
     changed: Sequence[bool],
     groups: Sequence[str],
+    texts: ItemTexts | None = None,
 ) -> pa.Table:
-    """A split's part of items.parquet."""
-    columns = {
+    """A split's part of items.parquet. texts: None in files as earlier versions wrote them."""
+    columns: dict[str, list[Any]] = {
         "item_id": list(ids), "split": [split] * len(ids), "reward_baseline": list(baseline),
         "reward_steered": list(steered), "changed": [bool(one) for one in changed],
         "group": list(groups),
     }  # fmt: skip
-    return pa.table(columns, schema=ITEMS)
+    if texts is None:
+        return pa.table(columns, schema=ITEMS)
+    given = (texts.prompts, texts.targets, texts.baseline, texts.steered)
+    for name, values in zip(TEXTS.names, given, strict=True):
+        columns[name] = [None if value is None else storable(value) for value in values]
+    return pa.table(columns, schema=pa.schema([*ITEMS, *TEXTS]))
+
+
+def storable(text: str) -> str:
+    """Text as UTF-8 can hold it: half a pair of surrogates is written out, and all else kept."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def write_items(folder: Path, tables: Sequence[pa.Table]) -> None:

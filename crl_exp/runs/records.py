@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from crl_exp.config import compatibility
 from crl_exp.config.errors import UserError, did_you_mean
-from crl_exp.config.files import read_json
+from crl_exp.config.files import SWEEP_CONFIG, read_json
 from crl_exp.config.keys import read_config
 from crl_exp.runs.heartbeat import HEARTBEAT_SECONDS
 
@@ -141,6 +141,18 @@ def find_sweep(name: str, output_dir: Path) -> Path:
     there = sorted({path.parent.parent.name for path in output_dir.glob("*/*/config.yaml")})
     listed = f"; {output_dir} has {', '.join(there)}" if there else ""
     raise UserError(f"no sweep {name!r} in {output_dir}{did_you_mean(name, there)}{listed}")
+
+
+def typed_for(sweep: Path, launcher: bool = False) -> list[str]:
+    """Overrides that the sweep in this folder was launched by the last time; [] where none was.
+
+    launcher: with Hydra's own, which say how it was launched.
+    """
+    path = sweep / SWEEP_CONFIG
+    asked = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    own: list[str] = (OmegaConf.select(asked, "hydra.overrides.hydra") or []) if launcher else []
+    typed: list[str] = OmegaConf.select(asked, "hydra.overrides.task") or []
+    return [one for one in own if not one.startswith("hydra.mode=")] + list(typed)
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

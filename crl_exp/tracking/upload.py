@@ -31,6 +31,7 @@ from crl_exp.tracking.content import (
     tags,
 )
 from crl_exp.tracking.mlflow_runs import Runs, code_of_the_last, ended, status_of, status_of_all
+from crl_exp.tracking.samples import send_samples
 from crl_exp.tracking.sent import Sent, Tail, digest
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Uploader:
             self._result(record, sent, run)
             self.artifacts(record.path, sent, (*ARTIFACTS, "status.json") if over else ARTIFACTS)
             self._status(record, run)
+            send_samples(record, sent, run, self.client, _stored)
         return whole
 
     def _texts(self, record: Record, sent: Sent) -> None:

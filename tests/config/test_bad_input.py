@@ -379,7 +379,8 @@ def test_a_finished_run_is_kept(common):
 
 @pytest.mark.slow
 def test_a_sweep_runs_what_is_missing(tiny_files, tmp_path):
-    """`launch.py` itself: with -m a finished run is skipped, without it is refused."""
+    """`launch.py` itself: with -m a finished run is skipped, without it is shown again. Both say
+    what came of them."""
     sizes = [f"{key}={SMALL[key]}" for key in ("task.n_train", "task.n_validation", "task.n_test")]
     common = [*tiny_files.overrides(), *sizes, f"output_dir={tmp_path}", "layers.layer=1"]
 
@@ -392,10 +393,21 @@ def test_a_sweep_runs_what_is_missing(tiny_files, tmp_path):
     assert len(list(tmp_path.glob("single/*/result.json"))) == 2
     second = launch("-m", "method=none,corrsteer_s,corrsteer_a", python=forking.python())
     assert second.returncode == 0 and second.stdout.count("already finished, skipped") == 2
-    assert len(list(tmp_path.glob("single/*/result.json"))) == 3
+    results = {p: p.read_bytes() for p in tmp_path.glob("single/*/result.json")}
+    assert len(results) == 3
+    table = second.stdout.split("already finished, skipped")[-1]
+    for name in ("unsteered", "CorrSteer-S", "CorrSteer-A"):
+        assert re.search(rf"^{name} +\S+ +1 +16 +\S+ → \S+ % +[+-]\d", table, re.M), table
+    assert "crl_exp report " in table and "crl_exp show " in table
     alone = launch("method=none", python=forking.python())
-    assert alone.returncode == 1 and "resume=force" in alone.stderr
-    assert "Traceback" not in alone.stderr
+    assert alone.returncode == 0 and "Traceback" not in alone.stderr
+    assert "already finished" in alone.stdout and "resume=force" in alone.stdout
+    folder = next(p.parent for p in results if json.loads(p.read_text())["method"] == "none")
+    assert re.search(
+        r"^unsteered.*, seed 0: accuracy .*, \+0\.0 \[0\.0, 0\.0\] points .*, n = 16 test items$",
+        alone.stdout, re.M,
+    ) and f"python -m crl_exp show {folder} --fixed" in alone.stdout  # fmt: skip
+    assert {p: p.read_bytes() for p in results} == results
 
 
 def test_a_checkpoint_of_another_config(common):

@@ -78,6 +78,7 @@ NOT_RUN = {
     "python -m crl_exp compare 'demo:plain CRL' 'demo:plain CorrSteer-S' --items 50": (
         "test_compare.py"
     ),
+    "python -m crl_exp show 'demo:plain CRL@22' --broken --limit 50": "test_show.py",
     "python -m crl_exp compare demo/0123456789ab other/ba9876543210": "test_compare.py",
     "python -m tests.helpers.simulated": f"{LONG}, and writes into docs/; test_simulated.py",
     "git apply": "of a diff of one's own",

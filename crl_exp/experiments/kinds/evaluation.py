@@ -18,7 +18,7 @@ from crl_exp.config.files import replacing
 from crl_exp.experiments.kinds.quality import quality
 from crl_exp.experiments.workspace import RunWorkspace
 from crl_exp.generation.controller import Unsteered
-from crl_exp.runs.items import items_table, write_items
+from crl_exp.runs.items import ItemTexts, items_table, write_items
 from crl_exp.steering.answerer import Answering
 from crl_exp.steering.answers import Answers
 from crl_exp.steering.controllers.policy import PolicyController
@@ -147,12 +147,16 @@ def _warn_of_harm(workspace: RunWorkspace, validation: dict[str, Any]) -> None:
 
 
 def _items(workspace: RunWorkspace, split: str, answers: Answers) -> pa.Table:
-    """A split's items with their rewards."""
+    """A split's items with their rewards and answers."""
     baseline, items = workspace.baseline(split), workspace.splits.named()[split]
     return items_table(
         split, [item.item_id for item in items], baseline.reward_B.tolist(),
         answers.reward_B.tolist(), changed_outputs(baseline, answers).tolist(),
         [item.group for item in items],
+        ItemTexts(
+            [item.user for item in items], [item.target for item in items],
+            baseline.generation.texts, answers.generation.texts,
+        ),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.experiments.base import ExperimentKind
 from crl_exp.experiments.workspace import RunWorkspace
 from crl_exp.runs import preemption
-from crl_exp.runs.items import items_table, write_items
+from crl_exp.runs.items import ItemTexts, items_table, write_items
 from crl_exp.runs.preemption import CheckpointTimer
 from crl_exp.runs.result import Figure, Result, Series
 from crl_exp.steering.methods.baselines.options import right_options
@@ -315,6 +315,10 @@ class Probing(ExperimentKind):
                 items_table(
                     split, [item.item_id for item in items], was.tolist(), now.tolist(),
                     other.tolist(), [item.group or "" for item in items],
+                    ItemTexts(
+                        [item.user for item in items], [item.target for item in items],
+                        baseline.generation.texts, said,
+                    ),
                 )
             )  # fmt: skip
         write_items(workspace.run.path, tables)

@@ -103,12 +103,9 @@ def undefined_lines(sweep: SweepComparison) -> list[str]:
 def headline(sweep: SweepComparison) -> str | None:
     """CRL at its best on validation, of all its variants, against the rival that does best there,
     baselines included, and against the best CorrSteer where that is another."""
-    able = [row for row in sweep.rows if not row.control and row.method != "none"]
-    learned = [row for row in able if _is_crl(row)]
-    rivals = [row for row in able if not _is_crl(row)]
-    if not learned or not rivals:
+    best, rivals = headline_row(sweep), [row for row in _able(sweep) if not _is_crl(row)]
+    if best is None or not rivals:
         return None
-    best = max(learned, key=lambda row: row.validation)
     rival = max(rivals, key=lambda row: row.validation)
     told = [f"Best on validation, measured on test: {_named(best)}; against the best of all other "
             f"methods, baselines included: {_against(best, rival)}."]  # fmt: skip
@@ -117,6 +114,16 @@ def headline(sweep: SweepComparison) -> str | None:
         corrsteer = max(fixed, key=lambda row: row.validation)
         told.append(f"Against the best CorrSteer: {_against(best, corrsteer)}.")
     return " ".join(told)
+
+
+def headline_row(sweep: SweepComparison) -> Row | None:
+    """CRL at its best on validation, of all its variants; None where there is no CRL."""
+    learned = [row for row in _able(sweep) if _is_crl(row)]
+    return max(learned, key=lambda row: row.validation, default=None)
+
+
+def _able(sweep: SweepComparison) -> list[Row]:
+    return [row for row in sweep.rows if not row.control and row.method != "none"]
 
 
 def _is_crl(row: Row) -> bool:

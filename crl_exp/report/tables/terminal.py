@@ -122,7 +122,7 @@ def _markdown_cell(text: str) -> str:
 def print_parts(parts: SweepParts, console: Console) -> None:
     """Where there are several parts, methods by part first; then each part."""
     if parts.several:
-        _print_table(console, parts.name, overview_columns(parts), overview_cells(parts))
+        print_table(console, parts.name, overview_columns(parts), overview_cells(parts))
         console.print(OVERVIEW_NOTE, highlight=False, markup=False)
     for part in parts.parts:
         if parts.several:
@@ -137,7 +137,7 @@ def print_report(sweep: SweepComparison, console: Console) -> None:
     kept = [i for i, column in enumerate(COLUMNS) if column not in left_out]
     cells = [[main_cells(sweep, row)[i] for i in kept] for row in sweep.rows]
     if cells:
-        _print_table(console, title(sweep), [COLUMNS[i] for i in kept], cells)
+        print_table(console, title(sweep), [COLUMNS[i] for i in kept], cells)
     else:
         console.print(plain(title(sweep)), highlight=False, markup=False)
     if left_out:
@@ -147,19 +147,17 @@ def print_report(sweep: SweepComparison, console: Console) -> None:
         console.print(plain(line), highlight=False, markup=False)
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
-        _print_table(console, set_title(sweep), set_columns(sweep), cells)
+        print_table(console, set_title(sweep), set_columns(sweep), cells)
     for more in further_tables(sweep):
         console.print()
-        _print_table(console, more.title, more.columns, more.lines)
+        print_table(console, more.title, more.columns, more.lines)
         for line in more.notes:
             console.print(plain(line), highlight=False, markup=False)
     for line in unfinished(sweep.unfinished):
         console.print(f"not finished: {plain(line)}", style="yellow", highlight=False, markup=False)
 
 
-def _print_table(
-    console: Console, name: str, columns: Sequence[str], rows: list[list[str]]
-) -> None:
+def print_table(console: Console, name: str, columns: Sequence[str], rows: list[list[str]]) -> None:
     """Numbers are never wrapped; a method is named once. Names may hold what looks like markup."""
     table = Table(title=escape(plain(name)), title_justify="left", box=SIMPLE_HEAD,
                   padding=(0, 1, 0, 0), show_edge=False)  # fmt: skip
