@@ -51,8 +51,8 @@ def examples(sweep: SweepComparison) -> list[str]:
     where = f", {word} {row_layers(row)}" if row.layers else ""
     why = "CRL's" if row is headline_row(sweep) else "of all"
     told = (
-        f"{row.family}{where}, seed {run.config['seed']}: the row that did best on validation, {why}. "
-        f"Of {len(items):,} test items {counts}, drawn by a hash of their ids with "
+        f"{row.family}{where}, seed {run.config['seed']}: the row that did best on validation, "
+        f"{why}. Of {len(items):,} test items {counts}, drawn by a hash of their ids with "
         f"seed {DRAWN_BY}: nobody chose them. Texts are cut at {CHARACTERS} characters; `python -m "
         f"crl_exp show {run.sweep}/{run.key} --fixed` has all of them, whole."
     )
