@@ -152,7 +152,7 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: RunHost) 
         workspace.before_statistics = lambda: place.warming_up(workspace)
         preemption.check()
     if commits := hub_commits(exp, layers):
-        workspace.note("hub commits", commits)
+        workspace.note("hub_commits", commits)
     noted = note_data(run, workspace.splits, workspace.lm, workspace.fed)
     found = exp.experiment.run(workspace).plain()
     seconds = {phase: run.progress.seconds.get(phase, 0.0) for phase in PHASES}

@@ -285,4 +285,6 @@ def test_the_hubs_commits_are_those_that_its_local_cache_holds(tmp_path, monkeyp
     assert found() == {release: "a" * 40, data: "b" * 40}
     assert found("model.revision=" + "c" * 40)["model.path=google/gemma-2-2b-it"] == "c" * 40
     assert found("task.revision=other") == {release: "a" * 40}, "another than the cache holds"
-    assert found("task.data_files=mine.jsonl", "sae.release=null", "sae.folder=here") == {}
+    assert found("task.data_files=mine.jsonl") == {release: "a" * 40}
+    tiny = configs.experiment(small(["+debug=tiny"]))
+    assert hub_commits(tiny, [12]) == {}
