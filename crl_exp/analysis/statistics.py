@@ -173,17 +173,20 @@ def crossed(value_SI: np.ndarray) -> Crossed:
     return crossed_parts(value_SI.mean(axis=1), v_items, v_of_one, n)
 
 
-def crossed_parts(value_S: np.ndarray, v_items: float, v_of_one: float, n: int) -> Crossed:
+def crossed_parts(
+    value_S: np.ndarray, v_items: float, v_of_one: float, n: int, taken_off: float = 1.0
+) -> Crossed:
     """Of each seed's value over all items, and two variances that the items cause: of the seeds'
     mean, and of one seed's value.
 
-    Where single items aren't known, `v_of_one` for both: somewhat too wide.
+    Where single items aren't known, `v_of_one` for both: somewhat too wide. taken_off: the share of
+    the noise that is taken off the variance of the seeds' means.
     """
     n_seeds = len(value_S)
     if n_seeds == 1:
         return Crossed(float(value_S[0]), v_items, 0.0, 1.0, n)
     noise = max(v_of_one - v_items, 0.0) / (n_seeds - 1)  # σ_e²/(I·S)
-    v_seeds = max(float(value_S.var(ddof=1)) / n_seeds - noise, 0.0)
+    v_seeds = max(float(value_S.var(ddof=1)) / n_seeds - taken_off * noise, 0.0)
     return Crossed(float(value_S.mean()), v_items, v_seeds, n_seeds - 1.0, n)
 
 

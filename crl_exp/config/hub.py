@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def cached_commit(repo_id: str, kind: str = "model", revision: str | None = None) -> str | None:
+    """The commit at which the hub's local cache holds a revision (null: the default branch) of a
+    repository, without a look at the network; None where it doesn't hold it.
+
+    kind: `model` or `dataset`. A revision that is a commit is taken as it is.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind)
+    ref = folder / "refs" / (revision or "main")
+    said = ref.read_text("utf-8").strip() if ref.is_file() else ""
+    return said if COMMIT.fullmatch(said) else None
 
 
 def hub_trouble(error: BaseException, repo_id: str) -> str | None:

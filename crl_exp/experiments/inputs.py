@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from crl_exp.config.files import home
+from crl_exp.config.hub import cached_commit
 from crl_exp.experiments.config import Experiment, with_sae
 from crl_exp.runs.inputs import Inputs, digest, folder_digest, sae_digest
 from crl_exp.steering.feature_lists import list_file
@@ -29,6 +30,26 @@ def inputs_of(exp: Experiment, layers: list[int]) -> Inputs:
         if of_sae := sae_digest(exp.sae, layer):
             found[f"sae.folder={exp.sae.folder}, layer {layer}"] = of_sae
     return found
+
+
+def hub_commits(exp: Experiment, layers: list[int]) -> dict[str, str]:
+    """Of what of the model, the SAEs and the data comes from the hub, the commit that lies in its
+    local cache, by the key of the config that names it; {} where nothing does, or none is known.
+
+    Not compared: keys hold `revision`, and a run's result says what it was made with.
+    """
+    asked: list[tuple[str, str, str, str | None]] = []
+    path = exp.model.path
+    if not path.startswith(("asset:", "tiny:")) and not home(path, "model.path").is_dir():
+        asked.append((f"model.path={path}", path, "model", exp.model.revision))
+    if with_sae(exp, layers) and exp.sae.folder is None:
+        asked.append((f"sae.release={exp.sae.release}", exp.sae.repo_id, "model", None))
+    hub_id = getattr(exp.task, "hub_id", None)
+    if isinstance(hub_id, str) and getattr(exp.task, "data_files", None) is None:
+        revision = getattr(exp.task, "revision", None)
+        asked.append((f"task.hub_id={hub_id}", hub_id, "dataset", revision))
+    found = {key: cached_commit(*of) for key, *of in asked}  # type: ignore[arg-type]
+    return {key: commit for key, commit in found.items() if commit is not None}
 
 
 def task_inputs(task: Any) -> Inputs:

@@ -15,7 +15,7 @@ from crl_exp.config.files import defined
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.config import Experiment
 from crl_exp.experiments.fed import note_data
-from crl_exp.experiments.inputs import inputs_of
+from crl_exp.experiments.inputs import hub_commits, inputs_of
 from crl_exp.experiments.shared import shared_splits
 from crl_exp.experiments.workspace import RunWorkspace
 from crl_exp.generation.engine import Engine, EngineConfig
@@ -161,6 +161,8 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: RunHost) 
         workspace = RunWorkspace(exp, layers, run, place.engine)
         workspace.before_statistics = lambda: place.warming_up(workspace)
         preemption.check()
+    if commits := hub_commits(exp, layers):
+        workspace.note("hub_commits", commits)
     noted = note_data(run, workspace.splits, workspace.lm, workspace.fed)
     found = exp.experiment.run(workspace).plain()
     seconds = {phase: run.progress.seconds.get(phase, 0.0) for phase in PHASES}

@@ -6,11 +6,13 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -120,13 +122,37 @@ def people_errors(interrupted: str = "interrupted") -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(plain(f"error: {explain(error)}"))
-    except ValueError as error:
-        if not bad_group(error):
+    except (ValueError, yaml.YAMLError) as error:
+        if (said := other_fault(error)) is None:
             raise
-        sys.exit(f"error: {error}. An option is chosen by its name: GROUP=NAME")
+        sys.exit(plain(f"error: {said}"))
 
 
-def bad_group(error: ValueError) -> bool:
+def other_fault(error: Exception) -> str | None:
+    """What a person can mend of what Hydra lets through as others raised it; None: nothing."""
+    if bad_group(error):
+        return f"{error}. An option is chosen by its name: GROUP=NAME"
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
+        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"{error.name}, character {error.position + 1} of the file: {error.reason}"
+    return _other_encoding(error) if isinstance(error, UnicodeDecodeError) else None
+
+
+def _other_encoding(error: UnicodeDecodeError) -> str | None:
+    """Of the YAML file that Hydra was reading, which it says nowhere but in a variable."""
+    from crl_exp.tasks.data.files import users_text
+
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if path := frame.f_locals.get("full_path"):
+            try:
+                users_text(Path(path), "a YAML file")
+            except UserError as said:
+                return str(said)
+    return None
+
+
+def bad_group(error: Exception) -> bool:
     """Whether it is Hydra's own about an override of a group, which has no class of its own."""
     return str(error).startswith("Config group override must be")
 

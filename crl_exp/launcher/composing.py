@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.errors import HydraException
@@ -14,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import home
-from crl_exp.launcher.command_line import bad_group, explain, many_runs
+from crl_exp.launcher.command_line import explain, many_runs, other_fault
 from crl_exp.launcher.hydra_apart import loader_apart
 from crl_exp.launcher.planning.written import check_written
 
@@ -37,10 +38,10 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
             config = loader.load_configuration("config", list(overrides), RunMode.RUN)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
-    except ValueError as error:
-        if isinstance(error, UserError) or not bad_group(error):
+    except (ValueError, yaml.YAMLError) as error:
+        if isinstance(error, UserError) or (said := other_fault(error)) is None:
             raise
-        raise UserError(f"{error}. An option is chosen by its name: GROUP=NAME") from error
+        raise UserError(said) from error
     if fault := many_runs(config.hydra):
         raise UserError(f"{fault}: `crl-exp launch -m {' '.join(overrides)}` starts them")
     check_written(config.hydra, [config])

@@ -136,6 +136,11 @@ class SAEConfig:
             )
         return entry
 
+    @property
+    def repo_id(self) -> str:
+        """Of the release, on the hub."""
+        return str(self._published().repo_id)
+
     def allowed_for(self, model_name: str) -> str | None:
         """The model that the SAEs must have been trained on; None where any will do."""
         return None if self.other_model else model_name
@@ -145,8 +150,10 @@ class SAEConfig:
         where = self.where(layer)
         said = str(error).splitlines()[0] if str(error) else ""
         if self.release is not None:
-            repo_id = self._published().repo_id
-            why = hub_trouble(error, repo_id) or f"{repo_id}: {type(error).__name__}: {said}"
+            why = (
+                hub_trouble(error, self.repo_id)
+                or f"{self.repo_id}: {type(error).__name__}: {said}"
+            )
             return f"can't load the SAE of layer {layer} from {where} ({why}). {OFFLINE}"
         return (
             f"can't load the SAE of layer {layer} from {where} ({type(error).__name__}: {said}). "

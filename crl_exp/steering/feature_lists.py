@@ -9,6 +9,7 @@ features.json belongs to the SAE of the config beside it.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections import Counter
@@ -17,12 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import home
+from crl_exp.config.keys import read_config
 from crl_exp.config.paths import here_or_shipped
 from crl_exp.runs.records import rows_of_run
+from crl_exp.tasks.data.files import users_text
 
 COLUMNS = ("layer", "feature", "coefficient")
 
@@ -78,8 +79,8 @@ def read_list(path: str, name: str | None) -> FeatureList:
         if file.suffix == ".json":
             return _of_run(file, name)
         return _of_csv(file, name)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"method.path={path}: can't be read as UTF-8 text ({error})") from error
+    except csv.Error as error:
+        raise UserError(f"method.path={path}: is no CSV ({error})") from error
 
 
 def list_file(path: str) -> Path:
@@ -93,8 +94,7 @@ def list_file(path: str) -> Path:
 
 
 def _of_csv(file: Path, name: str | None) -> FeatureList:
-    with file.open(newline="", encoding="utf-8-sig") as text:
-        rows = list(csv.DictReader(text))
+    rows = list(csv.DictReader(io.StringIO(users_text(file, "method.path"), newline="")))
     there = list(rows[0]) if rows else []
     if missing := [column for column in COLUMNS if rows and column not in there]:
         raise UserError(
@@ -152,14 +152,15 @@ def _sae_of_run(folder: Path) -> dict[str, Any]:
     config = folder / "config.yaml"
     if not config.is_file():
         return {}
-    sae = OmegaConf.load(config).sae
+    sae = read_config(config).sae
     found = {key: sae.get(key) for key in ("name", "release", "folder", "id_template")}
     return found | {"dictionary": sae.get("dictionary", "sae")}
 
 
 def _json(file: Path) -> Any:
+    text = users_text(file, "method.path")
     try:
-        return json.loads(file.read_text("utf-8"))
+        return json.loads(text)
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error})") from error
 

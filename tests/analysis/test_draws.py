@@ -54,3 +54,35 @@ def test_extreme_numbers_stay_inside() -> None:
         value = (torch.tensor(bits).float() + 0.5) * 2.0**-23
         assert float(value) == expected
         assert math.isfinite(float(-(-value.log()).log()))
+
+
+def test_a_seeds_shuffling_tells_nothing_of_the_next_ones_exploring() -> None:
+    """Both begin at the same state: `Trainer` shuffles by seed + 1 and explores by seed. Seed s's
+    place of each prompt in its first order is held against what seed s + 1 draws for that row,
+    and so is which prompt comes when."""
+    n, n_seeds, update = 64, 400, 8
+    places, drawn, reused = [], [], []
+    for seed in range(n_seeds):
+        shuffle = torch.Generator().manual_seed(seed + 1)  # of the run with this seed
+        explore = torch.Generator().manual_seed(seed + 1)  # of the one with the next
+        places.append(torch.randperm(n, generator=shuffle).argsort())
+        rollouts = [int(torch.randint(2**62, (), generator=explore)) for _ in range(n // update)]
+        rows = [RowRandom(one, torch.arange(update)).uniform(1) for one in rollouts]
+        drawn.append(torch.cat(rows).flatten())
+        reused.append(torch.tensor([one / 2**62 for one in rollouts]).repeat_interleave(update))
+    place, uniform, raw = (torch.stack(x).double() for x in (places, drawn, reused))
+    bound = 4 / math.sqrt(place.numel())
+
+    def together(a: torch.Tensor, b: torch.Tensor) -> float:
+        return abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]))
+
+    assert together(place, uniform) < bound
+    assert together(place.argsort(), uniform) < bound, "nor which prompt comes when"
+    assert together(place.argsort(), raw) < 4 * bound, "nor by the seeds of rollouts themselves"
+    by_seed = [together(one, other) for one, other in zip(place, uniform, strict=True)]
+    assert sum(r > 1.96 / math.sqrt(n) for r in by_seed) < 0.08 * n_seeds, ".05 by chance"
+    again = torch.stack([
+        torch.randperm(n, generator=torch.Generator().manual_seed(seed + 1)).argsort()
+        for seed in range(n_seeds)
+    ]).double()  # fmt: skip
+    assert together(place, again) > 0.99, "an exploring that shuffled would be found out"

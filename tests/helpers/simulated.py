@@ -21,6 +21,8 @@ from crl_exp.analysis.statistics import (
     mcnemar,
     share_interval,
 )
+from crl_exp.report.comparison.feature_spread import GROUPS, jackknifed
+from crl_exp.report.tables.quality import of_runs
 
 SEEDS, ITEMS = (1, 3, 5, 10), (280, 1500)
 DEVIATIONS = (0.0, 0.005, 0.01, 0.02)
@@ -153,6 +155,43 @@ def fraction_coverage(
     return held / repetitions
 
 
+FEATURE_WORLDS = (World(0.0, 0.3, 0.05), World(0.0, 0.3, 0.5))
+"""Shares of additions that are of one kind, an addition an item: nothing but what `World.draws`
+says of steered answers. What decides is hardly shared by the seeds, or by half."""
+FEATURE_DEVIATIONS, QUALITY_DEVIATIONS = (0.0, 0.01, 0.03), (0.0, 0.01, 0.05)
+
+
+def feature_coverage(world: World, n_seeds: int, n: int, repetitions: int, seed: int = 0) -> float:
+    """Of a share of additions, whose items' part is a grouped jackknife's."""
+    held, group_I = 0, np.arange(n) % GROUPS
+    size_G = np.bincount(group_I, minlength=GROUPS)
+    inside_IG = (group_I[:, None] == np.arange(GROUPS)).astype(np.float32)
+    for _, found_SI, share_S in world.draws(repetitions, n_seeds, n, np.random.default_rng(seed)):
+        by_SG = found_SI @ inside_IG
+        without_SG = (by_SG.sum(axis=1, keepdims=True) - by_SG) / (n - size_G)
+        truth = share_S[0] if n_seeds == 1 else world.after
+        held += inside(jackknifed(found_SI.mean(axis=1), without_SG).interval, truth)
+    return held / repetitions
+
+
+def quality_coverage(
+    deviation: float, n_seeds: int, n: int, repetitions: int, seed: int = 0
+) -> float:
+    """Of the loss of log-likelihood, -0.2 nats a token, from what single runs say: items deviate by
+    .8, an answer from seed to seed by .4."""
+    draw, held = np.random.default_rng(seed), 0
+    for _ in range(repetitions):
+        item_I = 0.8 * draw.standard_normal(n, dtype=np.float32)
+        noise_SI = 0.4 * draw.standard_normal((n_seeds, n), dtype=np.float32)
+        own_S1 = deviation * draw.standard_normal((n_seeds, 1))
+        delta_SI = -0.2 + item_I + noise_SI + own_S1
+        mean_S, half_S = delta_SI.mean(axis=1), 1.959964 * delta_SI.std(axis=1, ddof=1) / n**0.5
+        ends_S2 = np.stack([mean_S - half_S, mean_S + half_S], axis=1)
+        truth = -0.2 + (float(own_S1[0, 0]) if n_seeds == 1 else 0.0)
+        held += inside(of_runs(mean_S, ends_S2, n).interval, truth)
+    return held / repetitions
+
+
 def false_alarms(
     change: float, n_seeds: int, n: int, deviation: float, repetitions: int, alone: bool = False
 ) -> dict[str, float]:
@@ -229,6 +268,20 @@ def main() -> None:
         cells = [f"{fraction_coverage(kind, n, 4000, plain):.3f}"
                  for plain in (False, True) for n in (50, 280, 1500)]  # fmt: skip
         print(f"| {kind} |", " | ".join(cells), "|", flush=True)
+    print("## a share of additions, 1,500 repetitions: mean [lowest, highest] of two worlds")
+    for n_seeds in SEEDS:
+        for n in ITEMS:
+            cells = []
+            for deviation in FEATURE_DEVIATIONS:
+                worlds = [of(world, deviation) for world in FEATURE_WORLDS]
+                got = [feature_coverage(world, n_seeds, n, 1500) for world in worlds]
+                cells.append(f"{np.mean(got):.3f} [{min(got):.3f}, {max(got):.3f}]")
+            print(f"| {n_seeds} | {n:,} |", " | ".join(cells), "|", flush=True)
+    print("## log-likelihood, 1,500 repetitions")
+    for n_seeds in SEEDS:
+        for n in ITEMS:
+            cells = [f"{quality_coverage(d, n_seeds, n, 1500):.3f}" for d in QUALITY_DEVIATIONS]
+            print(f"| {n_seeds} | {n:,} |", " | ".join(cells), "|", flush=True)
     print("## false alarms at .05, 1,000 repetitions: this, largest p of the seeds, pooled")
     for n_seeds in SEEDS:
         for change in (0.02, 0.2):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from crl_exp.config.errors import UserError
+from crl_exp.launcher.command_line import people_errors
+from crl_exp.launcher.composing import compose
 from tests.helpers.tiny_run import ROOT
-
-pytestmark = pytest.mark.slow
 
 
 def launched(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -30,6 +31,7 @@ def own(folder: Path, name: str, n_test: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_file_of_ones_own_is_taken_and_never_hidden(tmp_path):
     """In an empty folder. One with a shipped file's name would be left aside without a word."""
     own(tmp_path, "mine", n_test=9)
@@ -44,3 +46,33 @@ def test_a_file_of_ones_own_is_taken_and_never_hidden(tmp_path):
         assert done.returncode == 1, done.stdout
         assert f"{path} has the name of a shipped file" in done.stderr, done.stderr
     assert not (tmp_path / "outputs" / "tiny" / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"seed: 1\n# caf\xe9\n", r"line 2, byte 6 of the line: 0xE9 .*like cp1252 .*iconv"),
+        (b"seed: [1\nb: 2\n", r"line 2, column 2: expected ',' or ']'"),
+        (b"seed: \x07\n", r"character 7 of the file: special characters are not allowed"),
+    ],
+    ids=["encoding", "YAML", "control"],
+)
+def test_a_file_that_is_no_yaml_is_named_with_its_line(text, said, tmp_path):
+    """From a program as from the command line, without a traceback."""
+    path = tmp_path / "preset" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=rf"(?s){path}.*{said}"):
+        compose(["+preset=mine"], tmp_path)
+    with pytest.raises(SystemExit, match=rf"(?s)error: .*{path}.*{said}"), people_errors():
+        typed(tmp_path)
+
+
+def typed(folder: Path) -> None:
+    """What Hydra reads of `--config-dir FOLDER +preset=mine`."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        compose("config", overrides=[f"hydra.searchpath=[file://{folder}]", "+preset=mine"])

@@ -9,9 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crl_exp.analysis.statistics import crossed_parts
 from crl_exp.experiments.kinds.evaluation import INTERVENTIONS
-from crl_exp.report.comparison.feature_spread import GROUPS, _jackknife, spread_over_items
+from crl_exp.report.comparison.feature_spread import spread_over_items
 from crl_exp.report.comparison.feature_use import LayerUse
 from crl_exp.runs.records import Record
 
@@ -68,19 +67,3 @@ def test_without_interventions_it_is_over_seeds_and_says_so(tmp_path):
     (use.record.path / "interventions.parquet").unlink()
     found, items_in = spread_over_items([use], added)
     assert not items_in and found.interval == (1.0, 1.0)
-
-
-@pytest.mark.parametrize("deviation", [0.0, 0.01])
-def test_the_jackknifes_interval_covers_a_share(deviation):
-    """Of additions that are of one kind; items' effects are shared by the seeds."""
-    draw, n, n_seeds, tries = np.random.default_rng(1), 280, 5, 400
-    group_I, covered = np.arange(n) % GROUPS, 0
-    for _ in range(tries):
-        share_S1 = 0.3 + draw.normal(0, deviation, (n_seeds, 1))
-        found_SI = draw.random((n_seeds, n)) < share_S1 + 0.1 * draw.normal(0, 1, n)
-        without_SG = np.stack([found_SI[:, group_I != g].mean(1) for g in range(GROUPS)], axis=1)
-        of_one = float(np.mean([_jackknife(value_G) for value_G in without_SG]))
-        whole = _jackknife(without_SG.mean(axis=0))
-        low, high = crossed_parts(found_SI.mean(1), whole, of_one, GROUPS).interval
-        covered += low <= 0.3 <= high
-    assert 0.91 <= covered / tries <= 0.98

@@ -10,7 +10,7 @@ import pytest
 
 from crl_exp.config.errors import UserError
 from crl_exp.experiments import config as configs
-from crl_exp.experiments.inputs import inputs_of
+from crl_exp.experiments.inputs import hub_commits, inputs_of
 from crl_exp.experiments.run import run_experiment
 from crl_exp.launcher import submit as submitting
 from crl_exp.launcher.commands.retry import retry
@@ -267,3 +267,24 @@ def test_a_digest_is_of_the_content(tmp_path: Path):
     assert a == b != c
     with pytest.raises(UserError, match="is no file"):
         inputs.digest([Path("/dev/zero")], "task.path")
+
+
+def test_the_hubs_commits_are_those_that_its_local_cache_holds(tmp_path, monkeypatch):
+    """Without a look at the network; what the cache doesn't hold, and folders, are left out."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commits = {"models--google--gemma-scope-2b-pt-res": "a" * 40, "datasets--cais--mmlu": "b" * 40}
+    for name, commit in commits.items():
+        (tmp_path / name / "refs").mkdir(parents=True)
+        (tmp_path / name / "refs" / "main").write_text(commit)
+    chosen = ["model=gemma2_2b_it", "sae=gemma_scope_2b_res", "task=mmlu", "layers.layer=12"]
+    data, release = "task.hub_id=cais/mmlu", "sae.release=gemma-scope-2b-pt-res-canonical"
+
+    def found(*more: str) -> dict[str, str]:
+        return hub_commits(configs.experiment(small([*chosen, *more])), [12])
+
+    assert found() == {release: "a" * 40, data: "b" * 40}
+    assert found("model.revision=" + "c" * 40)["model.path=google/gemma-2-2b-it"] == "c" * 40
+    assert found("task.revision=other") == {release: "a" * 40}, "another than the cache holds"
+    assert found("task.data_files=mine.jsonl") == {release: "a" * 40}
+    tiny = configs.experiment(small(["+debug=tiny"]))
+    assert hub_commits(tiny, [12]) == {}

@@ -107,6 +107,16 @@ class Cluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
+    def stop_controller(self) -> None:
+        """As where it is restarted: it saves its state, and jobs go on without it."""
+        (daemon := self.processes.pop("slurmctld")).terminate()
+        daemon.wait(START_SECONDS)
+
+    def start_controller(self, *more: str) -> None:
+        """Start slurmctld, the first time or again. more: `-c`: without what was saved."""
+        self._spawn("slurmctld", ["slurmctld", "-D", *more, "-f", self._config])
+        self._wait("slurmctld", lambda: "is UP" in self.run("scontrol", "ping", check=False))
+
     def start_node(self, name: str) -> None:
         """Start a node's slurmd, the first time or again."""
         self._spawn(f"slurmd {name}", ["slurmd", "-D", "-N", name, "-f", self._config])
@@ -134,8 +144,7 @@ class Cluster:
         ]
         self._spawn("munged", [*as_munge, *munge])
         self._wait("munged", lambda: (self.folder / "munge.socket").exists())
-        self._spawn("slurmctld", ["slurmctld", "-D", "-c", "-f", self._config])
-        self._wait("slurmctld", lambda: "is UP" in self.run("scontrol", "ping", check=False))
+        self.start_controller("-c")
         for name in NODES:
             self.start_node(name)
 

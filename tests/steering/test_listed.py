@@ -62,6 +62,21 @@ def test_what_is_no_list_is_told(lines, head, said, tmp_path):
     assert re.search(said, found), found
 
 
+@pytest.mark.parametrize("name", ["mine.csv", "mine.json", "features.json"])
+def test_another_encoding_is_named_with_file_and_line(name, tmp_path):
+    """A list, its card, and what a run steered by."""
+    read = csv(tmp_path / "mine.csv", "1,2,3.0")
+    if name == "features.json":
+        read = str(tmp_path)
+    text = (
+        "layer,feature,coefficient\ncaf\u00e9,2,3\n" if name == "mine.csv" else '{\n"caf\u00e9": 1}'
+    )
+    (tmp_path / name).write_bytes(text.encode("cp1252"))
+    said = rf"^method.path: .*{name}, line 2, byte \d of the line: 0xE9 .*like cp1252 .*iconv"
+    with pytest.raises(UserError, match=said):
+        read_list(read, None)
+
+
 def test_one_of_several_lists_is_chosen(tmp_path):
     several = csv(tmp_path / "two.csv", "a,1,2,3", "b,1,4,5", head="list,layer,feature,coefficient")
     assert read_list(several, "b").features == (ListedFeature(1, 4, 5.0),)

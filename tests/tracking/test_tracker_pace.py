@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,22 +171,35 @@ def slow_client(monkeypatch, name: str, seconds: float) -> None:
 
 
 def test_a_run_that_waited_its_patience_sends_no_more(folder, monkeypatch, caplog):
-    """Its process may be at the next run by then."""
+    """Its process may be at the next run by then. It ends while a request is on its way, which
+    comes back once it has waited: else it and its sender, who is late too, would race for the one
+    warning."""
+    from mlflow import MlflowClient
+
+    plain, asked, answered = MlflowClient.log_batch, [], threading.Event()
+
+    def held_up(self, run_id, metrics=(), **more):
+        if metrics:
+            asked.append(len(metrics))
+            answered.wait()
+        return plain(self, run_id, metrics, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", held_up)
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(tracking_upload, "POINTS_A_REQUEST", 10)
-    run, rarely = RunDirectory(config(folder)), TrackingConfig(True, None, "crl_exp", 1000.0, None)
-    with caplog.at_level(logging.WARNING), Tracker(run, rarely) as tracker, run.opened():
-        tracker.start()
-        uri = resolved_uri(None, folder)
-        wait_until(lambda: children(uri))
-        wait_until(lambda: tracker._uploader)
-        slow_client(monkeypatch, "log_batch", 0.5)
-        for step in range(300):
-            run.log(step, {"reward": 0.5})
+    run = RunDirectory(config(folder))
+    with caplog.at_level(logging.WARNING):
+        with Tracker(run, QUICK) as tracker, run.opened():
+            for step in range(300):
+                run.log(step, {"reward": 0.5})
+            tracker.start()
+            wait_until(lambda: asked)
+        assert "longer than 0.5 s" in caplog.text
+    answered.set()
     assert tracker._thread is not None
-    tracker._thread.join(5.0)
+    tracker._thread.join(60.0)
     assert not tracker._thread.is_alive()
-    assert "longer than 0.5 s" in caplog.text
+    assert asked == [10], "of 300"
 
 
 # --- announcements ---

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from crl_exp.analysis.statistics import Z, crossed_parts
+from crl_exp.analysis.statistics import Crossed, Z, crossed_parts
 from crl_exp.report.comparison.estimates import split
 from crl_exp.report.comparison.rows import Row, SweepComparison
 from crl_exp.report.tables.cells import FurtherTable, points, row_layers
@@ -48,10 +48,15 @@ def quality_of(row: Row, test_set: str | None = None) -> Quality | None:
         return None
     baseline, steered, delta = (float(np.mean([one[key] for one in runs])) for key in KEYS)
     delta_S = np.array([figures[KEYS[2]] for figures in runs])
-    ends = np.array([figures["log_likelihood_delta_ci95"] for figures in runs])
-    v_items = float((((ends[:, 1] - ends[:, 0]) / 2) ** 2).mean()) / Z**2
-    interval = crossed_parts(delta_S, v_items, v_items, int(runs[0]["n"])).interval
+    ends_S2 = np.array([figures["log_likelihood_delta_ci95"] for figures in runs])
+    interval = of_runs(delta_S, ends_S2, int(runs[0]["n"])).interval
     return Quality(baseline, steered, delta, interval)
+
+
+def of_runs(delta_S: np.ndarray, ends_S2: np.ndarray, n: int) -> Crossed:
+    """The mean of what single runs say with an interval each; n: items."""
+    v_items = float((((ends_S2[:, 1] - ends_S2[:, 0]) / 2) ** 2).mean()) / Z**2
+    return crossed_parts(delta_S, v_items, v_items, n)
 
 
 def quality_cells(row: Row, found: Quality) -> list[str]:

@@ -16,6 +16,7 @@ from crl_exp.config.errors import UserError
 from crl_exp.models.language_model import LanguageModel
 from crl_exp.models.prompt_text import common_prefix
 from crl_exp.tasks.base import Item, Splits
+from crl_exp.tasks.data.files import read_text
 
 HUTTO = "data/hutto_icwsm_2014"
 GENERAL_FILES = {
@@ -96,7 +97,7 @@ def read_snippets(source: str, neutral_below: float) -> list[tuple[str, str]]:
     """
     path = asset_path(HUTTO) / GENERAL_FILES[source]
     snippets = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in read_text(path).split("\n"):
         if not line.strip():
             continue
         identifier, rating, text = line.split("\t", 2)
