@@ -7,6 +7,7 @@ their keys when an option is added, and a config frozen earlier runs on.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -358,6 +359,29 @@ def fill_missing(config: DictConfig) -> None:
         if added.key not in section or OmegaConf.is_missing(section, added.key):
             with open_dict(section):
                 section[added.key] = added.meant
+
+
+def filled_section(name: str, plain: Any) -> Any:
+    """A section of a resolved config as `fill_missing` leaves it; a copy."""
+    made = _with_todays_targets(plain)
+    if not isinstance(made, dict):
+        return made
+    for added in ADDED:
+        if added.section != name or not _is_of(made.get("_target_"), added):
+            continue
+        if made.get(added.key, "???") == "???":
+            made[added.key] = copy.deepcopy(added.meant)
+    return made
+
+
+def _with_todays_targets(value: Any) -> Any:
+    """As `_rename_targets` does, which leaves lists alone."""
+    if not isinstance(value, dict):
+        return copy.deepcopy(value)
+    return {
+        key: todays_name(of) if key == "_target_" else _with_todays_targets(of)
+        for key, of in value.items()
+    }
 
 
 def as_compared(plain: dict[str, Any]) -> dict[str, Any]:
