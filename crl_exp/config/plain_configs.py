@@ -43,6 +43,11 @@ def filled_config(path: Path) -> dict[str, Any]:
         return {str(key): value for key, value in plain.items()}
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file of ours holds, references to other keys as they are written."""
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
+
+
 def _quickly(text: str) -> dict[str, Any]:
     parts = _sections(text)
     found = dict(map(_section, parts))

@@ -28,6 +28,7 @@ from crl_exp.report.figures import heat_map
 from crl_exp.report.figures import ladder as ladder_figure
 from crl_exp.report.figures import steering as figures
 from crl_exp.report.figures import training as curves
+from crl_exp.report.drawn import Drawn
 from crl_exp.report.files import Files
 from crl_exp.report.page import page
 from crl_exp.report.parts import ReportPart, SweepParts, compare_parts
@@ -80,24 +81,28 @@ def write_report(parts: SweepParts, folder: Path) -> list[Path]:
 
     Where there are several parts, each has a folder of its own in it.
     """
-    files = Files(folder)
+    drawn = Drawn(folder, parts)
+    files = Files(folder, drawn)
     figures_of: dict[str, list[Path]] = {}
     credits: dict[str, list[FeatureCredit]] = {}
     for part in parts.parts:
         inside = files.inside(part.folder) if parts.several else files
         credits[part.folder] = write_texts(part, inside)
         figures_of[part.folder] = [
-            png for name, draw in FIGURES.items() if (png := inside.figure(name, draw, part.sweep))
+            png
+            for name, draw in FIGURES.items()
+            if (png := inside.figure(name, draw, part.sweep, drawn.of(part)))
         ]
     files.text("table.csv", table_csv.rows_csv(parts))
     if parts.several:
         files.text("table.md", tables.markdown_of_parts(parts))
         files.text("table.tex", table_latex.latex_of_parts(parts))
         files.text("overview.csv", table_csv.overview_csv(parts))
-        drawn = files.figure("overview", figures.overview, parts)
+        drawn = files.figure("overview", figures.overview, parts, drawn.of_all)
         figures_of[""] = [drawn] if drawn else []
     files.text("report.html", page(parts, figures_of, credits))
     files.remove_others()
+    drawn.save()
     return files.written
 
 
