@@ -110,10 +110,11 @@ def write_texts(part: ReportPart, files: Files) -> list[FeatureCredit]:
     """The tables of one part; returns what its features did."""
     sweep = part.sweep
     label = f"{sweep.first.sweep}-{part.folder}".rstrip("-")
-    credits = sorted(
-        (credit for row in sweep.rows for credit in credits_of(row)),
-        key=lambda credit: credit.weight, reverse=True,
-    )  # fmt: skip
+    credits, items = [], []
+    for row in sweep.rows:  # one after the other: both read the same files
+        credits += credits_of(row)
+        items += item_lines(row)
+    credits.sort(key=lambda credit: credit.weight, reverse=True)
     files.text("table.md", tables.markdown(sweep) + tables.feature_section(credits))
     files.text("table.tex", table_latex.latex(sweep, label))
     if pairs := chosen_pairs(sweep):
@@ -127,7 +128,7 @@ def write_texts(part: ReportPart, files: Files) -> list[FeatureCredit]:
     if credits:
         files.text("features.csv", table_csv.as_csv(CREDIT_COLUMNS, credit_lines(credits)))
         files.text("by_layer.csv", table_csv.as_csv(*metric_lines(sweep)))
-    if items := [line for row in sweep.rows for line in item_lines(row)]:
+    if items:
         files.text("items.csv", table_csv.as_csv(ITEM_COLUMNS, items))
     return credits
 
