@@ -102,11 +102,13 @@ def _loader() -> Any:
     theirs = get_yaml_loader()
     if not hasattr(yaml, "CSafeLoader"):
         return theirs
-    from yaml.cyaml import CParser
+    from yaml import cyaml
 
-    class Loader(CParser, theirs):  # type: ignore[misc, valid-type]
+    parser: Any = cyaml.CParser  # type: ignore[attr-defined]
+
+    class Loader(parser, theirs):
         def __init__(self, stream: Any):
-            CParser.__init__(self, stream)
+            parser.__init__(self, stream)
             yaml.constructor.SafeConstructor.__init__(self)
             yaml.resolver.Resolver.__init__(self)
 

@@ -21,6 +21,7 @@ from crl_exp.report.comparison.feature_credit import (
 from crl_exp.report.comparison.feature_use import metric_lines
 from crl_exp.report.comparison.pairs import chosen_pairs
 from crl_exp.report.comparison.rows import SweepComparison
+from crl_exp.report.drawn import Drawn
 from crl_exp.report.figures import analyses as analysis_figure
 from crl_exp.report.figures import by_labels as label_figure
 from crl_exp.report.figures import features as feature_figures
@@ -28,7 +29,6 @@ from crl_exp.report.figures import heat_map
 from crl_exp.report.figures import ladder as ladder_figure
 from crl_exp.report.figures import steering as figures
 from crl_exp.report.figures import training as curves
-from crl_exp.report.drawn import Drawn
 from crl_exp.report.files import Files
 from crl_exp.report.page import page
 from crl_exp.report.parts import ReportPart, SweepParts, compare_parts
@@ -98,8 +98,8 @@ def write_report(parts: SweepParts, folder: Path) -> list[Path]:
         files.text("table.md", tables.markdown_of_parts(parts))
         files.text("table.tex", table_latex.latex_of_parts(parts))
         files.text("overview.csv", table_csv.overview_csv(parts))
-        drawn = files.figure("overview", figures.overview, parts, drawn.of_all)
-        figures_of[""] = [drawn] if drawn else []
+        overview = files.figure("overview", figures.overview, parts, drawn.of_all)
+        figures_of[""] = [overview] if overview else []
     files.text("report.html", page(parts, figures_of, credits))
     files.remove_others()
     drawn.save()

@@ -68,7 +68,7 @@ class Drawn:
         if not isinstance(entry, dict) or entry.get("made_of") != made_of:
             return None
         files = entry.get("files")
-        if not isinstance(files, dict) or files and files != _digests(paths):
+        if not isinstance(files, dict) or (files and files != _digests(paths)):
             return None
         self.now[name] = entry
         return bool(files)

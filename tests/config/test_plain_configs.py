@@ -29,7 +29,8 @@ WRITTEN = {
     "one document's start": "---\na: 1\n",
     "a whole flow": "{a: 1, b: [2]}\n",
     "quoted keys": "'a': 1\n\"b c\": 2\n",
-    "another class, of before": "activation:\n  _target_: crl_exp.stages.activation.STETopK\n  k: 2\n"
+    "another class, of before": "activation:\n"
+    "  _target_: crl_exp.stages.activation.STETopK\n  k: 2\n"
     "policy:\n  of:\n  - _target_: crl_exp.stages.noise.Gaussian\n",
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import yaml
 
@@ -23,6 +24,7 @@ from crl_exp.config import compatibility
 from crl_exp.config.keys import NOT_IN_KEY, content_key
 from crl_exp.runs.items import items_table
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported, unseen by type checkers
 N_ITEMS, N_VALIDATION = 500, 100
 SEEDS, LAYERS = 5, 20
 RATE = ("algorithm", "lr_policy")
@@ -69,8 +71,7 @@ class _Template:
         self.interventions = None
         if (path / "interventions.parquet").exists():
             table = pq.read_table(path / "interventions.parquet")
-            rows = [i for i, split in enumerate(table["split"].to_pylist()) if split == "test"]
-            self.interventions = table.take(rows)
+            self.interventions = table.filter(pc.equal(table["split"], "test"))
         self.copied = {
             name: (path / name).read_bytes() for name in COPIED if (path / name).exists()
         }
