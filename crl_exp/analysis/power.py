@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,14 +66,20 @@ def power(delta: float, spread: Spread, n: int, n_seeds: int) -> float:
     else:
         v_seeds = (spread.seeds or 0.0) / n_seeds
         df = n_seeds - 1
-        chi2 = 2 * gammaincinv(df / 2, QUANTILES)
+        chi2, t = _quantiles(df)
         estimated = np.maximum((v_seeds + noise) * chi2 / df - noise, 0.0)
-        half = np.sqrt(Z**2 * v_items + stdtrit(df, 0.975) ** 2 * estimated)
+        half = np.sqrt(Z**2 * v_items + t**2 * estimated)
         spread_of_mean = v_items + v_seeds
     if spread_of_mean == 0:
         return float(delta != 0)
     sd = np.sqrt(spread_of_mean)
     return float(np.mean(ndtr((delta - half) / sd) + ndtr((-delta - half) / sd)))
+
+
+@lru_cache(maxsize=1024)
+def _quantiles(df: int) -> tuple[np.ndarray, float]:
+    """Of χ² at `QUANTILES`, and Student's t at .975."""
+    return 2 * gammaincinv(df / 2, QUANTILES), stdtrit(df, 0.975)
 
 
 def smallest_difference(spread: Spread, n: int, n_seeds: int) -> float:

@@ -7,6 +7,7 @@ their keys when an option is added, and a config frozen earlier runs on.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -77,13 +78,14 @@ def _rename_targets(node: Any) -> None:
     """Give each class in a config its name of today."""
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return
-    for key in node:
-        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, str(key)):
+    # By its nodes: asking a DictConfig for each value takes ten times as long.
+    for key, child in list(node._content.items()):  # type: ignore[union-attr]
+        if child._is_missing() or child._is_interpolation():
             continue
-        if key == "_target_":
-            node[key] = todays_name(node[key])
-        else:
-            _rename_targets(node[key])
+        if key != "_target_":
+            _rename_targets(child)
+        elif (now := todays_name(node[key])) != node[key]:
+            node[key] = now
 
 
 class Added(NamedTuple):
@@ -362,6 +364,29 @@ def fill_missing(config: DictConfig) -> None:
         if added.key not in section or OmegaConf.is_missing(section, added.key):
             with open_dict(section):
                 section[added.key] = added.meant
+
+
+def filled_section(name: str, plain: Any) -> Any:
+    """A section of a resolved config as `fill_missing` leaves it; a copy."""
+    made = _with_todays_targets(plain)
+    if not isinstance(made, dict):
+        return made
+    for added in ADDED:
+        if added.section != name or not _is_of(made.get("_target_"), added):
+            continue
+        if made.get(added.key, "???") == "???":
+            made[added.key] = copy.deepcopy(added.meant)
+    return made
+
+
+def _with_todays_targets(value: Any) -> Any:
+    """As `_rename_targets` does, which leaves lists alone."""
+    if not isinstance(value, dict):
+        return copy.deepcopy(value)
+    return {
+        key: todays_name(of) if key == "_target_" else _with_todays_targets(of)
+        for key, of in value.items()
+    }
 
 
 def as_compared(plain: dict[str, Any]) -> dict[str, Any]:

@@ -29,9 +29,15 @@ def run_key(config: DictConfig) -> str:
 
     Raises `UserError` where `experiment` names no kind.
     """
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain = plain_of(config)
     kept = {k: v for k, v in sections_read(plain).items() if k not in NOT_IN_KEY}
     return content_key(compatibility.hashed(kept))
+
+
+def plain_of(config: DictConfig) -> dict[str, Any]:
+    """A config as plain values, resolved."""
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return plain
 
 
 def sections_read(plain: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from crl_exp.config.paths import REPO
+from crl_exp.config.plain_configs import read_yaml
 
 CONF = REPO / "conf"
 DICTIONARIES = {"sae": "", "random": "random dictionary", "permuted": "permuted dictionary"}
@@ -59,7 +58,7 @@ def _files(group: str) -> tuple[tuple[str, dict[str, Any]], ...]:
 
 def _values(path: Path) -> dict[str, Any]:
     """What a file sets, without references to other keys, which a frozen config has resolved."""
-    node = OmegaConf.to_container(OmegaConf.load(path))
+    node = read_yaml(path)
     assert isinstance(node, dict)
     return {
         str(key): value

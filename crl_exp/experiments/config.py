@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from crl_exp.config import compatibility
 from crl_exp.config.compatibility import STEERING, is_steering
 from crl_exp.config.errors import UserError, did_you_mean
-from crl_exp.config.keys import EVERY_KIND
+from crl_exp.config.keys import EVERY_KIND, plain_of
 from crl_exp.config.paths import sweep_fault
 from crl_exp.config.sections import Known, build, fill, number_faults, once
 from crl_exp.experiments.base import ExperimentKind, Unread
@@ -113,6 +113,7 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
     """
     compatibility.fill_missing(config)
     faults = _unknown_sections(config)
+    whole = {} if known is None else plain_of(config)
     made: dict[str, Any] = {}
     kind = _kind(config, known)
     for name, cls in {**PARTS, **TYPED}.items():
@@ -124,10 +125,9 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
             continue
         make = build if name in PARTS else fill
         section = config[name]
-        plain = None if known is None else OmegaConf.to_container(section, resolve=True)
         try:
             made[name] = once(
-                known, [name, plain], lambda s=section, n=name, c=cls, m=make: m(s, n, c)
+                known, [name, whole.get(name)], lambda s=section, n=name, c=cls, m=make: m(s, n, c)
             )
         except UserError as error:
             faults.append(str(error))

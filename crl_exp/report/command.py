@@ -21,6 +21,7 @@ from crl_exp.report.comparison.feature_credit import (
 from crl_exp.report.comparison.feature_use import metric_lines
 from crl_exp.report.comparison.pairs import chosen_pairs
 from crl_exp.report.comparison.rows import SweepComparison
+from crl_exp.report.drawn import Drawn
 from crl_exp.report.examples import read_row
 from crl_exp.report.figures import analyses as analysis_figure
 from crl_exp.report.figures import by_labels as label_figure
@@ -81,24 +82,28 @@ def write_report(parts: SweepParts, folder: Path) -> list[Path]:
 
     Where there are several parts, each has a folder of its own in it.
     """
-    files = Files(folder)
+    drawn = Drawn(folder, parts)
+    files = Files(folder, drawn)
     figures_of: dict[str, list[Path]] = {}
     credits: dict[str, list[FeatureCredit]] = {}
     for part in parts.parts:
         inside = files.inside(part.folder) if parts.several else files
         credits[part.folder] = write_texts(part, inside)
         figures_of[part.folder] = [
-            png for name, draw in FIGURES.items() if (png := inside.figure(name, draw, part.sweep))
+            png
+            for name, draw in FIGURES.items()
+            if (png := inside.figure(name, draw, part.sweep, drawn.of(part)))
         ]
     files.text("table.csv", table_csv.rows_csv(parts))
     if parts.several:
         files.text("table.md", tables.markdown_of_parts(parts))
         files.text("table.tex", table_latex.latex_of_parts(parts))
         files.text("overview.csv", table_csv.overview_csv(parts))
-        drawn = files.figure("overview", figures.overview, parts)
-        figures_of[""] = [drawn] if drawn else []
+        overview = files.figure("overview", figures.overview, parts, drawn.of_all)
+        figures_of[""] = [overview] if overview else []
     files.text("report.html", page(parts, figures_of, credits))
     files.remove_others()
+    drawn.save()
     return files.written
 
 
@@ -106,10 +111,11 @@ def write_texts(part: ReportPart, files: Files) -> list[FeatureCredit]:
     """The tables of one part; returns what its features did."""
     sweep = part.sweep
     label = f"{sweep.first.sweep}-{part.folder}".rstrip("-")
-    credits = sorted(
-        (credit for row in sweep.rows for credit in credits_of(row)),
-        key=lambda credit: credit.weight, reverse=True,
-    )  # fmt: skip
+    credits, items = [], []
+    for row in sweep.rows:  # one after the other: both read the same files
+        credits += credits_of(row)
+        items += item_lines(row)
+    credits.sort(key=lambda credit: credit.weight, reverse=True)
     files.text("table.md", tables.markdown(sweep) + tables.feature_section(credits))
     files.text("table.tex", table_latex.latex(sweep, label))
     if pairs := chosen_pairs(sweep):
@@ -123,7 +129,7 @@ def write_texts(part: ReportPart, files: Files) -> list[FeatureCredit]:
     if credits:
         files.text("features.csv", table_csv.as_csv(credit_columns(credits), credit_lines(credits)))
         files.text("by_layer.csv", table_csv.as_csv(*metric_lines(sweep)))
-    if items := [line for row in sweep.rows for line in item_lines(row)]:
+    if items:
         files.text("items.csv", table_csv.as_csv(ITEM_COLUMNS, items))
     return credits
 

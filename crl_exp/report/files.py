@@ -8,6 +8,7 @@ from typing import Any
 
 from crl_exp.config.display import plain
 from crl_exp.config.files import write_atomic
+from crl_exp.report.drawn import Drawn
 
 # What a report may write; nothing else in its folder is ever removed.
 TEXTS = (
@@ -24,13 +25,13 @@ SUFFIXES = (".png", ".pdf")  # for the screen and for a paper
 class Files:
     """Writes into a folder and the folders in it, and knows what it wrote."""
 
-    def __init__(self, folder: Path, written: list[Path] | None = None):
-        self.folder = folder
+    def __init__(self, folder: Path, drawn: Drawn, written: list[Path] | None = None):
+        self.folder, self.drawn = folder, drawn
         self.written: list[Path] = [] if written is None else written
         folder.mkdir(parents=True, exist_ok=True)
 
     def inside(self, name: str) -> Files:
-        return Files(self.folder / name, self.written)
+        return Files(self.folder / name, self.drawn, self.written)
 
     def text(self, name: str, text: str) -> None:
         assert name in TEXTS
@@ -38,13 +39,18 @@ class Files:
         self.written.append(self.folder / name)
 
     def figure(
-        self, name: str, draw: Callable[[Any, tuple[Path, ...]], bool], of: Any
+        self, name: str, draw: Callable[[Any, tuple[Path, ...]], bool], of: Any, made_of: str
     ) -> Path | None:
         """`draw` saves a figure of something into all paths, or returns False where there is
-        nothing to show. Returns the PNG."""
+        nothing to show. One of the same `made_of` (a digest) that is there isn't drawn again.
+        Returns the PNG."""
         assert name in FIGURE_NAMES
         paths = tuple(self.folder / f"{name}{suffix}" for suffix in SUFFIXES)
-        if not draw(of, paths):
+        shown = self.drawn.is_there(paths, made_of)
+        if shown is None:
+            shown = draw(of, paths)
+            self.drawn.note(paths, made_of, shown)
+        if not shown:
             return None
         self.written += paths
         return paths[0]

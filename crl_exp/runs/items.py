@@ -44,6 +44,8 @@ TEXTS = pa.schema(
 """More columns, not in files of earlier versions: the user's turn as the task has it, the right
 answer (null where items have none), and what was answered, unsteered and steered."""
 BATCH_ROWS = 500_000
+KEPT = 2048
+"""Runs whose items a process keeps: each has them asked for more than once."""
 
 
 class NoItemsError(UserError):
@@ -153,13 +155,17 @@ def _n_of(run: Record, split: str) -> int | None:
     return sets[split]["n"] if split in sets else None
 
 
-@lru_cache(maxsize=512)
-def _from_items(path: Path, split: str, _written: int) -> ItemRewards | None:
-    """_written: when the file was, so that one written anew is read anew."""
+def _from_items(path: Path, split: str, written: int) -> ItemRewards | None:
+    return _all_items(path, written).get(split)
+
+
+@lru_cache(maxsize=KEPT)
+def _all_items(path: Path, _written: int) -> dict[str, ItemRewards]:
+    """By split. _written: when the file was, so that one written anew is read anew."""
     columns = ["item_id", "split", "reward_baseline", "reward_steered"]
     try:
-        there = pq.read_schema(path).names
-        table = pq.read_table(path, columns=[*columns, *([GROUP] if GROUP in there else [])])
+        with pq.ParquetFile(path) as file:
+            table = file.read([*columns, GROUP], use_threads=False)
     except (pa.ArrowInvalid, OSError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); resume=force runs it again") from error
     missing = [name for name in columns if name not in table.column_names]
@@ -170,11 +176,13 @@ def _from_items(path: Path, split: str, _written: int) -> ItemRewards | None:
         raise UserError(
             f"{path}: item_id is {kind}, but ids are text (007 and 7 are two items); write them so"
         )
-    table = table.filter(pc.equal(table["split"], split))
-    return _rewards(table, "item_id") if len(table) else None
+    return {
+        split: _rewards(table.filter(pc.equal(table["split"], split)), "item_id")
+        for split in pc.unique(table["split"]).to_pylist()
+    }
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=KEPT)
 def _from_interventions(path: Path, split: str, _written: int) -> ItemRewards | None:
     """One line an item of those that were steered. A long answer steered at every layer has
     millions of rows: they are read in batches."""
@@ -196,10 +204,15 @@ def _from_interventions(path: Path, split: str, _written: int) -> ItemRewards | 
 
 def _rewards(table: pa.Table, id_column: str) -> ItemRewards:
     was, now = (table[f"reward_{name}"].to_numpy() for name in ("baseline", "steered"))
-    groups = tuple(table[GROUP].to_pylist()) if GROUP in table.column_names else None
-    return ItemRewards(
-        tuple(table[id_column].to_pylist()), was.astype(np.float64), now.astype(np.float64), groups
-    )
+    groups = _one(tuple(table[GROUP].to_pylist())) if GROUP in table.column_names else None
+    ids = _one(tuple(table[id_column].to_pylist()))
+    return ItemRewards(ids, was.astype(np.float64), now.astype(np.float64), groups)
+
+
+@lru_cache(maxsize=64)
+def _one(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Of equal ones the first: a sweep's runs have the same ids, and need them once."""
+    return texts
 
 
 def aligned(runs: Sequence[tuple[Record, ItemRewards]], split: str) -> list[ItemRewards]:

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from crl_exp.config import compatibility
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import SWEEP_CONFIG, read_json
-from crl_exp.config.keys import read_config
+from crl_exp.config.plain_configs import filled_config
 from crl_exp.runs.heartbeat import HEARTBEAT_SECONDS
 
 RUN_KEY = re.compile("[0-9a-f]{12}")
@@ -45,11 +45,7 @@ class Record:
     def config(self) -> dict[str, Any]:
         """The frozen config, options that came later filled with what meant the same then, so that
         it can be set beside those of other versions; without what is merely looked up in."""
-        config = read_config(self.path / "config.yaml")
-        compatibility.fill_missing(config)
-        plain = OmegaConf.to_container(config)
-        assert isinstance(plain, dict)
-        return compatibility.without_tables({str(key): value for key, value in plain.items()})
+        return compatibility.without_tables(filled_config(self.path / "config.yaml"))
 
     @property
     def steers(self) -> bool:

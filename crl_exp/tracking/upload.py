@@ -100,23 +100,27 @@ class Uploader:
         from mlflow.entities import Param, RunTag
 
         run_id = sent.record["run_id"]
-        if not sent.record.get("params"):
-            params = parameters(record.config)
-            for part in _chunks(params.given.items()):
-                self.client.log_batch(run_id, params=[Param(k, v) for k, v in part])
-            if params.whole:
-                _stored(WHOLE_PARAMS, self.client.log_dict, run_id, params.whole, WHOLE_PARAMS)
-            sent.record["params"] = len(params.given)
-            sent.save()
         found = tags(record)
         if sent.record.get("error") and "error" not in found:
             found["error"] = ""  # of an earlier attempt
-        if sent.record.get("tags") == digest(found):
-            return
-        for part in _chunks(_cut(found).items()):
-            self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in part])
-        sent.record |= {"tags": digest(found), "error": bool(found.get("error"))}
-        sent.save()
+        asked: list[dict[str, Any]] = []
+        if sent.record.get("tags") != digest(found):
+            asked += [{"tags": [RunTag(k, v) for k, v in p]} for p in _chunks(_cut(found).items())]
+        n_params = sent.record.get("params")
+        if not n_params:
+            params = parameters(record.config)
+            for i, part in enumerate(_chunks(params.given.items())):
+                asked += [{}] * (i >= len(asked))
+                asked[i] = {**asked[i], "params": [Param(k, v) for k, v in part]}
+            if params.whole:
+                _stored(WHOLE_PARAMS, self.client.log_dict, run_id, params.whole, WHOLE_PARAMS)
+            n_params = len(params.given)
+        for request in asked:
+            self.client.log_batch(run_id, **request)
+        if asked:
+            sent.record |= {"tags": digest(found), "error": bool(found.get("error"))}
+            sent.record["params"] = n_params
+            sent.save()
 
     def _status(self, record: Record, run: Run) -> None:
         self.runs.set_status(run.info.run_id, status_of(record), ended(record))
@@ -219,18 +223,22 @@ class Uploader:
         count = 0
         known: dict[str, str] = sent.record.setdefault("artifacts", {})
         stats: dict[str, list[int]] = sent.record.setdefault("artifact_stats", {})
-        for path, inside in files(folder, patterns):
-            name = str(path.relative_to(folder))
-            stat = [path.stat().st_size, path.stat().st_mtime_ns]
-            if stats.get(name) == stat:
-                continue
-            now = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            if known.get(name) != now:
-                run_id = sent.record["run_id"]
-                _stored(name, self.client.log_artifact, run_id, str(path), inside)
-                count += 1
-            known[name], stats[name] = now, stat
-            sent.save()
+        before = dict(stats)
+        try:
+            for path, inside in files(folder, patterns):
+                name = str(path.relative_to(folder))
+                stat = [path.stat().st_size, path.stat().st_mtime_ns]
+                if stats.get(name) == stat:
+                    continue
+                now = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+                if known.get(name) != now:
+                    run_id = sent.record["run_id"]
+                    _stored(name, self.client.log_artifact, run_id, str(path), inside)
+                    count += 1
+                known[name], stats[name] = now, stat
+        finally:
+            if stats != before:  # once for all of them; one sent twice is the same file
+                sent.save()
         return count
 
     # --- a sweep ---

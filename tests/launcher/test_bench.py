@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from crl_exp.launcher.bench import command as bench
+from crl_exp.launcher.bench import commands
 from crl_exp.launcher.bench.command import measure
 from crl_exp.launcher.bench.rows import GROUPS, Figure, Group
 from crl_exp.launcher.bench.subject import Subject
 
+APART = ("memory", "floor", "startup", "commands")
 NAMES = [figure.name for group in GROUPS for figure in group.figures]
 
 
@@ -70,16 +72,16 @@ def test_what_cannot_be_measured_here_is_told(monkeypatch, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_every_row_of_the_cpu_runs_on_the_tiny_model(tmp_path, monkeypatch) -> None:
-    """With fewer rounds; memory has a process of its own and is left out."""
+    """With fewer rounds; what has processes of its own is left out."""
     monkeypatch.setattr(
         bench, "GROUPS",
-        [Group(g.name, g.calls, g.figures, 1) for g in GROUPS if g.name not in ("memory", "floor")],
+        [Group(g.name, g.calls, g.figures, 1) for g in GROUPS if g.name not in APART],
     )  # fmt: skip
     path = tmp_path / "bench.json"
     assert bench.main(["--subject", "tiny", "--out", str(path)]) == 0
     told = json.loads(path.read_text())
     names = {m["name"] for m in told["figures"]} | set(told["left_out"])
-    assert names == set(NAMES) - {"warmup_memory", "decode_floor"}
+    assert names == {f.name for g in GROUPS if g.name not in APART for f in g.figures}
     assert set(told["left_out"]) <= {"package", "static"}
     assert all(
         m["seconds_top"] > 0 and m["low"] <= m["median"] <= m["high"] for m in told["figures"]
@@ -94,3 +96,18 @@ def test_every_row_of_the_gpu_runs(tmp_path) -> None:
     assert bench.main(["--subject", "gemma", "--out", str(path)]) == 0
     told = json.loads(path.read_text())
     assert {"decode_floor", "steered_policy"} <= {m["name"] for m in told["figures"]}
+
+
+@pytest.mark.slow
+def test_commands_are_timed_in_processes_of_their_own(monkeypatch) -> None:
+    monkeypatch.setattr(commands, "FEW", 2)
+    monkeypatch.setattr(commands, "MANY", 3)
+    with commands.startup_calls(Subject("tiny")) as calls:
+        assert all((call() or 0) > 0 for call in calls.values())
+    with commands.many_calls(Subject("tiny")) as calls:
+        assert set(calls) == {
+            f"{what}_{n}" for what in ("status", "report") for n in ("few", "many")
+        }
+        assert all((call() or 0) > 0 for call in calls.values())
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        commands.cpu_seconds(["-c", "raise SystemExit(3)"])

@@ -16,6 +16,7 @@ import torch
 from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.generation.engine import Prompts
 from crl_exp.generation.results import Generation, Job
+from crl_exp.launcher.bench.commands import FEW, MANY, many_calls, startup_calls
 from crl_exp.launcher.bench.peers import Chosen, HookedLoop
 from crl_exp.launcher.bench.runs import (
     floor_calls,
@@ -284,4 +285,15 @@ GROUPS = [
         Figure("decode_floor", "decoding one token of 64 rows, steered / reading weights and cache "
                "once", "decode", "floor", 2.0, needs="cuda"),
     ], rounds=5, warm_ups=1),
+    Group("startup", startup_calls, [
+        Figure("startup_help", "launch.py --help / import hydra", "help", "hydra", 5.0),
+        Figure("startup_job", "launch.py --cfg job / import hydra", "job", "hydra", 5.0),
+        Figure("startup_typo", "a refused typo / import hydra", "typo", "hydra", 7.0),
+    ], rounds=5, warm_ups=1),
+    Group("commands", many_calls, [
+        Figure("status_many", f"status of {MANY} finished runs / {FEW}", "status_many",
+               "status_few", MANY / FEW),
+        Figure("report_many", f"report made again of {MANY} finished runs / {FEW}", "report_many",
+               "report_few", MANY / FEW),
+    ], rounds=3, warm_ups=1),
 ]  # fmt: skip

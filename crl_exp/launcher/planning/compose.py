@@ -6,7 +6,7 @@ same options share that; their values are set on a copy, by Hydra's own function
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections.abc import Sequence
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -30,7 +30,8 @@ class Composer:
         self._loader, self._master = loader, master
         self._parser = OverridesParser.create(config_loader=loader)
         self._parsed: dict[str, Override] = {}
-        self._bases: dict[tuple[str, ...], DictConfig | Exception] = {}
+        # Pickled, since OmegaConf copies a config five times as fast by that as by deepcopy.
+        self._bases: dict[tuple[str, ...], bytes | Exception] = {}
 
     @property
     def n_composed(self) -> int:
@@ -54,7 +55,7 @@ class Composer:
                 choices.append(text)
             else:
                 values.append(override)
-        config = copy.deepcopy(self._base(tuple(choices)))
+        config = pickle.loads(self._base(tuple(choices)))
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
         return config, resources
 
@@ -69,13 +70,13 @@ class Composer:
         is_group = self._loader.repository.group_exists(override.key_or_group)
         return is_group and not isinstance(override.value(), dict)
 
-    def _base(self, choices: tuple[str, ...]) -> DictConfig:
+    def _base(self, choices: tuple[str, ...]) -> bytes:
         if choices not in self._bases:
             try:
                 base = self._loader.load_sweep_config(self._master, list(choices))
                 with open_dict(base):
                     del base["hydra"]
-                self._bases[choices] = base
+                self._bases[choices] = pickle.dumps(base)
             except Exception as error:  # the same for every point with these choices
                 self._bases[choices] = error
         found = self._bases[choices]

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.config.errors import UserError
+from crl_exp.config.keys import plain_of
 from crl_exp.config.sections import once
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.config import Known
@@ -182,10 +183,8 @@ def look_at_inputs(points: Sequence[Point]) -> None:
             return None  # told by `check`, or by the job of one that was frozen by another version
 
     for point in points:
-        parts = {
-            name: OmegaConf.to_container(point.config[name], resolve=True)
-            for name in READING if name in point.config
-        }  # fmt: skip
+        whole = plain_of(point.config)
+        parts = {name: whole[name] for name in READING if name in whole}
         found = once(known, ["inputs", parts], lambda of=point.config: look(of))
         if found is None:
             continue
@@ -320,8 +319,8 @@ def _combined_both_ways(points: Sequence[Point]) -> set[str]:
 
 def _beside_stages(config: DictConfig) -> str:
     """All of a config but the stages and their order."""
-    plain = {k: v for k, v in config.items() if k not in (*STAGES, "order", "resume")}
-    return content_key(OmegaConf.to_container(OmegaConf.create(plain), resolve=True))
+    beside = (*STAGES, "order", "resume")
+    return content_key({k: v for k, v in plain_of(config).items() if k not in beside})
 
 
 def _tell_same(group: Sequence[tuple[Setting, Point]], told: Told) -> None:

@@ -144,19 +144,24 @@ class Estimates:
         found = self.samples
         return found is not None and not all_or_nothing(found.baseline_SI, found.steered_SI)
 
+    @property
+    def groups(self) -> list[str]:
+        """The items' groups, the largest first; empty where they aren't known."""
+        if self.samples is None or self.samples.groups is None:
+            return []
+        count = Counter(self.samples.groups)
+        return sorted(count, key=lambda name: (-count[name], name))
+
     @cached_property
     def by_group(self) -> dict[str, Estimates]:
         """Of each group's items alone, largest group first; empty where groups aren't known.
 
         Their figures are those of the first seed, which are asked only where seeds are alike.
         """
-        samples = self.samples
-        if samples is None or samples.groups is None:
-            return {}
-        count = Counter(samples.groups)
         found = {}
-        for group in sorted(count, key=lambda name: (-count[name], name)):
-            part = samples.of_group(group)
+        for group in self.groups:
+            assert self.samples is not None
+            part = self.samples.of_group(group)
             was, now = part.baseline_SI[0], part.steered_SI[0]
             found[group] = Estimates((asdict(compare(was, now, was != now)),), part)
         return found

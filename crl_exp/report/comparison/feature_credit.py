@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +25,8 @@ from crl_exp.runs.records import Record
 pc: Any = pyarrow.compute  # its functions are made when it is imported, unseen by type checkers
 BATCH_ROWS = 500_000
 REWARDS = ("reward_baseline", "reward_steered")
+SEEDS_KEPT = 32
+"""Runs whose pairs are kept until the next row's are read: they may be large."""
 RIGHT = 0.5  # as in `statistics.compare`
 
 
@@ -116,8 +120,12 @@ def items_with_features(run: Record) -> pa.Table | None:
     Read in batches: a long answer steered at every layer has millions of rows.
     """
     path = run.path / "interventions.parquet"
-    if not path.exists():
-        return None
+    return _pairs(path, path.stat().st_mtime_ns) if path.exists() else None
+
+
+@lru_cache(maxsize=SEEDS_KEPT)
+def _pairs(path: Path, _written: int) -> pa.Table | None:
+    """_written: when the file was, so that one written anew is read anew."""
     file = pq.ParquetFile(path, read_dictionary=["item"])
     columns = ["split", "item", "layer", "features", "changed"]
     rewards = [name for name in REWARDS if name in file.schema_arrow.names]

@@ -31,6 +31,7 @@ NOISE_TAKEN_OFF = 2 / 3
 so that taking all of it off the seeds' part, which counts by Student's, takes off too much where
 hardly anything but noise is the items': with three seeds .91 to .93 where seeds matter. Where none
 is taken off it is .98 to .99 where they don't. Set by simulation (docs/statistics.md)."""
+KEPT = 2048  # files of which counts are kept
 Counts = dict[int, list[Counter[int]]]
 """By layer and group of items: at how many tokens each feature was added."""
 
@@ -68,6 +69,12 @@ def _jackknife(value_G: np.ndarray) -> float:
 def without_groups(use: LayerUse) -> list[LayerUse] | None:
     """A run's features at a layer, counted without each group of items; None where the items that
     had them aren't known, or all lie in one group."""
+    if "without_groups" not in use.made:
+        use.made["without_groups"] = _without_groups(use)
+    return use.made["without_groups"]
+
+
+def _without_groups(use: LayerUse) -> list[LayerUse] | None:
     path = use.record.path / "interventions.parquet"
     if not path.exists():
         return None
@@ -84,29 +91,36 @@ def without_groups(use: LayerUse) -> list[LayerUse] | None:
     return found
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=KEPT)
 def _counted(path: Path, _written: int) -> Counts:
     """Read in batches: a long answer steered at every layer has millions of rows."""
     found: Counts = {}
-    file = pq.ParquetFile(path, read_dictionary=["item"])
     columns = ["split", "item", "layer", "features"]
-    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-        rows = pa.Table.from_batches([batch])
-        rows = rows.filter(pc.equal(rows["split"], "test"))
-        features = rows["features"].combine_chunks()
-        at = pc.list_parent_indices(features)
-        table = pa.table(
-            {
-                "item": rows["item"].cast(pa.string()).take(at),
-                "layer": rows["layer"].take(at),
-                "feature": pc.list_flatten(features),
-            }
-        )
-        counts = table.group_by(["item", "layer", "feature"]).aggregate([([], "count_all")])
-        for line in counts.to_pylist():
-            groups = found.setdefault(line["layer"], [Counter() for _ in range(GROUPS)])
-            groups[group_of(line["item"])][line["feature"]] += line["count_all"]
+    with pq.ParquetFile(path, read_dictionary=["item"]) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False):
+            rows = pa.Table.from_batches([batch])
+            rows = rows.filter(pc.equal(rows["split"], "test"))
+            features = rows["features"].combine_chunks()
+            at = pc.list_parent_indices(features)
+            table = pa.table(
+                {
+                    "group": _groups(rows["item"]).take(at),
+                    "layer": rows["layer"].take(at),
+                    "feature": pc.list_flatten(features),
+                }
+            )
+            counts = table.group_by(["group", "layer", "feature"]).aggregate([([], "count_all")])
+            for line in counts.to_pylist():
+                groups = found.setdefault(line["layer"], [Counter() for _ in range(GROUPS)])
+                groups[line["group"]][line["feature"]] += line["count_all"]
     return found
+
+
+def _groups(items: pa.ChunkedArray) -> pa.Array:
+    """The group of each row's item, found once for each item."""
+    encoded = items.combine_chunks().dictionary_encode()
+    of_item = pa.array([group_of(item) for item in encoded.dictionary.to_pylist()], pa.int32())
+    return of_item.take(encoded.indices)
 
 
 def group_of(item_id: str) -> int:

@@ -32,6 +32,11 @@ class LayerUse:
     allowed: int
 
     @cached_property
+    def made(self) -> dict[str, Any]:
+        """What was made of it and is asked for again, by a name of its maker's."""
+        return {}
+
+    @cached_property
     def ranks(self) -> dict[int, int]:
         """Place among those found, from 1, by feature."""
         return {row["feature"]: i for i, row in enumerate(self.found, start=1)}
@@ -44,6 +49,10 @@ class LayerUse:
 
     def metrics(self) -> dict[str, float]:
         """What the figures show; docs/report.md says what each means."""
+        return dict(self._metrics)
+
+    @cached_property
+    def _metrics(self) -> dict[str, float]:
         common = np.array([row["feature"] in self.ranks for row in self.used])
         first = np.array([self.ranks.get(row["feature"]) == 1 for row in self.used])
         correlation = np.array([row["correlation"] for row in self.used])
@@ -63,7 +72,7 @@ class LayerUse:
             "r_mean_found": float(np.mean([row["correlation"] for row in self.found])),
         }
 
-    @property
+    @cached_property
     def critic_loss(self) -> float:
         """Mean over the last tenth of the updates; nan where there is no critic."""
         name = f"layer_{self.layer}/critic_loss"
@@ -80,6 +89,12 @@ def layer_uses(row: Row) -> dict[int, list[LayerUse]]:
 
 def all_uses(row: Row) -> dict[int, list[LayerUse]]:
     """Likewise, with runs that have no stage 1, such as those of a given list of features."""
+    if "uses" not in row.made:
+        row.made["uses"] = _all_uses(row)
+    return row.made["uses"]
+
+
+def _all_uses(row: Row) -> dict[int, list[LayerUse]]:
     found: dict[int, list[LayerUse]] = {}
     for run in row.runs:
         for layer, said in run.features.items():

@@ -55,6 +55,11 @@ class Row:
         return float(self.values(key, test_set).mean())
 
     @cached_property
+    def made(self) -> dict[str, Any]:
+        """As a comparison's."""
+        return {}
+
+    @cached_property
     def _estimates(self) -> dict[str | None, Estimates]:
         return {}
 
@@ -129,6 +134,11 @@ class SweepComparison:
     rows: tuple[Row, ...]
     unfinished: tuple[Record, ...]
     analyses: tuple[Analysis, ...] = ()
+
+    @cached_property
+    def made(self) -> dict[str, Any]:
+        """What was made of this comparison and is asked for again, by a name of its maker's."""
+        return {}
 
     @property
     def first(self) -> Record:

@@ -14,7 +14,13 @@ from crl_exp.report.tables.quality import quality_tables
 
 
 def further_tables(sweep: SweepComparison) -> list[FurtherTable]:
-    """Those that have a line."""
+    """Those that have a line. Made once: the terminal, the page and two files show them."""
+    if "further" not in sweep.made:
+        sweep.made["further"] = _further(sweep)
+    return sweep.made["further"]
+
+
+def _further(sweep: SweepComparison) -> list[FurtherTable]:
     return [
         *analysis_tables(sweep), *group_tables(sweep), *ladder_tables(sweep), *pair_tables(sweep),
         *quality_tables(sweep), *left_alone_tables(sweep), *fit_tables(sweep),

@@ -60,12 +60,12 @@ def group_effects(row: Row, test_set: str | None = None) -> list[GroupEffect]:
     (`Estimates`); p-values are Holm-corrected for the groups of this row. Empty where all items are
     of one group, or the run was made before groups were written.
     """
-    by_group = row.estimates(test_set).by_group
-    if len(by_group) < 2:
+    whole = row.estimates(test_set)
+    if len(whole.groups) < 2:
         return []
     parts = [
         (group, found, found.samples)
-        for group, found in by_group.items()
+        for group, found in whole.by_group.items()
         if found.samples is not None and len(found.samples.ids) >= FEWEST
     ]
     corrected = holm([found.p_value for _, found, _ in parts])
@@ -95,7 +95,7 @@ def _table(sweep: SweepComparison, test_set: str | None) -> FurtherTable | None:
     title = f"Where the difference comes from: groups of {name}"
     slug = f"groups-{test_set or 'test'}"
     notes = _notes(every[0], test_set, few_rows)
-    without = [row for row in rows if not row.estimates(test_set).by_group]
+    without = [row for row in rows if not row.estimates(test_set).groups]
     if without:
         notes.append(
             f"{len(without)} of the rows aren't here: they were run before items.parquet had "

@@ -135,7 +135,7 @@ def print_parts(parts: SweepParts, console: Console) -> None:
 def print_report(sweep: SweepComparison, console: Console) -> None:
     left_out = () if console.width >= FULL_WIDTH else LEFT_OUT
     kept = [i for i, column in enumerate(COLUMNS) if column not in left_out]
-    cells = [[main_cells(sweep, row)[i] for i in kept] for row in sweep.rows]
+    cells = [[cells[i] for i in kept] for cells in (main_cells(sweep, row) for row in sweep.rows)]
     if cells:
         print_table(console, title(sweep), [COLUMNS[i] for i in kept], cells)
     else:

@@ -1,0 +1,26 @@
+"""Copied sweeps are sweeps: their keys are those of their configs, and a report reads them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from crl_exp.config.keys import frozen_config
+from crl_exp.launcher.bench.finished_runs import make_sweep
+from crl_exp.report.parts import compare_parts
+from crl_exp.runs.items import item_rewards
+from crl_exp.runs.records import find_records
+from tests.helpers.synthetic import config, run_of_items
+
+
+def test_copies_are_runs_of_one_sweep_with_the_same_items(tmp_path):
+    made = config(tmp_path, more={"algorithm.lr_policy": 0.01})
+    template = run_of_items(made, np.zeros(4), np.ones(4))
+    paths = make_sweep([template.path], tmp_path / "many", 101, n_items=40)
+    assert len({path.name for path in paths}) == 101
+    for path in (paths[0], paths[100]):
+        assert frozen_config(path).sweep_name == "many"  # which refuses another key
+    records = find_records(tmp_path / "many")
+    assert len({item_rewards(record).ids for record in records}) == 1
+    (part,) = compare_parts(records).parts
+    assert len(part.sweep.rows) == 21  # twenty layers of five seeds, and one of another rate
+    assert {row.estimates().n for row in part.sweep.rows} == {40}
