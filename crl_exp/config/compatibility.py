@@ -121,7 +121,7 @@ def all_or_nothing(plain: dict[str, Any]) -> bool:
     task = plain.get("task") or {}
     module = str(task.get("_target_", "")).rpartition(".")[0]
     known = module.removeprefix("crl_exp.tasks.") in _RIGHT_OR_WRONG
-    return known and task.get("scorer") != "token_f1"
+    return known and task.get("scorer") != "token_f1" and task.get("answer_kind") != "f1"
 
 
 _WITHOUT_A_POLICY = (
@@ -176,6 +176,8 @@ ADDED: tuple[Added, ...] = (
     Added("policy", "", "null_start", 0.5, same=never_leaves_alone),
     Added("policy", "", "doses", []),
     Added("warmup", "", "contrast", "reward"),
+    Added("task", "JsonLines", "answer_kind", "choice"),
+    Added("task", "JsonLines", "stop", []),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

@@ -29,9 +29,48 @@ def run_key(config: DictConfig) -> str:
 
     Raises `UserError` where `experiment` names no kind.
     """
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain: Any = settled(OmegaConf.to_container(config, resolve=True))
     kept = {k: v for k, v in sections_read(plain).items() if k not in NOT_IN_KEY}
     return content_key(compatibility.hashed(kept))
+
+
+def settled(plain: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config with what its task finds in files in the place of what asks for it: sizes
+    that are shares of a file, in items. So a key is of what is read, and a frozen config, which has
+    the numbers, needs no file for it.
+
+    Raises `UserError` where such a file isn't as it should be.
+    """
+    task = plain.get("task")
+    if not isinstance(task, dict) or not _asks_files(task):
+        return plain
+    cls = target_class(str(task.get("_target_")), "task", object)
+    settle = getattr(cls, "settled", None)  # of the tasks that have files of their own
+    return plain if settle is None else {**plain, "task": {**task, **settle(task)}}
+
+
+def settle(config: DictConfig) -> dict[str, Any]:
+    """Make a config `settled`; returns what was found, by key of the task.
+
+    Raises `UserError` as `settled` does.
+    """
+    task = config.get("task")
+    if not isinstance(task, DictConfig) or task._is_none() or task._is_missing():
+        return {}
+    plain: Any = OmegaConf.to_container(task, resolve=True)
+    now = settled({"task": plain})["task"]
+    found = {key: value for key, value in now.items() if key not in plain or plain[key] != value}
+    for key, value in found.items():
+        OmegaConf.update(config, f"task.{key}", value)
+    return found
+
+
+def _asks_files(task: dict[str, Any]) -> bool:
+    """Whether a task's section may leave something to its files."""
+    if "???" in task.values():
+        return False  # what is missing is told first
+    sizes = [task[name] for name in ("n_train", "n_validation", "n_test") if name in task]
+    return any(size is None or isinstance(size, float) for size in sizes)
 
 
 def sections_read(plain: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +136,7 @@ def freeze(config: DictConfig, path: Path) -> None:
 
     It says resume=new: however often a job is started from it, it goes on.
     """
-    whole: Any = OmegaConf.to_container(config, resolve=True)
+    whole: Any = settled(OmegaConf.to_container(config, resolve=True))
     plain = sections_read(whole)
     plain.pop("hydra", None)
     plain["resume"] = "new"

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from crl_exp.config import compatibility
 from crl_exp.config.compatibility import STEERING, is_steering
 from crl_exp.config.errors import UserError, did_you_mean
-from crl_exp.config.keys import EVERY_KIND
+from crl_exp.config.keys import EVERY_KIND, settle
 from crl_exp.config.paths import sweep_fault
 from crl_exp.config.sections import Known, build, fill, number_faults, once
 from crl_exp.experiments.base import ExperimentKind, Unread
@@ -99,11 +99,13 @@ class Experiment:
 
 
 def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
-    """Build every section. Raises `UserError` with all faults of the config at once.
+    """Build every section. Raises `UserError` with all faults of the config at once; one in a file
+    that decides about the config (`settle`) comes first.
 
     known: of points that are only checked, not run: equal sections are then one object.
     """
     compatibility.fill_missing(config)
+    settle(config)
     faults = _unknown_sections(config)
     made: dict[str, Any] = {}
     kind = _kind(config, known)

@@ -23,6 +23,7 @@ def run(config: DictConfig) -> float | None:
     from hydra.types import RunMode
 
     from crl_exp.config.compatibility import is_steering
+    from crl_exp.config.keys import settle
     from crl_exp.experiments import config as configs
     from crl_exp.experiments.run import run_experiment
     from crl_exp.launcher.command_line import (
@@ -31,7 +32,7 @@ def run(config: DictConfig) -> float | None:
         check_sweeper,
         people_errors,
     )
-    from crl_exp.launcher.planning.plan import unread
+    from crl_exp.launcher.planning.plan import settled_text, unread
     from crl_exp.launcher.planning.written import check_written
     from crl_exp.runs.result import objective
 
@@ -43,6 +44,8 @@ def run(config: DictConfig) -> float | None:
         check_alone(hydra_node)
         check_config_dir(hydra_node)
         check_written(hydra_node, [config])
+        if said := settled_text(settle(config)):
+            print(said)
         with people_errors(INTERRUPTED):
             # Steering reads all there is.
             if not is_steering(config.experiment):

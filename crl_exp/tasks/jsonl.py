@@ -1,49 +1,112 @@
-"""A choice task from one's own file: a question, some options, the right one."""
+"""A task from one's own file: questions, the right answer of each, and how answers are scored."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from crl_exp.config.errors import UserError
+from omegaconf import OmegaConf
+
+from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import home
-from crl_exp.tasks.base import Item, Score, Splits, content_id, unique
+from crl_exp.config.sections import fill
+from crl_exp.runs.inputs import digest
+from crl_exp.runs.kept import shared
+from crl_exp.tasks.base import Item, Score, Splits, content_id, of_groups, unique
 from crl_exp.tasks.choice_task import ChoiceTask
 from crl_exp.tasks.data.files import json_line, users_text
+from crl_exp.tasks.own import shares
+from crl_exp.tasks.own.answer_kinds import KINDS, WRITTEN
+from crl_exp.tasks.scorers.base import Scorer
 from crl_exp.tasks.scorers.choice import ChoiceScorer
 
 
 @dataclass
 class JsonLines(ChoiceTask):
-    """Questions whose answer is one of a few options, a JSON object a line.
+    """Questions from a file, a JSON object a line.
 
     Lines are {"question": …, "answer": …}; one may name its `group` (a text), by which results are
-    told apart and `task.groups` chooses.
+    told apart and `task.groups` chooses. The sizes `n_train`, `n_validation` and `n_test` may be
+    shares of the file (.6) or null: docs/tasks.md.
 
     path: the file. template: the user turn; `{question}` stands for the question.
+    answer_kind: choice (the answer is one of `choices`), or of free text exact (the same text),
+        number (the same number), f1 (the reward is F1 of the words), contains (the answer is in it)
+        or regex (the line's answer is a regular expression, which is found in it).
+    stop: texts that end a written answer in a plain prompt, where a model goes on with the next
+        question by itself. With a chat template the model's own end of turn ends it.
     """
 
     path: str
     template: str
+    answer_kind: str
+    stop: list[str]
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if self.answer_kind not in KINDS:
+            near = did_you_mean(self.answer_kind, KINDS)
+            found.append(
+                f"task.answer_kind={self.answer_kind}: must be one of {', '.join(KINDS)}{near}"
+            )
+        elif self.answer_kind != "choice" and self.choices is not None:
+            found.append(
+                f"task.answer_kind={self.answer_kind}: is of answers written freely, and "
+                f"task.choices={list(self.choices)} restricts them; set task.choices=null and "
+                "task.max_new_tokens=32, or as many as an answer needs"
+            )
+        if "" in self.stop:
+            found.append(f"task.stop={list(self.stop)}: an empty text would end every answer")
+        if self.choices and self.stop:
+            found.append(f"task.stop={list(self.stop)}: does nothing where task.choices are given")
+        return found
 
     @property
     def scorer_name(self) -> str:
-        return self._scorer().name
+        return self.scorer_used.name
 
-    def _scorer(self) -> ChoiceScorer:
+    @property
+    def scorer_used(self) -> Scorer:
+        """Raises `UserError` where there are no choices to choose from."""
+        if self.answer_kind in WRITTEN:
+            return WRITTEN[self.answer_kind].scorer
         if not self.choices:
-            raise UserError("task.choices is empty; give the answers, e.g. task.choices=[yes,no]")
+            raise UserError(
+                "task.choices is empty; give the answers, e.g. task.choices=[yes,no], or say how "
+                f"written ones are compared: task.answer_kind={'|'.join(WRITTEN)}"
+            )
         return ChoiceScorer(tuple(self.choices))
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [] if self.chat_template or self.choices else self.stop
+
+    @classmethod
+    def settled(cls, section: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a resolved section is to be found in files, by key: sizes that are shares, or
+        left out, in items. Raises `UserError` as `draw` does."""
+        if not shares.is_open(section):
+            return {}
+        plain = OmegaConf.create({**section, **dict.fromkeys(shares.LEFT_OUT, 1)})
+        made = fill(plain, "task", cls)
+        where = f"task.path={made.path}"
+        # Once for all points of a sweep: a file is read for each of them otherwise.
+        key = [cls.__qualname__, asdict(made), digest([home(made.path, "task.path")], where)]
+        n_items = shared(
+            "n_items", key, lambda: len(of_groups(unique(list(made.items())), made.groups, where)),
+            keep=8,
+        )  # fmt: skip
+        return dict(shares.numbers(section, n_items, where))
 
     def draw(self) -> Splits:
         """Raises `UserError` where the file is missing, or a line is not as it should be."""
-        self._scorer()
-        items = unique(list(self._items()))
-        return self.cut(items, f"task.path={self.path}")
+        return self.cut(unique(list(self.items())), f"task.path={self.path}")
 
-    def _items(self) -> Iterator[Item]:
+    def items(self) -> Iterator[Item]:
+        """All items of the file. Raises `UserError` as `draw` does."""
+        _ = self.scorer_used
         path = home(self.path, "task.path")
         if path.exists() and not path.is_file():  # a device may go on for ever
             raise UserError(f"task.path={self.path}: is no file")
@@ -80,14 +143,20 @@ class JsonLines(ChoiceTask):
                 raise UserError(f"{where}: the {name} is {_brief(value)}, not a text")
             if not str(value).strip():
                 raise UserError(f"{where}: the {name} is empty")
-        if str(answer) not in (self.choices or []):
-            raise UserError(
-                f"{where}: the answer {str(answer)!r} is not one of task.choices={self.choices}"
-            )
+        if fault := self._answer_fault(str(answer)):
+            raise UserError(f"{where}: the answer {str(answer)!r} {fault}")
         return str(question), str(answer)
 
+    def _answer_fault(self, answer: str) -> str:
+        """What a line's answer lacks for the kind of answers; "" for nothing."""
+        if self.answer_kind == "choice":
+            known = answer in (self.choices or [])
+            return "" if known else f"is not one of task.choices={self.choices}"
+        fault = WRITTEN[self.answer_kind].fault(answer)
+        return fault and f"{fault}, as task.answer_kind={self.answer_kind} needs it"
+
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
-        return self._scorer()(items, outputs)
+        return self.scorer_used(items, outputs)
 
 
 def _brief(value: Any) -> str:

@@ -27,7 +27,7 @@ from crl_exp.launcher.sweep_file import SweepFile
 from tests.helpers import hub_data
 from tests.helpers.documented import documented, words
 from tests.helpers.launching import settings, tiny
-from tests.helpers.tiny_run import ROOT
+from tests.helpers.tiny_run import ROOT, write_task
 
 HUB = "weights of the hub"
 LONG = "takes minutes to hours"
@@ -119,6 +119,8 @@ def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("home")
     hub_data.on_files("gsm8k", home / "gsm8k", "jsonl")
     hub_data.on_files("mmlu", home / "mmlu")
+    write_task(home / "yes_no", n=400)
+    write_task(home / "numbers", n=60, answers=("1", "2"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRL_EXP_CACHE", str(home / "cache"))
         yield home  # type: ignore[misc]
@@ -133,6 +135,7 @@ def overrides_of(command: str, home: Path) -> list[str]:
         ("auxiliary_train:a.parquet", f"auxiliary_train:{home}/mmlu/*auxiliary_train*.parquet"),
         ("validation:v.parquet", f"validation:{home}/mmlu/*validation*.parquet"),
         ("test:t.parquet", f"test:{home}/mmlu/*test*.parquet"),
+        ("FILE.jsonl", home / ("numbers" if "task.answer_kind=number" in typed else "yes_no")),
     ):
         typed = [word.replace(text, str(path)) for word in typed]
     made_tiny = [] if "+debug=tiny" in typed else ["+debug=tiny"]

@@ -24,7 +24,7 @@ def jsonl(path: Path, choices: tuple[str, ...] = ("yes", "no")) -> JsonLines:
         name="jsonl", n_train=3, n_validation=3, n_test=3, split_seed=0, max_new_tokens=1,
         choices=list(choices), chat_template=True, shuffle_labels=False, path=str(path),
         template="{question}", length_normalised=False, choice_prefix="", train_seed=None,
-        groups=None,
+        groups=None, answer_kind="choice", stop=[],
     )  # fmt: skip
 
 
