@@ -110,6 +110,8 @@ def is_steering(experiment: Any) -> bool:
     return experiment is None or experiment.get("_target_") == STEERING["_target_"]
 
 
+_BY_DEGREES = ("token_f1", "function")
+"""Scorers whose rewards may lie between 0 and 1."""
 _RIGHT_OR_WRONG = (
     "jsonl", "multiple_choice", "open_questions", "refusal", "refusal_sets", "sentiment", "tiny",
 )  # fmt: skip
@@ -121,7 +123,7 @@ def all_or_nothing(plain: dict[str, Any]) -> bool:
     task = plain.get("task") or {}
     module = str(task.get("_target_", "")).rpartition(".")[0]
     known = module.removeprefix("crl_exp.tasks.") in _RIGHT_OR_WRONG
-    return known and task.get("scorer") != "token_f1" and task.get("answer_kind") != "f1"
+    return known and task.get("scorer") not in _BY_DEGREES and task.get("answer_kind") != "f1"
 
 
 _WITHOUT_A_POLICY = (
@@ -178,6 +180,9 @@ ADDED: tuple[Added, ...] = (
     Added("warmup", "", "contrast", "reward"),
     Added("task", "JsonLines", "answer_kind", "choice"),
     Added("task", "JsonLines", "stop", []),
+    Added("task", "JsonLines", "scorer", "answer"),
+    Added("task", "JsonLines", "function", None),
+    Added("task", "JsonLines", "function_source", None),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

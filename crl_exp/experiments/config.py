@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from crl_exp.config import compatibility
+from crl_exp.config import compatibility, own_code
 from crl_exp.config.compatibility import STEERING, is_steering
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.keys import EVERY_KIND, settle
@@ -104,6 +104,7 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
 
     known: of points that are only checked, not run: equal sections are then one object.
     """
+    own_code.check(config)
     compatibility.fill_missing(config)
     settle(config)
     faults = _unknown_sections(config)

@@ -22,6 +22,7 @@ def run(config: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from crl_exp.config import own_code
     from crl_exp.config.compatibility import is_steering
     from crl_exp.config.keys import settle
     from crl_exp.experiments import config as configs
@@ -40,6 +41,7 @@ def run(config: DictConfig) -> float | None:
     in_sweep = hydra_node.mode == RunMode.MULTIRUN
     with people_errors():  # ends the process: a sweeper would go on to its next point
         check_sweeper(hydra_node)
+        own_code.note(config, hydra_node)
     if not in_sweep:
         check_alone(hydra_node)
         check_config_dir(hydra_node)

@@ -61,6 +61,9 @@ NOT_RUN = {
     ),
     "python -m crl_exp compare demo/0123456789ab other/ba9876543210": "test_compare.py",
     "python -m tests.helpers.simulated": f"{LONG}, and writes into docs/; test_simulated.py",
+    "python launch.py --config-dir=docs/examples/own_task task=capitals method=none": (
+        "test_own_code.py"
+    ),
     "git apply": "of a diff of one's own",
     "hf auth login": "an account",
     "pip install hydra-optuna-sweeper": "an index",

@@ -25,6 +25,7 @@ def jsonl(path: Path, choices: tuple[str, ...] = ("yes", "no")) -> JsonLines:
         choices=list(choices), chat_template=True, shuffle_labels=False, path=str(path),
         template="{question}", length_normalised=False, choice_prefix="", train_seed=None,
         groups=None, answer_kind="choice", stop=[],
+        scorer="answer", function=None, function_source=None,
     )  # fmt: skip
 
 

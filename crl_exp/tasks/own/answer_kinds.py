@@ -1,9 +1,9 @@
 """How a written answer is compared with the one that a line of a `jsonl` file gives.
 
 Of `exact` and `contains` both texts are made plain first: Unicode's NFKC, whatever the case, runs
-of blanks as one; of `exact` also without quotes and markdown's marks around them and without closing
-`.`, `!` or `?`. `number` and `f1` are those of GSM8K and SQuAD; `regex` takes answers as they are
-written.
+of blanks as one; of `exact` also without quotes and markdown's marks around them and without a
+closing `.`, `!` or `?`. `number` and `f1` are those of GSM8K and SQuAD; `regex` takes answers as
+they are written.
 """
 
 from __future__ import annotations
