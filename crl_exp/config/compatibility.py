@@ -110,7 +110,7 @@ def is_steering(experiment: Any) -> bool:
     return experiment is None or experiment.get("_target_") == STEERING["_target_"]
 
 
-_BY_DEGREES = ("token_f1", "function")
+_BY_DEGREES = ("token_f1", "function", "judge")
 """Scorers whose rewards may lie between 0 and 1."""
 _RIGHT_OR_WRONG = (
     "jsonl", "multiple_choice", "open_questions", "refusal", "refusal_sets", "sentiment", "tiny",
@@ -151,6 +151,19 @@ def never_leaves_alone(plain: dict[str, Any]) -> bool:
     return not (plain.get("policy") or {}).get("null_action", False)
 
 
+def unjudged(plain: dict[str, Any]) -> bool:
+    """Whether no judge is asked, however one is described."""
+    return (plain.get("task") or {}).get("scorer", "answer") != "judge"
+
+
+NO_JUDGE = {
+    "base_url": None, "model": None, "api_key_from": None, "template": "{answer}",
+    "reply": "number", "max_tokens": 16, "timeout_seconds": 60.0, "tries": 5, "wait_seconds": 1.0,
+    "parallel": 4,
+}  # fmt: skip
+"""Of runs of before there were judges."""
+
+
 ADDED: tuple[Added, ...] = (
     Added("task", "", "train_seed", None),
     Added("task", "", "groups", None),
@@ -183,6 +196,7 @@ ADDED: tuple[Added, ...] = (
     Added("task", "JsonLines", "scorer", "answer"),
     Added("task", "JsonLines", "function", None),
     Added("task", "JsonLines", "function_source", None),
+    Added("task", "JsonLines", "judge", NO_JUDGE, same=unjudged),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

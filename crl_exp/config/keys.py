@@ -34,8 +34,8 @@ def run_key(config: DictConfig) -> str:
     Raises `UserError` where `experiment` names no kind.
     """
     own_code.use(config)
-    plain: Any = settled(OmegaConf.to_container(config, resolve=True))
-    kept = {k: v for k, v in sections_read(plain).items() if k not in NOT_IN_KEY}
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    kept = {k: v for k, v in sections_read(settled(plain)).items() if k not in NOT_IN_KEY}
     return content_key(compatibility.hashed(kept))
 
 
@@ -149,8 +149,8 @@ def freeze(config: DictConfig, path: Path) -> None:
 
     It says resume=new: however often a job is started from it, it goes on.
     """
-    whole: Any = settled(OmegaConf.to_container(config, resolve=True))
-    plain = sections_read(whole)
+    whole: Any = OmegaConf.to_container(config, resolve=True)
+    plain = sections_read(settled(whole))
     plain.pop("hydra", None)
     plain["resume"] = "new"
     write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(plain)))

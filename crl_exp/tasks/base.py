@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.tasks.data.drawing import (
@@ -139,6 +140,10 @@ class Task:
 
         Raises `UserError` naming the scorer and the offline alternative.
         """
+
+    def told(self) -> dict[str, Any]:
+        """What scoring has to tell, for the result's notes."""
+        return {}
 
     def why_no_benign(self) -> str:
         """Why no training item is benign, as `warmup.contrast=benign` asks; "" where some are."""

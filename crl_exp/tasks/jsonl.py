@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -21,10 +22,11 @@ from crl_exp.tasks.data.files import json_line, users_text
 from crl_exp.tasks.own import shares
 from crl_exp.tasks.own.answer_kinds import KINDS, WRITTEN
 from crl_exp.tasks.own.function import FunctionScorer
+from crl_exp.tasks.own.judge import Judge, JudgeConfig
 from crl_exp.tasks.scorers.base import Scorer
 from crl_exp.tasks.scorers.choice import ChoiceScorer
 
-SCORERS = ("answer", "function")
+SCORERS = ("answer", "function", "judge")
 
 
 @dataclass
@@ -39,9 +41,10 @@ class JsonLines(ChoiceTask):
     answer_kind: choice (the answer is one of `choices`), or of free text exact (the same text),
         number (the same number), f1 (the reward is F1 of the words), contains (the answer is in it)
         or regex (the line's answer is a regular expression, which is found in it).
-    scorer: answer (the line's, by `answer_kind`) or function: `function`, MODULE.FUNCTION, which is
-        called as score(prompts, answers, items) and returns a reward from 0 to 1 for each answer.
-        Lines then need no answer, and may have more fields.
+    scorer: answer (the line's, by `answer_kind`), function (`function`, MODULE.FUNCTION, which is
+        called as score(prompts, answers, items) and returns a reward from 0 to 1 for each answer)
+        or judge (a model behind an endpoint, `judge`). Of the last two, lines need no answer, and
+        may have more fields.
     function_source: digest of the function's file, which is found when a run is composed.
     stop: texts that end a written answer in a plain prompt, where a model goes on with the next
         question by itself. With a chat template the model's own end of turn ends it.
@@ -54,6 +57,7 @@ class JsonLines(ChoiceTask):
     scorer: str
     function: str | None
     function_source: str | None
+    judge: JudgeConfig
 
     def faults(self) -> list[str]:
         found = super().faults()
@@ -85,6 +89,8 @@ class JsonLines(ChoiceTask):
             found += [f"task.function={self.function}: {why}"] if why else []
         elif self.function is not None:
             found.append(f"task.function={self.function}: isn't used without task.scorer=function")
+        if self.scorer == "judge":
+            found += self.judge.faults()
         if self.scorer != "answer" and self.answer_kind != "choice":
             found.append(
                 f"task.answer_kind={self.answer_kind}: does nothing with task.scorer={self.scorer}"
@@ -100,6 +106,8 @@ class JsonLines(ChoiceTask):
         """Raises `UserError` where there are no choices to choose from."""
         if self.scorer == "function":
             return FunctionScorer(str(self.function), str(self.function_source))
+        if self.scorer == "judge":
+            return self.asked_judge
         if self.answer_kind in WRITTEN:
             return WRITTEN[self.answer_kind].scorer
         if not self.choices:
@@ -108,6 +116,18 @@ class JsonLines(ChoiceTask):
                 f"written ones are compared: task.answer_kind={'|'.join(WRITTEN)}"
             )
         return ChoiceScorer(tuple(self.choices))
+
+    @cached_property
+    def asked_judge(self) -> Judge:
+        """The judge, which counts its calls."""
+        return Judge(self.judge)
+
+    def load_scorer(self) -> None:
+        if self.scorer == "judge":
+            self.asked_judge.load()
+
+    def told(self) -> dict[str, Any]:
+        return {"judge": dict(self.asked_judge.calls.counts)} if self.scorer == "judge" else {}
 
     @property
     def stop_strings(self) -> list[str]:
@@ -181,7 +201,12 @@ class JsonLines(ChoiceTask):
             group = row.get("group") or ""
             if not isinstance(group, str):
                 raise UserError(f"{where}: the group {group!r} is not a text")
-            yield Item(content_id(user), user, answer, group=group, row=more)
+            item = Item(content_id(user), user, answer, group=group, row=more)
+            if self.scorer == "judge" and (lacking := self.asked_judge.missing(item)):
+                raise UserError(
+                    f"{where}: has no {', '.join(lacking)}, which task.judge.template asks for"
+                )
+            yield item
 
     def _row(self, row: Any, where: str) -> tuple[str, str | None]:
         """Question and answer. Raises `UserError` where one isn't there, or isn't a text."""
