@@ -112,6 +112,8 @@ def is_steering(experiment: Any) -> bool:
     return experiment is None or experiment.get("_target_") == STEERING["_target_"]
 
 
+_BY_DEGREES = ("token_f1", "function", "judge")
+"""Scorers whose rewards may lie between 0 and 1."""
 _RIGHT_OR_WRONG = (
     "jsonl", "multiple_choice", "open_questions", "refusal", "refusal_sets", "sentiment", "tiny",
 )  # fmt: skip
@@ -123,7 +125,7 @@ def all_or_nothing(plain: dict[str, Any]) -> bool:
     task = plain.get("task") or {}
     module = str(task.get("_target_", "")).rpartition(".")[0]
     known = module.removeprefix("crl_exp.tasks.") in _RIGHT_OR_WRONG
-    return known and task.get("scorer") != "token_f1"
+    return known and task.get("scorer") not in _BY_DEGREES and task.get("answer_kind") != "f1"
 
 
 _WITHOUT_A_POLICY = (
@@ -149,6 +151,19 @@ def starts_at_zero(plain: dict[str, Any]) -> bool:
 def never_leaves_alone(plain: dict[str, Any]) -> bool:
     """Whether there is no null action, so that it doesn't matter what it would start from."""
     return not (plain.get("policy") or {}).get("null_action", False)
+
+
+def unjudged(plain: dict[str, Any]) -> bool:
+    """Whether no judge is asked, however one is described."""
+    return (plain.get("task") or {}).get("scorer", "answer") != "judge"
+
+
+NO_JUDGE = {
+    "base_url": None, "model": None, "api_key_from": None, "template": "{answer}",
+    "reply": "number", "max_tokens": 16, "timeout_seconds": 60.0, "tries": 5, "wait_seconds": 1.0,
+    "parallel": 4,
+}  # fmt: skip
+"""Of runs of before there were judges."""
 
 
 ADDED: tuple[Added, ...] = (
@@ -178,6 +193,12 @@ ADDED: tuple[Added, ...] = (
     Added("policy", "", "null_start", 0.5, same=never_leaves_alone),
     Added("policy", "", "doses", []),
     Added("warmup", "", "contrast", "reward"),
+    Added("task", "JsonLines", "answer_kind", "choice"),
+    Added("task", "JsonLines", "stop", []),
+    Added("task", "JsonLines", "scorer", "answer"),
+    Added("task", "JsonLines", "function", None),
+    Added("task", "JsonLines", "function_source", None),
+    Added("task", "JsonLines", "judge", NO_JUDGE, same=unjudged),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

@@ -10,14 +10,18 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from crl_exp.config import compatibility
+from crl_exp.config import compatibility, own_code
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import content_key, write_atomic
 from crl_exp.config.sections import target_class
 
 # Where a run is written and logged, how it is asked for, and where a report puts it, don't change
 # what it computes.
-NOT_IN_KEY = ("hydra", "output_dir", "sweep_name", "tracking", "resume", "checkpoint", "rung")
+NOT_IN_KEY = (
+    "hydra", "output_dir", "sweep_name", "tracking", "resume", "checkpoint", "rung", "own_code",
+)  # fmt: skip
+SOURCE = "function_source"
+"""Key of a task that has the digest of the source of the function that scores."""
 RESUME = ("new", "retry", "force")
 EVERY_KIND = ("experiment", "seed", "model", "task", *NOT_IN_KEY)
 """What every kind of experiment reads, or the frame that runs it."""
@@ -29,8 +33,9 @@ def run_key(config: DictConfig) -> str:
 
     Raises `UserError` where `experiment` names no kind.
     """
-    plain = plain_of(config)
-    kept = {k: v for k, v in sections_read(plain).items() if k not in NOT_IN_KEY}
+    own_code.use(config)
+    read = sections_read(settled(plain_of(config)))
+    kept = {k: v for k, v in read.items() if k not in NOT_IN_KEY}
     return content_key(compatibility.hashed(kept))
 
 
@@ -38,6 +43,53 @@ def plain_of(config: DictConfig) -> dict[str, Any]:
     """A config as plain values, resolved."""
     plain: Any = OmegaConf.to_container(config, resolve=True)
     return plain
+
+
+def settled(plain: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config with what its task finds in files in the place of what asks for it: sizes
+    that are shares of a file, in items, and the digest of a function's source.
+
+    So a key is of what is read, and a frozen config, which has them, needs no file for it.
+
+    Raises `UserError` where such a file isn't as it should be.
+    """
+    task = plain.get("task")
+    if not isinstance(task, dict) or not _asks_files(task):
+        return plain
+    cls = target_class(str(task.get("_target_")), "task", object)
+    settle = getattr(cls, "settled", None)  # of the tasks that have files of their own
+    return plain if settle is None else {**plain, "task": {**task, **settle(task)}}
+
+
+def settle(config: DictConfig) -> dict[str, Any]:
+    """Make a config `settled`, having its `own_code` on the path; returns what was found, by key of
+    the task. A function that lies in the working directory has that noted in `own_code`.
+
+    Raises `UserError` as `settled` does.
+    """
+    task = config.get("task")
+    if not isinstance(task, DictConfig) or task._is_none() or task._is_missing():
+        return {}
+    own_code.use(config)
+    plain: Any = OmegaConf.to_container(task, resolve=True)
+    now = settled({"task": plain})["task"]
+    found = {key: value for key, value in now.items() if key not in plain or plain[key] != value}
+    for key, value in found.items():
+        OmegaConf.update(config, f"task.{key}", value)
+    if SOURCE in found:
+        name = str(plain["function"])
+        module, _, _ = name.rpartition(".")
+        own_code.keep_working_directory(config, module, f"task.function={name}")
+    return found
+
+
+def _asks_files(task: dict[str, Any]) -> bool:
+    """Whether a task's section may leave something to its files."""
+    if "???" in task.values():
+        return False  # what is missing is told first
+    sizes = [task[name] for name in ("n_train", "n_validation", "n_test") if name in task]
+    is_open = any(size is None or isinstance(size, float) for size in sizes)
+    return is_open or (SOURCE in task and bool(task.get("function")) and not task[SOURCE])
 
 
 def sections_read(plain: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +156,7 @@ def freeze(config: DictConfig, path: Path) -> None:
     It says resume=new: however often a job is started from it, it goes on.
     """
     whole: Any = OmegaConf.to_container(config, resolve=True)
-    plain = sections_read(whole)
+    plain = sections_read(settled(whole))
     plain.pop("hydra", None)
     plain["resume"] = "new"
     write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(plain)))

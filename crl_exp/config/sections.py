@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from crl_exp.config import own_code
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import content_key
 
@@ -25,8 +26,9 @@ Known = dict[str, Any]
 def build(node: DictConfig, where: str, base: type) -> Any:
     """Make the object that a section's `_target_` names, its values checked against its fields.
 
-    Raises `UserError` for a class outside this package or of the wrong kind, an unknown or missing
-    key (with the nearest right names), and a value of the wrong type.
+    Raises `UserError` for a class that is neither this package's nor in a folder of `own_code`, or
+    of the wrong kind, an unknown or missing key (with the nearest right names), and a value of the
+    wrong type.
     """
     return fill(node, where, target_class(str(node.get("_target_", "")), where, base))
 
@@ -34,20 +36,28 @@ def build(node: DictConfig, where: str, base: type) -> Any:
 def target_class(target: str, where: str, base: type) -> type:
     """The class that a section's `_target_` names. Raises `UserError` as `build` does."""
     module, _, name = target.rpartition(".")
+    key = f"{where}._target_={target}"
     if not target.startswith(PACKAGE):
-        raise UserError(
-            f"{where}._target_={target or 'missing'}: must name a class of crl_exp; "
-            f"choose an option of the group instead ({where}=NAME)"
-        )
+        if not own_code.holds(module):
+            raise UserError(
+                f"{where}._target_={target or 'missing'}: must name a class of crl_exp, or of a "
+                "module beside YAML files of your own (--config-dir) or in a folder of own_code; "
+                f"choose an option of the group instead ({where}=NAME)"
+            )
+        return _of_kind(own_code.loaded(target, key), key, where, base)
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{where}._target_={target}: no such class ({error})") from error
+        raise UserError(f"{key}: no such class ({error})") from error
+    return _of_kind(cls, key, where, base)
+
+
+def _of_kind(cls: Any, key: str, where: str, base: type) -> type:
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise UserError(f"{where}._target_={target}: is not a {base.__name__}")
+        raise UserError(f"{key}: is not a {base.__name__}")
     if left := [name for name in dir(cls) if _is_open(getattr(cls, name, None))]:
         raise UserError(
-            f"{where}._target_={target}: is a base for others, which leaves {', '.join(left)} to "
+            f"{key}: is a base for others, which leaves {', '.join(left)} to "
             f"them; choose an option of the group instead ({where}=NAME)"
         )
     return cls

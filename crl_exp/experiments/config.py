@@ -12,10 +12,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from crl_exp.config import compatibility
+from crl_exp.config import compatibility, own_code
 from crl_exp.config.compatibility import STEERING, is_steering
 from crl_exp.config.errors import UserError, did_you_mean
-from crl_exp.config.keys import EVERY_KIND, plain_of
+from crl_exp.config.keys import EVERY_KIND, plain_of, settle
 from crl_exp.config.paths import sweep_fault
 from crl_exp.config.sections import Known, build, fill, number_faults, once
 from crl_exp.experiments.base import ExperimentKind, Unread
@@ -107,11 +107,14 @@ class Experiment:
 
 
 def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
-    """Build every section. Raises `UserError` with all faults of the config at once.
+    """Build every section. Raises `UserError` with all faults of the config at once; one in a file
+    that decides about the config (`settle`) comes first.
 
     known: of points that are only checked, not run: equal sections are then one object.
     """
+    own_code.check(config)
     compatibility.fill_missing(config)
+    settle(config)
     faults = _unknown_sections(config)
     whole = {} if known is None else plain_of(config)
     made: dict[str, Any] = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
+from crl_exp.config import own_code
 from crl_exp.config.files import home
 from crl_exp.config.hub import cached_commit
 from crl_exp.experiments.config import Experiment, with_sae
@@ -18,7 +20,7 @@ def inputs_of(exp: Experiment, layers: list[int]) -> Inputs:
 
     Raises `UserError` where one can't be read.
     """
-    found = task_inputs(exp.task) | scorer_inputs(exp.task)
+    found = task_inputs(exp.task) | scorer_inputs(exp.task) | class_inputs(exp)
     if not exp.model.path.startswith(("asset:", "tiny:")):  # those are what they are
         folder = home(exp.model.path, "model.path")
         if folder.is_dir():
@@ -58,12 +60,26 @@ def task_inputs(task: Any) -> Inputs:
     if isinstance(path := getattr(task, "path", None), str):
         key = f"task.path={path}"
         found[key] = digest([home(path, "task.path")], key)
+    if function := getattr(task, "function", None):
+        key = f"task.function={function}"
+        found[key] = own_code.source_digest(function.rpartition(".")[0], key)
     if (given := getattr(task, "data_files", None)) is not None:
         parts = given.values() if isinstance(given, dict) else [given]
         files = [file for part in parts for file in files_of(part)]
         key = f"task.data_files={given}"
         found[key] = digest(files, key)
     return found
+
+
+def class_inputs(exp: Experiment) -> Inputs:
+    """What lies in the modules of classes of the user's own; {} where all are this package's."""
+    sections = [(f.name, type(getattr(exp, f.name))) for f in fields(exp)]
+    own = [
+        (f"{name}._target_", f"{cls.__module__}.{cls.__qualname__}")
+        for name, cls in sections
+        if own_code.holds(cls.__module__)
+    ]
+    return own_code.digests(own)
 
 
 def scorer_inputs(task: Any) -> Inputs:

@@ -170,7 +170,7 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: RunHost) 
         **_identity(workspace),
         **noted,
         **found,
-        "notes": workspace.notes,
+        "notes": {**workspace.notes, **exp.task.told()},
         "warnings": workspace.warnings,
         "seconds": seconds,
         "choices": workspace.tried.choices(),

@@ -5,7 +5,7 @@ Every command line begins with this, `--help` and a mistyped one too: nothing he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
@@ -32,6 +32,7 @@ class Schema:
     resume: str = MISSING
     rung: int | None = None
     order: list[str] = MISSING
+    own_code: list[str] = field(default_factory=list)
     experiment: Any = MISSING
     model: ModelConfig = MISSING
     sae: SAEConfig = MISSING

@@ -28,7 +28,9 @@ def run(config: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from crl_exp.config import own_code
     from crl_exp.config.compatibility import is_steering
+    from crl_exp.config.keys import settle
     from crl_exp.experiments import config as configs
     from crl_exp.experiments.run import FinishedError, run_experiment
     from crl_exp.launcher.command_line import (
@@ -37,7 +39,7 @@ def run(config: DictConfig) -> float | None:
         check_sweeper,
         people_errors,
     )
-    from crl_exp.launcher.planning.plan import unread
+    from crl_exp.launcher.planning.plan import settled_text, unread
     from crl_exp.launcher.planning.written import check_written
     from crl_exp.runs.directory import RunDirectory
     from crl_exp.runs.result import objective
@@ -46,10 +48,13 @@ def run(config: DictConfig) -> float | None:
     in_sweep = hydra_node.mode == RunMode.MULTIRUN
     with people_errors():  # ends the process: a sweeper would go on to its next point
         check_sweeper(hydra_node)
+        own_code.note(config, hydra_node)
     if not in_sweep:
         check_alone(hydra_node)
         check_config_dir(hydra_node)
         check_written(hydra_node, [config])
+        if said := settled_text(settle(config)):
+            print(said)
         with people_errors(INTERRUPTED):
             # Steering reads all there is.
             if not is_steering(config.experiment):

@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from crl_exp.config import own_code
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import home
 from crl_exp.launcher.command_line import explain, many_runs, other_fault
@@ -45,6 +46,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     if fault := many_runs(config.hydra):
         raise UserError(f"{fault}: `crl-exp launch -m {' '.join(overrides)}` starts them")
     check_written(config.hydra, [config])
+    own_code.note(config, config.hydra)
     with open_dict(config):
         del config["hydra"]
     return config

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from crl_exp.config.errors import UserError
 from crl_exp.config.keys import frozen_config
+from crl_exp.config.own_code import OwnCodeError
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.packing import pack_key, run_pack
 from crl_exp.experiments.run import run_experiment
@@ -162,6 +163,8 @@ def _checked(path: Path) -> DictConfig:
     config = frozen_config(path)
     try:
         configs.experiment(config)
+    except OwnCodeError:
+        raise
     except UserError as error:
         raise UserError(
             f"{path}/config.yaml was frozen by another version of crl_exp than this one "

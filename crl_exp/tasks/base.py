@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.tasks.data.drawing import (
@@ -152,6 +152,10 @@ class Task:
 
         Raises `UserError` naming the scorer and the offline alternative.
         """
+
+    def told(self) -> dict[str, Any]:
+        """What scoring has to tell, for the result's notes."""
+        return {}
 
     def why_no_benign(self) -> str:
         """Why no training item is benign, as `warmup.contrast=benign` asks; "" where some are."""

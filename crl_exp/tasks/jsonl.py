@@ -1,53 +1,182 @@
-"""A choice task from one's own file: a question, some options, the right one."""
+"""A task from one's own file: questions, the right answer of each, and how answers are scored."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
-from crl_exp.config.errors import UserError
+from omegaconf import OmegaConf
+
+from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import home
-from crl_exp.tasks.base import Item, Score, Splits, content_id, unique
+from crl_exp.config.own_code import name_fault, source_digest
+from crl_exp.config.sections import fill
+from crl_exp.runs.inputs import digest
+from crl_exp.runs.kept import shared
+from crl_exp.tasks.base import Item, Score, Splits, content_id, of_groups, unique
 from crl_exp.tasks.choice_task import ChoiceTask
 from crl_exp.tasks.data.files import json_line, users_text
+from crl_exp.tasks.own import shares
+from crl_exp.tasks.own.answer_kinds import KINDS, WRITTEN
+from crl_exp.tasks.own.function import FunctionScorer
+from crl_exp.tasks.own.judge import Judge, JudgeConfig
+from crl_exp.tasks.scorers.base import Scorer
 from crl_exp.tasks.scorers.choice import ChoiceScorer
+
+SCORERS = ("answer", "function", "judge")
 
 
 @dataclass
 class JsonLines(ChoiceTask):
-    """Questions whose answer is one of a few options, a JSON object a line.
+    """Questions from a file, a JSON object a line.
 
     Lines are {"question": …, "answer": …}; one may name its `group` (a text), by which results are
-    told apart and `task.groups` chooses.
+    told apart and `task.groups` chooses. The sizes `n_train`, `n_validation` and `n_test` may be
+    shares of the file (.6) or null: docs/tasks.md.
 
     path: the file. template: the user turn; `{question}` stands for the question.
+    answer_kind: choice (the answer is one of `choices`), or of free text exact (the same text),
+        number (the same number), f1 (the reward is F1 of the words), contains (the answer is in it)
+        or regex (the line's answer is a regular expression, which is found in it).
+    scorer: answer (the line's, by `answer_kind`), function (`function`, MODULE.FUNCTION, which is
+        called as score(prompts, answers, items) and returns a reward from 0 to 1 for each answer)
+        or judge (a model behind an endpoint, `judge`). Of the last two, lines need no answer, and
+        may have more fields.
+    function_source: digest of the function's file, which is found when a run is composed.
+    stop: texts that end a written answer in a plain prompt, where a model goes on with the next
+        question by itself. With a chat template the model's own end of turn ends it.
     """
 
     path: str
     template: str
+    answer_kind: str
+    stop: list[str]
+    scorer: str
+    function: str | None
+    function_source: str | None
+    judge: JudgeConfig
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if self.answer_kind not in KINDS:
+            near = did_you_mean(self.answer_kind, KINDS)
+            found.append(
+                f"task.answer_kind={self.answer_kind}: must be one of {', '.join(KINDS)}{near}"
+            )
+        elif self.answer_kind != "choice" and self.choices is not None:
+            found.append(
+                f"task.answer_kind={self.answer_kind}: is of answers written freely, and "
+                f"task.choices={list(self.choices)} restricts them; set task.choices=null and "
+                "task.max_new_tokens=32, or as many as an answer needs"
+            )
+        found += self._scorer_faults()
+        if "" in self.stop:
+            found.append(f"task.stop={list(self.stop)}: an empty text would end every answer")
+        if self.choices and self.stop:
+            found.append(f"task.stop={list(self.stop)}: does nothing where task.choices are given")
+        return found
+
+    def _scorer_faults(self) -> list[str]:
+        found = []
+        if self.scorer not in SCORERS:
+            near = did_you_mean(self.scorer, SCORERS)
+            found.append(f"task.scorer={self.scorer}: must be one of {', '.join(SCORERS)}{near}")
+        if self.scorer == "function":
+            why = name_fault(self.function or "")
+            found += [f"task.function={self.function}: {why}"] if why else []
+        elif self.function is not None:
+            found.append(f"task.function={self.function}: isn't used without task.scorer=function")
+        if self.scorer == "judge":
+            found += self.judge.faults()
+        if self.scorer != "answer" and self.answer_kind != "choice":
+            found.append(
+                f"task.answer_kind={self.answer_kind}: does nothing with task.scorer={self.scorer}"
+            )
+        return found
 
     @property
     def scorer_name(self) -> str:
-        return self._scorer().name
+        return self.scorer_used.name
 
-    def _scorer(self) -> ChoiceScorer:
+    @property
+    def scorer_used(self) -> Scorer:
+        """Raises `UserError` where there are no choices to choose from."""
+        if self.scorer == "function":
+            return FunctionScorer(str(self.function), str(self.function_source))
+        if self.scorer == "judge":
+            return self.asked_judge
+        if self.answer_kind in WRITTEN:
+            return WRITTEN[self.answer_kind].scorer
         if not self.choices:
-            raise UserError("task.choices is empty; give the answers, e.g. task.choices=[yes,no]")
+            raise UserError(
+                "task.choices is empty; give the answers, e.g. task.choices=[yes,no], or say how "
+                f"written ones are compared: task.answer_kind={'|'.join(WRITTEN)}"
+            )
         return ChoiceScorer(tuple(self.choices))
+
+    @cached_property
+    def asked_judge(self) -> Judge:
+        """The judge, which counts its calls."""
+        return Judge(self.judge)
+
+    def load_scorer(self) -> None:
+        if self.scorer == "judge":
+            self.asked_judge.load()
+
+    def told(self) -> dict[str, Any]:
+        return {"judge": dict(self.asked_judge.calls.counts)} if self.scorer == "judge" else {}
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [] if self.chat_template or self.choices else self.stop
+
+    @classmethod
+    def settled(cls, section: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a resolved section is to be found in files, by key: sizes that are shares, or
+        left out, in items, and the digest of a function's source.
+
+        Raises `UserError` as `draw` does.
+        """
+        if section.get("function") and not section.get("function_source"):
+            key = f"task.function={section['function']}"
+            if why := name_fault(str(section["function"])):
+                raise UserError(f"{key}: {why}")
+            source = source_digest(str(section["function"]).rpartition(".")[0], key)
+            return {
+                "function_source": source,
+                **cls.settled({**section, "function_source": source}),
+            }
+        if not shares.is_open(section):
+            return {}
+        plain = OmegaConf.create({**section, **dict.fromkeys(shares.LEFT_OUT, 1)})
+        made = fill(plain, "task", cls)
+        where = f"task.path={made.path}"
+        # Once for all points of a sweep: a file is read for each of them otherwise.
+        key = [cls.__qualname__, asdict(made), digest([home(made.path, "task.path")], where)]
+        n_items = shared(
+            "n_items", key, lambda: len(of_groups(unique(list(made.items())), made.groups, where)),
+            keep=8,
+        )  # fmt: skip
+        return dict(shares.numbers(section, n_items, where))
 
     def draw(self) -> Splits:
         """Raises `UserError` where the file is missing, or a line is not as it should be."""
-        self._scorer()
-        items = unique(list(self._items()))
+        items = unique(list(self.items()))
+        if self.scorer == "function" and items:  # tried before anything heavy is loaded
+            self.score(items[:1], [items[0].target or ""])
         return self.cut(items, f"task.path={self.path}")
 
-    def _items(self) -> Iterator[Item]:
+    def items(self) -> Iterator[Item]:
+        """All items of the file. Raises `UserError` as `draw` does."""
+        if self.scorer == "answer":
+            _ = self.scorer_used
         path = home(self.path, "task.path")
         if path.exists() and not path.is_file():  # a device may go on for ever
             raise UserError(f"task.path={self.path}: is no file")
-        answered: dict[str, tuple[str, int]] = {}  # by question: the answer, and its line
+        answered: dict[str, tuple[str | None, str, int]] = {}  # by question: that, and its line
         # Not splitlines(): JSON strings may hold line separators that aren't line ends.
         lines = users_text(path, f"task.path={self.path}").split("\n")
         for number, line in enumerate(lines, start=1):
@@ -57,7 +186,13 @@ class JsonLines(ChoiceTask):
             row = json_line(line, where)
             question, answer = self._row(row, where)
             user = self.template.replace("{question}", question)
-            before, first = answered.setdefault(user, (answer, number))
+            more = "" if self.scorer == "answer" else _without_answer(row)
+            before, other, first = answered.setdefault(user, (answer, more, number))
+            if before == answer and other != more:
+                raise UserError(
+                    f"{path}: the same question has other fields in line {first} than in line "
+                    f"{number} ({question[:60]!r}); keep one of them"
+                )
             if before != answer:
                 raise UserError(
                     f"{path}: the same question has the answer {before!r} in line {first} and "
@@ -66,28 +201,48 @@ class JsonLines(ChoiceTask):
             group = row.get("group") or ""
             if not isinstance(group, str):
                 raise UserError(f"{where}: the group {group!r} is not a text")
-            yield Item(content_id(user), user, answer, group=group)
+            item = Item(content_id(user), user, answer, group=group, row=more)
+            if self.scorer == "judge" and (lacking := self.asked_judge.missing(item)):
+                raise UserError(
+                    f"{where}: has no {', '.join(lacking)}, which task.judge.template asks for"
+                )
+            yield item
 
-    def _row(self, row: Any, where: str) -> tuple[str, str]:
+    def _row(self, row: Any, where: str) -> tuple[str, str | None]:
         """Question and answer. Raises `UserError` where one isn't there, or isn't a text."""
-        if not isinstance(row, dict) or not {"question", "answer"} <= row.keys():
-            raise UserError(
-                f'{where}: expected {{"question": …, "answer": …}}, found {_brief(row)}'
-            )
-        question, answer = row["question"], row["answer"]
-        for name, value in (("question", question), ("answer", answer)):
+        needed = ["question", "answer"] if self.scorer == "answer" else ["question"]
+        if not isinstance(row, dict) or not set(needed) <= row.keys():
+            expected = ", ".join(f'"{name}": …' for name in needed)
+            raise UserError(f"{where}: expected {{{expected}}}, found {_brief(row)}")
+        question, answer = row["question"], row.get("answer")
+        given = {"question": question, "answer": answer}
+        if answer is None and "answer" not in needed:
+            del given["answer"]
+        for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
                 raise UserError(f"{where}: the {name} is {_brief(value)}, not a text")
             if not str(value).strip():
                 raise UserError(f"{where}: the {name} is empty")
-        if str(answer) not in (self.choices or []):
-            raise UserError(
-                f"{where}: the answer {str(answer)!r} is not one of task.choices={self.choices}"
-            )
+        if answer is None:
+            return str(question), None
+        if self.scorer == "answer" and (fault := self._answer_fault(str(answer))):
+            raise UserError(f"{where}: the answer {str(answer)!r} {fault}")
         return str(question), str(answer)
 
+    def _answer_fault(self, answer: str) -> str:
+        """What a line's answer lacks for the kind of answers; "" for nothing."""
+        if self.answer_kind == "choice":
+            known = answer in (self.choices or [])
+            return "" if known else f"is not one of task.choices={self.choices}"
+        fault = WRITTEN[self.answer_kind].fault(answer)
+        return fault and f"{fault}, as task.answer_kind={self.answer_kind} needs it"
+
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
-        return self._scorer()(items, outputs)
+        return self.scorer_used(items, outputs)
+
+
+def _without_answer(row: dict[str, Any]) -> str:
+    return json.dumps({k: v for k, v in row.items() if k != "answer"}, sort_keys=True)
 
 
 def _brief(value: Any) -> str:

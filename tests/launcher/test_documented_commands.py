@@ -28,7 +28,7 @@ from crl_exp.launcher.sweep_file import SweepFile
 from tests.helpers import hub_data
 from tests.helpers.documented import FENCED, documented, words
 from tests.helpers.launching import settings, tiny
-from tests.helpers.tiny_run import ROOT
+from tests.helpers.tiny_run import ROOT, write_task
 
 HUB = "weights of the hub"
 LONG = "takes minutes to hours"
@@ -81,6 +81,9 @@ NOT_RUN = {
     "python -m crl_exp show 'demo:plain CRL@22' --broken --limit 50": "test_show.py",
     "python -m crl_exp compare demo/0123456789ab other/ba9876543210": "test_compare.py",
     "python -m tests.helpers.simulated": f"{LONG}, and writes into docs/; test_simulated.py",
+    "python launch.py --config-dir=docs/examples/own_task task=capitals method=none": (
+        "test_own_code.py"
+    ),
     "git apply": "of a diff of one's own",
     "hf auth login": "an account",
     "pip install hydra-optuna-sweeper": "an index",
@@ -99,6 +102,7 @@ COMPOSED = {
     "method.path=": "a list, or a run, of one's own", "+sweep=harmbench_lists": HUB,
     "task.groups=": "a data set of the hub", "task.choices=null": "a data set of the hub",
     "task=refusal": "data that `make assets` fetches", "task=one_sentence": "likewise",
+    "task.scorer=judge": "an endpoint; tests/tasks/test_own_judge.py has one",
     "+sweep=harmbench_parity": HUB, "EleutherAI/": HUB,
     "+sweep=null_action": "data that `make assets` fetches",
     "+sweep=demo_one_sentence": "likewise; its bias is of tokens, which only free text has",
@@ -142,6 +146,8 @@ def home(tmp_path_factory) -> Path:
     hub_data.on_files("gsm8k", home / "gsm8k", "jsonl")
     hub_data.on_files("mmlu", home / "mmlu")
     own_questions(home)
+    write_task(home / "yes_no", n=400)
+    write_task(home / "numbers", n=60, answers=("1", "2"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRL_EXP_CACHE", str(home / "cache"))
         yield home  # type: ignore[misc]
@@ -164,6 +170,7 @@ def overrides_of(command: str, home: Path) -> list[str]:
         ("auxiliary_train:a.parquet", f"auxiliary_train:{home}/mmlu/*auxiliary_train*.parquet"),
         ("validation:v.parquet", f"validation:{home}/mmlu/*validation*.parquet"),
         ("test:t.parquet", f"test:{home}/mmlu/*test*.parquet"),
+        ("FILE.jsonl", home / ("numbers" if "task.answer_kind=number" in typed else "yes_no")),
     ):
         typed = [word.replace(text, str(path)) for word in typed]
     made_tiny = [] if "+debug=tiny" in typed else ["+debug=tiny"]

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from crl_exp.config.compatibility import NO_JUDGE
 from crl_exp.config.errors import UserError
 from crl_exp.saes.config import SAEConfig
 from crl_exp.saes.layer_sae import load_saes
 from crl_exp.tasks.data.rows import Source
 from crl_exp.tasks.jsonl import JsonLines
+from crl_exp.tasks.own.judge import JudgeConfig
 from tests.helpers import tiny
 from tests.helpers.tiny_run import random_sae_weights, run_small, save_sae
 
@@ -24,7 +26,8 @@ def jsonl(path: Path, choices: tuple[str, ...] = ("yes", "no")) -> JsonLines:
         name="jsonl", n_train=3, n_validation=3, n_test=3, split_seed=0, max_new_tokens=1,
         choices=list(choices), chat_template=True, shuffle_labels=False, path=str(path),
         template="{question}", length_normalised=False, choice_prefix="", train_seed=None,
-        groups=None,
+        groups=None, answer_kind="choice", stop=[],
+        scorer="answer", function=None, function_source=None, judge=JudgeConfig(**NO_JUDGE),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, open_dict
 
+from crl_exp.config import own_code
 from crl_exp.config.errors import UserError
 
 RESOURCES = "hydra.launcher."
@@ -57,6 +58,7 @@ class Composer:
                 values.append(override)
         config = pickle.loads(self._base(tuple(choices)))
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        own_code.note(config, self._master.hydra)
         return config, resources
 
     def _parse(self, text: str) -> Override:

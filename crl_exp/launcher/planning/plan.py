@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.errors import HydraException
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.config.errors import UserError
-from crl_exp.config.keys import plain_of
+from crl_exp.config.keys import plain_of, settle
 from crl_exp.config.sections import once
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.config import Known
@@ -48,13 +49,15 @@ HERE = LocalSettings(
 class Point:
     """One run of a sweep. settings: those of the launcher, for this run.
 
-    uses_seed: whether another seed may give another result; known once it was checked.
+    found: in words, what of its config was found in files. uses_seed: whether another seed may give
+    another result; known once it was checked.
     """
 
     overrides: tuple[str, ...]
     config: DictConfig
     run: RunDirectory
     settings: Settings
+    found: str = ""
     uses_seed: bool = True
 
     @property
@@ -151,11 +154,12 @@ def _compose(
     for job in jobs:
         try:
             config, resources = composer.config(job)
+            found = settled_text(settle(config))
             run = RunDirectory(config)
             run.path = run.path.absolute()
             own = changed(settings, resources) if resources else settings
             own = with_memory(own.for_device(str(config.model.device)), config)
-            point = Point(tuple(job), config, run, own)
+            point = Point(tuple(job), config, run, own, found)
             if differing := _only_outside(points.setdefault(point.key, point), point):
                 raise UserError(
                     f"{', '.join(differing)} can't differ within a sweep: it doesn't change what a "
@@ -166,6 +170,12 @@ def _compose(
             faults.add(error, " ".join(job))
     faults.raise_any()
     return all_points
+
+
+def settled_text(found: dict[str, Any]) -> str:
+    """In words, what of a config was found in files (`settle`); "" where nothing was."""
+    said = " ".join(f"task.{key}={value}" for key, value in found.items())
+    return f"found in the task's files: {said}" if said else ""
 
 
 def look_at_inputs(points: Sequence[Point]) -> None:

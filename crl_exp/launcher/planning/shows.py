@@ -15,7 +15,7 @@ from crl_exp.launcher.planning.plan import Point
 
 def shows_text(points: Sequence[Point]) -> list[str]:
     """A line for each number of test items and seeds that these runs have; none where nothing is
-    steered."""
+    steered. Before them, what of their configs was found in files."""
     sizes: Counter[tuple[int, int]] = Counter()
     seeds: dict[str, set[tuple[int | None, int | None]]] = {}
     items: dict[str, int] = {}
@@ -30,15 +30,16 @@ def shows_text(points: Sequence[Point]) -> list[str]:
         items[row] = int(point.config.task.n_test)
     for row, mine in seeds.items():
         sizes[items[row], len(mine)] += 1
+    found = list(dict.fromkeys(point.found for point in points if point.found))
     if not steered:
-        return []
+        return found
     settings = steered[0].settings
     change, deviation = settings.assumed_change, settings.assumed_seed_deviation
     lines = [_line(n, n_seeds, change, deviation) for n, n_seeds in sorted(sizes)]
     assumed = f"assumed: {100 * change:.0f} % of the items change"
     if any(n_seeds > 1 for _, n_seeds in sizes):
         assumed += f", seeds deviate by {100 * deviation:.1f} points"
-    return [*lines, f"  ({assumed}; docs/statistics.md)"]
+    return [*found, *lines, f"  ({assumed}; docs/statistics.md)"]
 
 
 def _steers(point: Point) -> bool:

@@ -15,6 +15,7 @@ class Item:
 
     n_options: how many lettered options the question has; 0 where it has none.
     group: a subject, a subset, a category, by which results are told apart; "" where it has none.
+    row: what else an answer is scored by, as JSON: a line of the user's file; "" where nothing.
     """
 
     item_id: str
@@ -23,6 +24,7 @@ class Item:
     benign: bool = False
     n_options: int = 0
     group: str = ""
+    row: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ class Splits:
 
     def asked(self) -> str:
         """Content hash of every split with what its answers are scored by: besides the targets
-        whether an item is benign, and with that to be answered or refused."""
+        whether an item is benign, and with that to be answered or refused, and its row."""
         lines = [
-            f"{name}:{i.item_id}:{i.target}:{i.benign}"
+            f"{name}:{i.item_id}:{i.target}:{i.benign}{f':{i.row}' if i.row else ''}"
             for name, items in self.named().items()
             for i in items
         ]
