@@ -48,9 +48,8 @@ def sweep_points(records: Sequence[Record]) -> list[Point]:
 
 def _steers_one_layer(record: Record) -> bool:
     try:
-        chosen = str(record.config.get("layers", {}).get("_target_")).endswith(".BestOnValidation")
         # One that chose its layer itself is no point of a series: its seeds may be at several.
-        return record.steers and len(record.layers or []) == 1 and not chosen
+        return record.steers and len(record.layers or []) == 1 and not record.chose_layer
     except UserError:
         return False  # damaged: told where the run itself is sent
 

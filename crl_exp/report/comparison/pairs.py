@@ -114,7 +114,7 @@ def chosen_rows(sweep: SweepComparison) -> list[Row]:
     return [
         max(rows, key=lambda row: row.validation)
         for rows in sweep.tried.values()
-        if rows[0].method != "none"
+        if not rows[0].unsteered
     ]
 
 

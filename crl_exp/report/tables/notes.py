@@ -77,9 +77,7 @@ def harmful(sweep: SweepComparison) -> list[str]:
 
 def holm_note(sweep: SweepComparison) -> str:
     """What p-values are corrected for."""
-    tried = [
-        f"{name} {len(rows)}" for name, rows in sweep.tried.items() if rows[0].method != "none"
-    ]
+    tried = [f"{name} {len(rows)}" for name, rows in sweep.tried.items() if not rows[0].unsteered]
     return (
         "p Holm: corrected for every row of the same method, all its layers and options "
         f"({', '.join(tried)})."
@@ -103,25 +101,20 @@ def undefined_lines(sweep: SweepComparison) -> list[str]:
 def headline(sweep: SweepComparison) -> str | None:
     """CRL at its best on validation, of all its variants, against the rival that does best there,
     baselines included, and against the best CorrSteer where that is another."""
-    able = [row for row in sweep.rows if not row.control and row.method != "none"]
-    learned = [row for row in able if _is_crl(row)]
-    rivals = [row for row in able if not _is_crl(row)]
+    able = [row for row in sweep.rows if not row.control and not row.unsteered]
+    learned = [row for row in able if row.variant_of == "crl"]
+    rivals = [row for row in able if row.variant_of != "crl"]
     if not learned or not rivals:
         return None
     best = max(learned, key=lambda row: row.validation)
     rival = max(rivals, key=lambda row: row.validation)
     told = [f"Best on validation, measured on test: {_named(best)}; against the best of all other "
             f"methods, baselines included: {_against(best, rival)}."]  # fmt: skip
-    fixed = [row for row in rivals if row.method.startswith("corrsteer")]
-    if fixed and not rival.method.startswith("corrsteer"):
+    fixed = [row for row in rivals if row.variant_of == "corrsteer"]
+    if fixed and rival not in fixed:
         corrsteer = max(fixed, key=lambda row: row.validation)
         told.append(f"Against the best CorrSteer: {_against(best, corrsteer)}.")
     return " ".join(told)
-
-
-def _is_crl(row: Row) -> bool:
-    """Whether a row's method is CRL or a variant of it, such as `crl_published`."""
-    return row.method.startswith("crl")
 
 
 def _against(best: Row, rival: Row) -> str:
