@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from crl_exp.analysis.estimates import as_float
 from crl_exp.config.keys import filed_under
-from crl_exp.report.comparison.estimates import as_float
 from crl_exp.report.labels import labels
 from crl_exp.runs.items import NoItemsError, item_rewards
 from crl_exp.runs.records import Record, find_records, find_sweep

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from crl_exp.analysis.estimates import Estimates
 from crl_exp.analysis.winners_curse import Tried
 from crl_exp.report.comparison.comparable import refuse_unfinished, refuse_unlike
-from crl_exp.report.comparison.estimates import Estimates, estimates, split
+from crl_exp.report.comparison.estimates import estimates, split
 from crl_exp.report.labels import NAMES, Label, labels
 from crl_exp.runs.items import NoItemsError, item_rewards
 from crl_exp.runs.records import Record

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from crl_exp.analysis.estimates import as_float
 from crl_exp.config.display import UNDEFINED, number, undefined
-from crl_exp.report.comparison.estimates import as_float, delta_of, split
+from crl_exp.report.comparison.estimates import delta_of, split
 from crl_exp.report.comparison.feature_credit import FeatureCredit
 from crl_exp.report.comparison.rows import Row, SweepComparison
 from crl_exp.report.parts import SweepParts, best_rows

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from crl_exp.analysis.estimates import Estimates, Samples
 from crl_exp.config.display import number
-from crl_exp.report.comparison.estimates import Estimates, Samples
 from crl_exp.report.comparison.rows import Row, SweepComparison, holm
 from crl_exp.report.tables.cells import FurtherTable, p_text, points, row_layers
 
