@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from crl_exp.report import terminal as tables
 from crl_exp.report.comparison.feature_credit import (
     CREDIT_COLUMNS,
     ITEM_COLUMNS,
@@ -34,7 +35,6 @@ from crl_exp.report.parts import ReportPart, SweepParts, compare_parts
 from crl_exp.report.tables import csv as table_csv
 from crl_exp.report.tables import ladder as table_ladder
 from crl_exp.report.tables import latex as table_latex
-from crl_exp.report.tables import terminal as tables
 from crl_exp.report.tables.analyses import CSV as ANALYSES_CSV
 from crl_exp.report.tables.analyses import layer_lines
 from crl_exp.report.tables.groups import GROUP_CSV, group_lines

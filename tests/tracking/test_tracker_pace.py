@@ -18,8 +18,8 @@ from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.preemption import Preempted
 from crl_exp.runs.records import Record
 from crl_exp.tracking import live as module
+from crl_exp.tracking import requests as tracking_requests
 from crl_exp.tracking import sync as tracking
-from crl_exp.tracking import upload as tracking_upload
 from crl_exp.tracking.client import resolved_uri
 from crl_exp.tracking.live import Tracker
 from crl_exp.tracking.sync import TrackingConfig, announce
@@ -172,7 +172,7 @@ def slow_client(monkeypatch, name: str, seconds: float) -> None:
 def test_a_run_that_waited_its_patience_sends_no_more(folder, monkeypatch, caplog):
     """Its process may be at the next run by then."""
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.5)
-    monkeypatch.setattr(tracking_upload, "POINTS_A_REQUEST", 10)
+    monkeypatch.setattr(tracking_requests, "POINTS_A_REQUEST", 10)
     run, rarely = RunDirectory(config(folder)), TrackingConfig(True, None, "crl_exp", 1000.0, None)
     with caplog.at_level(logging.WARNING), Tracker(run, rarely) as tracker, run.opened():
         tracker.start()
