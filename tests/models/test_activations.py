@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import DynamicCache, GraniteConfig, GraniteForCausalLM
@@ -14,7 +16,7 @@ from tests.helpers import tiny
 
 KINDS = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen3")
 LAYERS = range(tiny.N_LAYERS)
-NEAR = {"rtol": 1e-4, "atol": 2e-5}
+NEAR: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -174,7 +176,7 @@ def test_a_layer_that_adds_otherwise_is_refused_by_name():
 )
 def test_what_cannot_be_read_is_named(given, said):
     lm = tiny.language_model("llama")
-    asked = {"texts": ["w1"], "layers": [0], **given}
+    asked: dict[str, Any] = {"texts": ["w1"], "layers": [0], **given}
     with pytest.raises(UserError, match=said):
         read_activations(lm, **asked)
 
@@ -182,7 +184,8 @@ def test_what_cannot_be_read_is_named(given, said):
 def test_half_precision_is_measured_by_its_own_rounding():
     lm = tiny.language_model("llama")
     exact = read_activations(lm, tiny.prompts(3), [2], "mlp_out")[2]
-    half = LanguageModel(tiny.model("llama").to(torch.bfloat16), tiny.tokenizer(), "tiny-llama")
+    halved = torch.nn.Module.to(tiny.model("llama"), torch.bfloat16)
+    half = LanguageModel(halved, tiny.tokenizer(), "tiny-llama")
     rounded = read_activations(half, tiny.prompts(3), [2], "mlp_out")[2]
     assert rounded.dtype == torch.float32
     assert float((rounded - exact).norm() / exact.norm()) < 0.1

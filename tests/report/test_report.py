@@ -80,7 +80,7 @@ def test_no_two_methods_look_alike(tmp_path):
 def test_training_items_drawn_anew_are_compared(tmp_path, key):
     for value in (5, 6):
         run = finished_run(config(tmp_path, more={f"task.{key}": value}), 0.1)
-        written = {**run.result(), "data_digest": f"digest{value}"}
+        written = {**(run.result() or {}), "data_digest": f"digest{value}"}
         run.result_path.write_text(json.dumps(written))
     sweep = compared(tmp_path)
     rows = 1 if key == "train_seed" else 2

@@ -123,6 +123,7 @@ def test_what_was_sent_is_looked_at_again_after_a_fault(folder):
 
 def left(run: RunDirectory, how: TrackingConfig, error: BaseException | None = None) -> float:
     """Seconds that a run waits for MLflow at its end."""
+    begun = time.monotonic()
     try:
         with Tracker(run, how) as tracker, run.opened():
             tracker.start()
