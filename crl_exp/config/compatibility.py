@@ -8,7 +8,7 @@ their keys when an option is added, and a config frozen earlier runs on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -348,6 +348,28 @@ MENDED: tuple[Mended, ...] = (
     # "I must refuse", "Sorry, no." are refusals (refusal_rule_v2).
     Mended("refusal_rule_v2", lambda plain: _get(plain, "task", "scorer") == "phrases"),
 )
+
+
+_CONTROLS = ("none", "random", "random_direction", "top_activation", "raw_residual")
+_VARIANTS = ("crl", "corrsteer")
+
+
+def facts_of_method(
+    result: Mapping[str, Any], name: str, layers: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a report asks of a run's method, `control`, `unsteered`, `variant_of` and `chose_layer`:
+    what its result says of it, or, as of a version before results did, by the method's name.
+
+    result: {} of a run that has none. layers: that section of its config.
+    """
+    meant = {
+        "control": name in _CONTROLS,
+        "unsteered": name == "none",
+        "variant_of": next((one for one in _VARIANTS if name.startswith(one)), ""),
+        "chose_layer": _of_class({"layers": layers}, "layers", "BestOnValidation")
+        and result.get("layers") != [],
+    }
+    return {key: result.get(key, value) for key, value in meant.items()}
 
 
 TABLES = (("task", "wordings"),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.config import compatibility, own_code
 from crl_exp.config.errors import UserError
-from crl_exp.config.files import content_key, write_atomic
+from crl_exp.config.files import content_key, read_json, write_atomic
 from crl_exp.config.sections import target_class
 
 # Where a run is written and logged, how it is asked for, and where a report puts it, don't change
@@ -160,3 +160,59 @@ def freeze(config: DictConfig, path: Path) -> None:
     plain.pop("hydra", None)
     plain["resume"] = "new"
     write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(plain)))
+
+
+NAMES_A_PLACE = ("model.path", "sae.folder", "task.path", "method.path")
+"""Keys whose relative paths are meant from where the run was launched."""
+
+
+def anchored(config: DictConfig, folder: Path) -> DictConfig:
+    """A run's config with absolute paths where a relative one leads to something.
+
+    folder: the run's, wherever it lies now.
+    """
+    made = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    assert isinstance(made, DictConfig)
+    places = list(_launched_from(folder))
+    for key in NAMES_A_PLACE:
+        path = OmegaConf.select(made, key)
+        if isinstance(path, str):
+            OmegaConf.update(made, key, _found(path, places))
+    files = OmegaConf.select(made, "task.data_files")
+    if files is not None:
+        made.task.data_files = _each(OmegaConf.to_container(made)["task"]["data_files"], places)  # type: ignore[index, call-overload]
+    return made
+
+
+def _each(files: Any, places: Sequence[Path]) -> Any:
+    """`task.data_files`: a text, a list of them, or these by split."""
+    if isinstance(files, str):
+        return _found(files, places)
+    if isinstance(files, dict):
+        return {split: _each(part, places) for split, part in files.items()}
+    return [_each(one, places) for one in files]
+
+
+def _found(path: str, places: Sequence[Path]) -> str:
+    """Where a relative path lies; itself where it lies nowhere: a hub's id, or what is shipped."""
+    if path.startswith("~") or Path(path).is_absolute():
+        return path
+    for place in places:
+        if (place / path).exists() or any(True for _ in place.glob(path)):
+            return str(place / path)
+    return path
+
+
+def _launched_from(folder: Path) -> Iterator[Path]:
+    """Folders that a run's relative paths may be meant from, the likeliest first."""
+    status = read_json(folder / "status.json", "it can't be read") or {}
+    if status.get("cwd"):
+        yield Path(status["cwd"])
+    outputs = Path(str(read_config(folder / "config.yaml").get("output_dir", "")))
+    # A folder that was moved as a whole keeps what lies beside its outputs.
+    if (
+        not outputs.is_absolute()
+        and folder.parents[1].parts[-len(outputs.parts) :] == outputs.parts
+    ):
+        yield folder.parents[1 + len(outputs.parts)]
+    yield Path.cwd()

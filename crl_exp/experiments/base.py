@@ -59,7 +59,9 @@ class ExperimentKind:
         return []
 
     def called(self, exp: SteeringConfig) -> dict[str, Any]:
-        """What a result is filed under: `method` (of an analysis its name), `label`, `control`."""
+        """What a result is filed under: `method` (of an analysis its name), `label`, `control`;
+        of one that steers also what a report asks of its method (`Method`), and whether it chose
+        its layer."""
         return {"method": self.name, "label": self.label or self.name, "control": False}
 
     def features_at_once(self, exp: SteeringConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from crl_exp.config.errors import UserError
 from crl_exp.steering.answerer import Answering
@@ -20,7 +21,13 @@ def _repeated(key: str, layers: list[int]) -> list[str]:
 
 @dataclass
 class LayerSet:
-    """Base of the layer sets."""
+    """Base of the layer sets.
+
+    chooses: whether one of the layers is chosen on validation, so that it isn't known before and
+    another seed may have another.
+    """
+
+    chooses: ClassVar[bool] = False
 
     @abstractmethod
     def wanted(self, available: list[int]) -> list[int]:
@@ -149,6 +156,8 @@ class BestOnValidation(LayerSet):
 
     among: candidates; null, every layer that has an SAE.
     """
+
+    chooses = True
 
     among: list[int] | None
 

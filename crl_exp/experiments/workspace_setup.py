@@ -20,7 +20,7 @@ from crl_exp.generation.engine import Engine, EngineConfig
 from crl_exp.generation.model_check import checked
 from crl_exp.models.language_model import LanguageModel, load_model
 from crl_exp.runs.directory import RunDirectory
-from crl_exp.runs.terminal import progress_bar
+from crl_exp.runs.heartbeat import progress_bar
 from crl_exp.saes.layer_sae import LayerSAE, site_of
 from crl_exp.steering.controllers.fixed import FixedFeatures, Steer
 from crl_exp.steering.controllers.vector import FixedVectors

@@ -9,8 +9,8 @@ X either of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from crl_exp.generation.prompts import PromptBatch
 from crl_exp.generation.results import Step, cut_at
 from crl_exp.models.kv_cache import Running
 from crl_exp.models.language_model import LanguageModel
+from crl_exp.models.sites import hooks
 
 COMPACT_BELOW = 0.75
 """Ended rows leave once the living ones are at most this share: each time the cache is copied."""
@@ -143,21 +144,15 @@ class Decoding:
             for group in groups:
                 self._act(group, self.prompt.residual(site)[group.rows], 0)
 
-    @contextmanager
-    def _hooks(self, token_index: int) -> Iterator[None]:
+    def _hooks(self, token_index: int) -> AbstractContextManager[None]:
         """Controllers at their layers for one forward pass; always removed."""
         sites = self.all_groups.at(steering=True)
         if token_index > 0:
             for site, groups in self.all_groups.at(steering=False).items():
                 sites.setdefault(site, []).extend(groups)
-        handles = []
-        try:
-            for site, groups in sites.items():
-                handles.append(self.lm.hook(site, self._steer(groups, token_index)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hooks(
+            self.lm, {site: self._steer(groups, token_index) for site, groups in sites.items()}
+        )
 
     def _steer(self, groups: list[ControllerGroup], token_index: int) -> Callable[[Tensor], Tensor]:
         def steer(hidden_RTD: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ Shapes: B rows, T tokens, D d_model.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from crl_exp.config.errors import UserError
 from crl_exp.generation.controller import Action, Controller, StepContext
 from crl_exp.generation.engine import Engine, EngineConfig, Job
 from crl_exp.models.language_model import LanguageModel
+from crl_exp.models.sites import hooks
 
 NEW_TOKENS = 3
 LONG = 80
@@ -103,18 +106,15 @@ def error_beside_a_long_row(lm: LanguageModel) -> float:
     step_T = torch.arange(len(ids_T), device=lm.device)
     at_BT = torch.stack([step_T, step_T + lm.max_positions - len(ids_T)])
     found: list[Tensor] = []
-    handle = lm.hook(last, lambda hidden_BTD: found.append(hidden_BTD[0, -1].float()))
-    try:
+    with hooks(lm, {last: found.append}):
         lm.decoder(
             input_ids=torch.tensor([ids_T, ids_T], device=lm.device),
             attention_mask=lm.mask(at_BT, at_BT, torch.ones_like(at_BT, dtype=torch.bool)),
             position_ids=at_BT,
             use_cache=False,
         )
-    finally:
-        handle.remove()
     expected_D = _plain(lm, ids_T, [last])[last][-1]
-    return float((found[0] - expected_D).norm() / expected_D.norm())
+    return float((found[0][0, -1].float() - expected_D).norm() / expected_D.norm())
 
 
 @torch.no_grad()
@@ -135,17 +135,10 @@ def check_log_probs(lm: LanguageModel) -> None:
 
 
 def _plain(lm: LanguageModel, tokens: list[int], sites: list[int]) -> dict[int, Tensor]:
-    """Residuals [T, D] at these sites when the model runs as transformers runs it."""
+    """Residuals [T, D] at these sites when the model runs as transformers runs it, with no mask or
+    position of ours, so not by `models.activations`."""
     found: dict[int, Tensor] = {}
-
-    def keep(site: int, hidden_BTD: Tensor) -> None:
-        found[site] = hidden_BTD[0].float()
-
-    handles = [lm.hook(site, lambda h, site=site: keep(site, h)) for site in sites]
-    try:
+    with hooks(lm, {site: partial(found.__setitem__, site) for site in sites}):
         ids_1T = torch.tensor([tokens], device=lm.device)
         lm.model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    return {site: hidden_BTD[0].float() for site, hidden_BTD in found.items()}

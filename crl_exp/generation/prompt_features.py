@@ -7,14 +7,15 @@ Shapes: B rows, N prompts, T tokens, M real tokens, D d_model, C features asked 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from crl_exp.generation.prompts import PromptStore
-from crl_exp.models.language_model import LanguageModel
+from crl_exp.models.activations import read_forward
 from crl_exp.saes.layer_sae import LayerSAE
 
 ENCODED_TOGETHER = 1024
@@ -95,34 +96,8 @@ def _read(store: PromptStore, sae: LayerSAE, allowed_C: Tensor) -> tuple[Tensor,
 
 def _residuals(store: PromptStore, chunk: list[int], site: int) -> Tensor:
     """Residuals [B, T, D] of right-padded prompts; site -1 is the input of layer 0."""
-    kept: list[Tensor] = []
-    show_residuals(store.lm, [store.prompts[i] for i in chunk], {site: kept.append})
-    return kept[0]
-
-
-def show_residuals(
-    lm: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    see: Mapping[int, Callable[[Tensor], None]],
-) -> None:
-    """Run prompts through the model, right-padded, and show the residuals [B, T, D] of each site.
-
-    Site -1 is the input of layer 0.
-    """
-    ids_BT = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, : len(prompt)] = torch.tensor(prompt)
-    ids_BT = ids_BT.to(lm.device)
-    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=lm.device)
-    position_BT = torch.arange(ids_BT.shape[1], device=lm.device).expand_as(ids_BT)
-    handles = [lm.hook(site, one) for site, one in see.items()]
-    try:
-        lm.decoder(
-            input_ids=ids_BT,
-            attention_mask=lm.mask(position_BT, position_BT, position_BT < lengths_B[:, None]),
-            position_ids=position_BT,
-            use_cache=False,
-        )
-    finally:
-        for handle in handles:
-            handle.remove()
+    kept: dict[int, Tensor] = {}
+    read_forward(
+        store.lm, [store.prompts[i] for i in chunk], {site: partial(kept.__setitem__, site)}
+    )
+    return kept[site]

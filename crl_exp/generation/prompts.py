@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from crl_exp.models.activations import forward, padded
 from crl_exp.models.batching import BatchSize, bytes_to_read
 from crl_exp.models.kv_cache import assembled, keys_values
 from crl_exp.models.language_model import LanguageModel
@@ -141,46 +142,27 @@ class PromptStore:
         self.size.play([order[at : at + n_rows] for at in starts], read)
 
     def _read_chunk(self, chunk: list[int], prefix_cache: DynamicCache) -> None:
-        own = [self.prompts[i][self.prefix :] for i in chunk]
-        lengths_B = torch.tensor([len(p) for p in own])
-        ids_BT = torch.zeros(len(chunk), int(lengths_B.max()), dtype=torch.long)
-        for row, tokens in enumerate(own):
-            ids_BT[row, : len(tokens)] = torch.tensor(tokens)
+        ids_BT, lengths_B = padded([self.prompts[i][self.prefix :] for i in chunk])
         cache = DynamicCache()
         for index, (keys, values) in enumerate(keys_values(prefix_cache)):
             shape = (len(chunk), -1, -1, -1)
             cache.update(keys.expand(shape), values.expand(shape), index)
-        last_SBD = self._forward(ids_BT.to(self.lm.device), cache, lengths_B, start=self.prefix)
+        last_SBD = self._forward(ids_BT, cache, lengths_B, start=self.prefix)
         self._keep(chunk, cache, lengths_B, last_SBD)
 
     def _forward(
         self, ids_BT: Tensor, cache: DynamicCache, lengths_B: Tensor, start: int
     ) -> Tensor:
         """Run the decoder over right-padded tokens; returns the last real token's residuals."""
-        n_rows, width = ids_BT.shape
-        device = ids_BT.device
-        lengths_B = lengths_B.to(device)
-        query_BQ = (start + torch.arange(width, device=device)).expand(n_rows, -1)
-        key_BK = torch.arange(start + width, device=device).expand(n_rows, -1)
-        valid_BK = key_BK < (start + lengths_B)[:, None]
-        rows = torch.arange(n_rows, device=device)
+        last_B, device = (lengths_B - 1).to(self.lm.device), self.lm.device
+        rows = torch.arange(len(ids_BT), device=device)
         residuals: list[Tensor] = []
 
-        def keep(hidden: Tensor) -> None:
-            residuals.append(hidden[rows, lengths_B - 1])
+        def keep(hidden_BTD: Tensor) -> None:
+            residuals.append(hidden_BTD[rows, last_B])
 
-        handles = [self.lm.hook(site, keep) for site in range(-1, self.lm.n_layers)]
-        try:
-            self.lm.decoder(
-                input_ids=ids_BT,
-                attention_mask=self.lm.mask(query_BQ, key_BK, valid_BK),
-                position_ids=query_BQ,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        finally:
-            for handle in handles:
-                handle.remove()
+        sites = range(-1, self.lm.n_layers)
+        forward(self.lm, ids_BT, lengths_B, cache, start, see=dict.fromkeys(sites, keep))
         return torch.stack(residuals)
 
     def _keep(

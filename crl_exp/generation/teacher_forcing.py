@@ -10,8 +10,8 @@ Shapes: B rows, T positions, V vocabulary, D d_model, S sites (index 0 is the in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from crl_exp.generation.prompts import PromptBatch
 from crl_exp.generation.results import Generation, cut_at
 from crl_exp.models.batching import bytes_to_decode
 from crl_exp.models.language_model import LanguageModel
+from crl_exp.models.sites import hooks
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,13 @@ def gradients(
     sites = range(-1, lm.n_layers)
     zero_SD = torch.zeros(len(sites), lm.d_model, dtype=lm.dtype, device=lm.device)
     added_SD = zero_SD.requires_grad_()
-    with torch.enable_grad(), ExitStack() as stack:
-        for index, site in enumerate(sites):
 
-            def add(hidden_BTD: Tensor, index: int = index) -> Tensor:
-                weight_T1 = weight_T[: hidden_BTD.shape[1], None].to(hidden_BTD)
-                return hidden_BTD + weight_T1 * added_SD[index]
+    def add(index: int, hidden_BTD: Tensor) -> Tensor:
+        weight_T1 = weight_T[: hidden_BTD.shape[1], None].to(hidden_BTD)
+        return hidden_BTD + weight_T1 * added_SD[index]
 
-            stack.callback(lm.hook(site, add).remove)
+    see = {site: partial(add, index) for index, site in enumerate(sites)}
+    with torch.enable_grad(), hooks(lm, see):
         (gradient_SD,) = torch.autograd.grad(objective(logits(lm, prompt, answers)), added_SD)
     return gradient_SD
 

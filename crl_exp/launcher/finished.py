@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import home, read_json
-from crl_exp.config.keys import frozen_config, read_config
+from crl_exp.config.keys import anchored, frozen_config
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.config import Experiment
 from crl_exp.experiments.fed import options_for
@@ -39,8 +39,6 @@ from crl_exp.tasks.base import Task
 FILES = ("result.json", "features.json", "items.parquet", "interventions.parquet", "journal.jsonl",
          "config.yaml")  # fmt: skip
 """What is worth reading of a run that can't answer."""
-NAMES_A_PLACE = ("model.path", "sae.folder", "task.path", "method.path")
-"""Keys whose relative paths are meant from where the run was launched."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,10 @@ def load_run(path: str | Path, device: str | None = None) -> FinishedRun:
             raise UserError(f"{folder} isn't finished: {_state(folder)}, and has no result.json")
         config = frozen_config(folder)
         features = read_json(folder / "features.json", "it can't be read") or {}
-        exp = configs.experiment(_anchored(config, folder, device))
+        here = anchored(config, folder)
+        if device is not None:
+            here.model.device = device
+        exp = configs.experiment(here)
     return FinishedRun(folder, config, result, features, exp)
 
 
@@ -249,54 +250,3 @@ def _still_readable(folder: Path) -> Iterator[None]:
 
 class _SaidError(UserError):
     """One that says already what can be read."""
-
-
-def _anchored(config: DictConfig, folder: Path, device: str | None) -> DictConfig:
-    """A run's config with absolute paths where a relative one leads to something."""
-    made = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    assert isinstance(made, DictConfig)
-    places = list(_launched_from(folder))
-    for key in NAMES_A_PLACE:
-        path = OmegaConf.select(made, key)
-        if isinstance(path, str):
-            OmegaConf.update(made, key, _found(path, places))
-    files = OmegaConf.select(made, "task.data_files")
-    if files is not None:
-        made.task.data_files = _each(OmegaConf.to_container(made)["task"]["data_files"], places)  # type: ignore[index, call-overload]
-    if device is not None:
-        made.model.device = device
-    return made
-
-
-def _each(files: Any, places: Sequence[Path]) -> Any:
-    """`task.data_files`: a text, a list of them, or these by split."""
-    if isinstance(files, str):
-        return _found(files, places)
-    if isinstance(files, dict):
-        return {split: _each(part, places) for split, part in files.items()}
-    return [_each(one, places) for one in files]
-
-
-def _found(path: str, places: Sequence[Path]) -> str:
-    """Where a relative path lies; itself where it lies nowhere: a hub's id, or what is shipped."""
-    if path.startswith("~") or Path(path).is_absolute():
-        return path
-    for place in places:
-        if (place / path).exists() or any(True for _ in place.glob(path)):
-            return str(place / path)
-    return path
-
-
-def _launched_from(folder: Path) -> Iterator[Path]:
-    """Folders that a run's relative paths may be meant from, the likeliest first."""
-    status = read_json(folder / "status.json", "it can't be read") or {}
-    if status.get("cwd"):
-        yield Path(status["cwd"])
-    outputs = Path(str(read_config(folder / "config.yaml").get("output_dir", "")))
-    # A folder that was moved as a whole keeps what lies beside its outputs.
-    if (
-        not outputs.is_absolute()
-        and folder.parents[1].parts[-len(outputs.parts) :] == outputs.parts
-    ):
-        yield folder.parents[1 + len(outputs.parts)]
-    yield Path.cwd()

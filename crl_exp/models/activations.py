@@ -1,32 +1,30 @@
-"""The model run forward once over texts, and what flows through it read at named sites.
+"""The model run forward, and what flows through it read or edited at named sites.
 
-A decoder layer adds two things to the residual: x_s = x_{s−1} + attention + MLP. `attn_out` and
-`mlp_out` are these two as they are added, behind the norms that some architectures (Gemma-2) put
-there; where the sum isn't the layer's output, as with multipliers of residuals, they are refused.
+The one way to do so outside of generation: `read_activations` for texts, `read_forward` and
+`forward` for token ids, batched, from a cache where there is one. Within generation controllers act
+at each token (`crl_exp.generation.decode`), and the model check and the SAE recipe have reasons to
+call the model as it comes; they too set their hooks by `crl_exp.models.sites`, the one place that
+knows where a site is. What a layer adds is checked: where the sum isn't the layer's output, as with
+multipliers of residuals, `attn_out` and `mlp_out` are refused.
 Shapes: N texts, B of them in a batch, T tokens, D d_model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import DynamicCache
 
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.models.batching import BatchSize, bytes_to_read
 from crl_exp.models.language_model import LanguageModel
 from crl_exp.models.prompt_text import plain_ids
+from crl_exp.models.sites import ADDED, SITES, See, Site, hooks, named_site
 
-RESIDUALS = {"resid_pre": -1, "resid_post": 0}
-"""A residual's name, and whose output it is: of the layer itself, or of the one before it."""
-ADDED = {
-    "attn_out": ("post_attention_layernorm", ("self_attn", "attn", "attention")),
-    "mlp_out": ("post_feedforward_layernorm", ("mlp", "feed_forward")),
-}
-"""What a layer adds: the norm behind it, where there is one, and what architectures call it."""
-SITES = (*RESIDUALS, *ADDED)
 POSITIONS = ("last", "all")
 TOLERANCE = 1e-5
 """Largest |x_{s−1} + attention + MLP − x_s| in units of the largest number of that token; in half
@@ -63,12 +61,11 @@ def read_activations(
     found = {layer: torch.full(shape, torch.nan) for layer in layers}
 
     def read(batch: list[int]) -> None:
-        lengths_B = torch.tensor([len(ids[i]) for i in batch])
-        seen = _forward(lm, [ids[i] for i in batch], lengths_B, layers, hook_name)
-        rows = torch.arange(len(batch))
+        seen = _forward(lm, [ids[i] for i in batch], layers, hook_name)
         for layer, x_BTD in seen.items():
             if positions == "last":
-                found[layer][batch] = x_BTD[rows, lengths_B - 1]
+                last_B = torch.tensor([len(ids[i]) - 1 for i in batch])
+                found[layer][batch] = x_BTD[torch.arange(len(batch)), last_B]
                 continue
             for row, i in enumerate(batch):
                 found[layer][i, : len(ids[i])] = x_BTD[row, : len(ids[i])]
@@ -102,99 +99,79 @@ def _check(
 
 
 def _forward(
-    lm: LanguageModel,
-    ids: list[list[int]],
-    lengths_B: Tensor,
-    layers: Sequence[int],
-    hook_name: str,
+    lm: LanguageModel, ids: list[list[int]], layers: Sequence[int], hook_name: str
 ) -> dict[int, Tensor]:
-    """One batch, right-padded; [B, T, D] by layer, float32 on the CPU, nothing meant in padding."""
-    width, device = int(lengths_B.max()), lm.device
-    ids_BT = torch.zeros(len(ids), width, dtype=torch.long)
-    for row, tokens in enumerate(ids):
-        ids_BT[row, : len(tokens)] = torch.tensor(tokens)
-    position_BT = torch.arange(width).expand(len(ids), -1)
-    valid_BT = (position_BT < lengths_B[:, None]).to(device)
-    position_BT = position_BT.to(device)
-    read = _Reads(lm)
-    with read:
+    """One batch; [B, T, D] by layer, float32 on the CPU, nothing meant in padding."""
+    sites = {layer: named_site(layer, hook_name) for layer in layers}
+    wanted = dict.fromkeys(sites.values())
+    if hook_name in ADDED:  # with all that a layer adds, and the residuals before and behind it
         for layer in layers:
-            if hook_name in RESIDUALS:
-                read.residual(layer + RESIDUALS[hook_name])
-            else:
-                read.additions(layer)
-        lm.decoder(
-            input_ids=ids_BT.to(device), attention_mask=lm.mask(position_BT, position_BT, valid_BT),
-            position_ids=position_BT, use_cache=False,
-        )  # fmt: skip
-    if hook_name in RESIDUALS:
-        return {layer: read.residuals[layer + RESIDUALS[hook_name]].cpu() for layer in layers}
-    for layer in layers:
-        _check_sum(lm, layer, read, valid_BT)
-    return {layer: read.added[layer, hook_name].cpu() for layer in layers}
+            wanted |= dict.fromkeys([layer - 1, layer, *((layer, name) for name in ADDED)])
+    seen: dict[Site, Tensor] = {}
+
+    def keep(site: Site, x_BTD: Tensor) -> None:
+        seen[site] = x_BTD.float()
+
+    read_forward(lm, ids, {site: partial(keep, site) for site in wanted})
+    if hook_name in ADDED:
+        lengths_B = torch.tensor([len(one) for one in ids], device=lm.device)
+        for layer in layers:
+            _check_sum(lm, layer, seen, lengths_B)
+    return {layer: seen[site].cpu() for layer, site in sites.items()}
 
 
-class _Reads:
-    """Hooks of one forward pass, and what they saw, float32 [B, T, D].
+def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T], right-padded, and how many each text has [B]."""
+    lengths_B = torch.tensor([len(one) for one in texts])
+    ids_BT = torch.zeros(len(texts), int(lengths_B.max()), dtype=torch.long)
+    for row, tokens in enumerate(texts):
+        ids_BT[row, : len(tokens)] = torch.tensor(tokens)
+    return ids_BT, lengths_B
 
-    residuals: by site, the output of that layer; -1: layer 0's input. added: by layer and name.
+
+def read_forward(lm: LanguageModel, texts: Sequence[Sequence[int]], see: Mapping[Any, See]) -> None:
+    """Run texts through the model once, right-padded, and show what is at each site [B, T, D].
+
+    texts: token ids. see: by site, as in `forward`.
     """
-
-    def __init__(self, lm: LanguageModel):
-        self.lm, self.stack = lm, ExitStack()
-        self.residuals: dict[int, Tensor] = {}
-        self.added: dict[tuple[int, str], Tensor] = {}
-
-    def __enter__(self) -> _Reads:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
-
-    def residual(self, site: int) -> None:
-        def see(x_BTD: Tensor) -> None:
-            self.residuals[site] = x_BTD.float()
-
-        self.stack.callback(self.lm.hook(site, see).remove)
-
-    def additions(self, layer: int) -> None:
-        """Read what a layer adds, and the residuals before and behind it."""
-        self.residual(layer - 1)
-        self.residual(layer)
-        for name in ADDED:
-            handle = _adding(self.lm, layer, name).register_forward_hook(self._see(layer, name))
-            self.stack.callback(handle.remove)
-
-    def _see(self, layer: int, name: str) -> Callable[..., None]:
-        def see(_module: nn.Module, _inputs: object, output: Tensor | tuple) -> None:
-            x_BTD = output[0] if isinstance(output, tuple) else output
-            self.added[layer, name] = x_BTD.float()
-
-        return see
+    forward(lm, *padded(texts), see=see)
 
 
-def _adding(lm: LanguageModel, layer: int, name: str) -> nn.Module:
-    """The module of a layer whose output is added to the residual."""
-    block, (norm, names) = lm.layers[layer], ADDED[name]
-    # A Llama has a norm of the one name too, which stands before its MLP.
-    if hasattr(block, ADDED["mlp_out"][0]) and hasattr(block, norm):
-        return getattr(block, norm)
-    there = [getattr(block, one) for one in names if hasattr(block, one)]
-    if len(there) != 1:
-        raise UserError(
-            f"hook_name={name}: layer {layer} of {lm.name} ({type(block).__name__}) has "
-            f"{len(there)} of {', '.join(names)}, so it isn't known what is added; take resid_pre "
-            "or resid_post"
-        )
-    return there[0]
+def forward(
+    lm: LanguageModel,
+    ids_BT: Tensor,
+    lengths_B: Tensor,
+    cache: DynamicCache | None = None,
+    start: int = 0,
+    see: Mapping[Any, See] | None = None,
+) -> Tensor:
+    """The decoder over right-padded tokens; returns its last hidden states [B, T, D].
+
+    lengths_B: tokens of each row that are real. cache: with the `start` tokens that come before,
+    the same number in every row; takes in these. see: by `Site`, is shown what is there, and may
+    put something else in its place.
+    """
+    (n_rows, width), device = ids_BT.shape, lm.device
+    query_BQ = (start + torch.arange(width, device=device)).expand(n_rows, -1)
+    key_BK = torch.arange(start + width, device=device).expand(n_rows, -1)
+    valid_BK = key_BK < (start + lengths_B.to(device))[:, None]
+    with hooks(lm, see or {}):
+        return lm.decoder(
+            input_ids=ids_BT.to(device), attention_mask=lm.mask(query_BQ, key_BK, valid_BK),
+            position_ids=query_BQ, past_key_values=cache, use_cache=cache is not None,
+        ).last_hidden_state  # fmt: skip
 
 
-def _check_sum(lm: LanguageModel, layer: int, read: _Reads, valid_BT: Tensor) -> None:
+def _check_sum(
+    lm: LanguageModel, layer: int, seen: Mapping[Site, Tensor], lengths_B: Tensor
+) -> None:
     """Raise `UserError` where what was read isn't what the layer adds."""
-    before, behind = read.residuals[layer - 1], read.residuals[layer]
-    parts = [before, *(read.added[layer, name] for name in ADDED)]
-    error_BT = (sum(parts) - behind).abs().amax(dim=2)  # type: ignore[union-attr]
+    before, behind = seen[layer - 1], seen[layer]
+    attention, mlp = (seen[layer, name] for name in ADDED)
+    parts = [before, attention, mlp]
+    error_BT = (before + attention + mlp - behind).abs().amax(dim=2)
     size_BT = torch.stack([part.abs().amax(dim=2) for part in [*parts, behind]]).amax(dim=0)
+    valid_BT = torch.arange(behind.shape[1], device=lm.device) < lengths_B[:, None]
     worst = float((error_BT / size_BT.clamp(min=1e-30))[valid_BT].max())
     if not worst <= max(TOLERANCE, 2 * torch.finfo(lm.dtype).eps):
         raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from crl_exp.models.choice import options_of
 from crl_exp.models.config import ModelConfig, cannot_load
 from crl_exp.models.kv_cache import Scratch
 from crl_exp.models.prompt_text import chat_ids, plain_ids
+from crl_exp.models.sites import See, Site, hook
 
 
 class LanguageModel:
@@ -162,28 +163,12 @@ class LanguageModel:
             logits_BV = self.final_cap * torch.tanh(logits_BV / self.final_cap)
         return logits_BV.log_softmax(dim=-1)
 
-    def hook(self, site: int, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    def hook(self, site: Site, see: See) -> RemovableHandle:
         """Show `see` the residual [B, T, D] at a site; what it returns, if anything, goes on.
 
-        site: the output of layer `site`; -1 is the input of layer 0.
+        site: the output of layer `site`; -1 is the input of layer 0. `models.sites` has more.
         """
-        if site < 0:
-
-            def before(_module, args, kwargs):
-                if args:
-                    seen = see(args[0])
-                    return None if seen is None else ((seen, *args[1:]), kwargs)
-                seen = see(kwargs["hidden_states"])
-                return None if seen is None else (args, {**kwargs, "hidden_states": seen})
-
-            return self.layers[0].register_forward_pre_hook(before, with_kwargs=True)
-
-        def after(_module, _inputs, output):
-            self.in_tuple = isinstance(output, tuple)
-            seen = see(output[0] if self.in_tuple else output)
-            return (seen, *output[1:]) if self.in_tuple and seen is not None else seen
-
-        return self.layers[site].register_forward_hook(after)
+        return hook(self, site, see)
 
     @contextmanager
     def skipping(self, top: int, residual: Tensor) -> Iterator[None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from crl_exp.report import terminal as tables
 from crl_exp.report.comparison.feature_credit import (
     ITEM_COLUMNS,
     FeatureCredit,
@@ -36,7 +37,6 @@ from crl_exp.report.parts import ReportPart, SweepParts, compare_parts
 from crl_exp.report.tables import csv as table_csv
 from crl_exp.report.tables import ladder as table_ladder
 from crl_exp.report.tables import latex as table_latex
-from crl_exp.report.tables import terminal as tables
 from crl_exp.report.tables.analyses import CSV as ANALYSES_CSV
 from crl_exp.report.tables.analyses import layer_lines
 from crl_exp.report.tables.groups import GROUP_CSV, group_lines

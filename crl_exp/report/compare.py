@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from crl_exp.analysis.estimates import Samples
 from crl_exp.config.errors import UserError
 from crl_exp.report.comparison.comparable import differences
-from crl_exp.report.comparison.estimates import Samples
 from crl_exp.report.comparison.pairs import Difference, difference, right_shares, same_items
 from crl_exp.report.comparison.rows import Row
 from crl_exp.report.row_names import find_rows

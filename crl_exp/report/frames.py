@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from crl_exp.analysis.estimates import as_float
 from crl_exp.config.keys import filed_under
-from crl_exp.report.comparison.estimates import as_float
-from crl_exp.report.labels import is_control, labels
+from crl_exp.report.labels import labels
 from crl_exp.runs.items import NoItemsError, item_rewards
 from crl_exp.runs.records import Record, find_records, find_sweep
 
@@ -84,7 +84,7 @@ def _run(name: str, record: Record, said: dict[str, str]) -> dict[str, Any]:
     }  # fmt: skip
     figures = dict.fromkeys(("accuracy", "baseline", "delta", "low", "high", "p_value"), np.nan)
     if result is not None:
-        line |= {"label": said[record.key], "control": is_control(record), "n": result["n"]}
+        line |= {"label": said[record.key], "control": record.control, "n": result["n"]}
     if result is not None and "delta" in result:  # an analysis may answer nothing
         low, high = map(as_float, result["delta_ci95"])
         figures = {

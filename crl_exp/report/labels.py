@@ -13,7 +13,7 @@ from crl_exp.config.keys import NOT_IN_KEY, content_key, filed_under
 from crl_exp.config.option_names import DICTIONARIES, option_names, typed
 from crl_exp.runs.records import Record, flatten
 
-# Results say so themselves; here for the order of rows, and for results of before they did.
+# Results say so themselves (`label`); here for the order of rows, and for results of before.
 NAMES = {
     "none": "unsteered",
     "random": "random features",
@@ -34,7 +34,6 @@ NAMES = {
     "probe_steering": "probe that steers",
     "lora": "LoRA",
 }
-CONTROLS = ("none", "random", "random_direction", "top_activation", "raw_residual")
 # Said in the method's name.
 IN_THE_NAME = ("task.shuffle_labels", "method.stage2", "method.name", "sae.dictionary")
 Settings = tuple[tuple[str, str], ...]
@@ -107,7 +106,7 @@ def _name(record: Record) -> str:
     name: str = (record.result or {}).get("label") or NAMES.get(filed) or filed
     if method.get("stage2") is False:
         name += " without stage 2"
-    if best_on_validation(record):
+    if record.chose_layer:
         name += " at its best layer"
     said = [
         DICTIONARIES[(record.config.get("sae") or {}).get("dictionary", "sae")],
@@ -121,19 +120,6 @@ def _identity(record: Record) -> tuple[dict[str, Any], str, Callable[[Any], str]
     """What `mended_since` asks: results of before a fault was mended are rows of their own."""
     plain = {k: v for k, v in record.config.items() if k not in NOT_IN_KEY}
     return plain, record.key, content_key
-
-
-def is_control(record: Record) -> bool:
-    """What the run's result says, or its method's name where the result is of before it did."""
-    assert record.result is not None
-    shuffled = bool(record.config["task"].get("shuffle_labels"))
-    return bool(record.result.get("control", record.result["method"] in CONTROLS)) or shuffled
-
-
-def best_on_validation(record: Record) -> bool:
-    """Whether the run chose its layer itself, so that its seeds may have different ones."""
-    target = str((record.config.get("layers") or {}).get("_target_"))
-    return record.steers and record.layers != [] and target.endswith(".BestOnValidation")
 
 
 def options_of(

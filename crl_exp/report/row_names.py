@@ -97,4 +97,4 @@ def _layers(text: str) -> str:
 def address(part: ReportPart, row: Row) -> str:
     layers = ",".join(map(str, row.layers))
     family = f"{part.title} {row.family}".strip()
-    return f"{family}@{layers}" if layers and row.method != "none" else family
+    return f"{family}@{layers}" if layers and not row.unsteered else family

@@ -16,7 +16,7 @@ from crl_exp.report.labels import labels
 from crl_exp.report.parts import compare_parts
 from crl_exp.report.row_names import address
 from crl_exp.report.tables.cells import layers_text, percent, points, row_layers
-from crl_exp.report.tables.terminal import print_table
+from crl_exp.report.terminal import print_table
 from crl_exp.runs.answers import has_answers
 from crl_exp.runs.records import Record
 from crl_exp.runs.result import Figure, Result

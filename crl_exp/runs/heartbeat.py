@@ -1,11 +1,13 @@
-"""How far a run is, told by a thread of its own every few seconds in `heartbeat.json`."""
+"""How far a run is: told by a thread of its own every few seconds in `heartbeat.json`, and to who
+looks on by one progress bar at a time, on standard error.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,3 +117,46 @@ def beating(path: Path, progress: Progress) -> Iterator[None]:
 def read_heartbeat(path: Path) -> dict[str, Any]:
     """The last heartbeat; {} where there is none (yet). Raises `UserError` for a damaged one."""
     return read_json(path, "set resume=force to start this run anew") or {}
+
+
+_shown = threading.Lock()
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar while the block runs; the yielded function moves it on by n.
+
+    Nothing is shown while another bar is: of runs packed together the first is seen.
+    """
+    if not _shown.acquire(blocking=False):
+        yield lambda _: None
+        return
+    try:
+        with _bar(what, total) as advance:
+            yield advance
+    finally:
+        _shown.release()
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console  # whoever only reads heartbeats doesn't wait for it
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import (
+        Progress as Bar,
+    )
+
+    columns = (
+        TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(stderr=True, force_jupyter=False)
+    with Bar(*columns, console=console, transient=console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda n: bar.advance(task, n)

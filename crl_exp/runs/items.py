@@ -1,4 +1,7 @@
-"""items.parquet: a line for each evaluated item, so that any two runs can be paired by item."""
+"""items.parquet: a line for each evaluated item, so that any two runs can be paired by item.
+
+Shapes: I items, S seeds.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -239,3 +242,26 @@ def aligned(runs: Sequence[tuple[Record, ItemRewards]], split: str) -> list[Item
         groups = None if rewards.groups is None else tuple(rewards.groups[i] for i in at)
         found.append(ItemRewards(wanted.ids, rewards.baseline[at], rewards.steered[at], groups))
     return found
+
+
+class SeedRewards(NamedTuple):
+    """Rewards of the same items under each seed [S, I]. groups: of each item; None: not known."""
+
+    ids: tuple[str, ...]
+    baseline_SI: np.ndarray
+    steered_SI: np.ndarray
+    groups: tuple[str, ...] | None
+
+
+def rewards_of_seeds(runs: Sequence[Record], split: str) -> SeedRewards:
+    """Of runs that differ in their seed, the items in one order.
+
+    Raises `NoItemsError` where a run has none, and `UserError` where the items are not the same.
+    """
+    same = aligned([(run, item_rewards(run, split)) for run in runs], split)
+    return SeedRewards(
+        same[0].ids,
+        np.stack([one.baseline for one in same]),
+        np.stack([one.steered for one in same]),
+        next((one.groups for one in same if one.groups is not None), None),
+    )

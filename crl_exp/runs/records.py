@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from crl_exp.config import compatibility
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import SWEEP_CONFIG, read_json
+from crl_exp.config.keys import filed_under
 from crl_exp.config.plain_configs import filled_config
 from crl_exp.runs.heartbeat import HEARTBEAT_SECONDS
 
@@ -51,6 +52,31 @@ class Record:
     def steers(self) -> bool:
         """Whether its result is a difference to the unsteered model; else it is an analysis."""
         return compatibility.is_steering(self.config.get("experiment"))
+
+    @property
+    def control(self) -> bool:
+        """Whether it shows what steering does without what is claimed for it."""
+        return bool(self._of_method["control"]) or bool(self.config["task"].get("shuffle_labels"))
+
+    @property
+    def unsteered(self) -> bool:
+        """Whether it is the unsteered model against itself."""
+        return self.steers and bool(self._of_method["unsteered"])
+
+    @property
+    def variant_of(self) -> str:
+        """The published method that its own is, or changes: `crl`, `corrsteer` or ""."""
+        return str(self._of_method["variant_of"])
+
+    @property
+    def chose_layer(self) -> bool:
+        """Whether the run chose its layer itself, so that its seeds may have different ones."""
+        return self.steers and bool(self._of_method["chose_layer"])
+
+    @cached_property
+    def _of_method(self) -> dict[str, Any]:
+        layers = self.config.get("layers") or {}
+        return compatibility.facts_of_method(self.result or {}, filed_under(self.config), layers)
 
     @cached_property
     def status(self) -> dict[str, Any]:

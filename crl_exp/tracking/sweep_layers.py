@@ -1,7 +1,7 @@
 """By layer over a sweep's runs: each steers one layer, so that its own series would be a point.
 
 The sweep's run gets one series a method, the step being the layer, as soon as all runs of a method
-and layer (its seeds) are finished. Shapes: S seeds, I items.
+and layer (its seeds) are finished; its figures are those of a report.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from crl_exp.analysis.statistics import accuracy_interval, crossed
+from crl_exp.analysis.estimates import Estimates, Samples
 from crl_exp.config.errors import UserError
 from crl_exp.config.keys import NOT_IN_KEY, content_key, filed_under
-from crl_exp.runs.items import aligned, item_rewards
+from crl_exp.runs.items import rewards_of_seeds
 from crl_exp.runs.records import Record, flatten
 from crl_exp.runs.result import Figure, Series
 from crl_exp.tracking.content import Point, by_layer_points, control_words
@@ -48,9 +46,8 @@ def sweep_points(records: Sequence[Record]) -> list[Point]:
 
 def _steers_one_layer(record: Record) -> bool:
     try:
-        chosen = str(record.config.get("layers", {}).get("_target_")).endswith(".BestOnValidation")
         # One that chose its layer itself is no point of a series: its seeds may be at several.
-        return record.steers and len(record.layers or []) == 1 and not chosen
+        return record.steers and len(record.layers or []) == 1 and not record.chose_layer
     except UserError:
         return False  # damaged: told where the run itself is sent
 
@@ -102,18 +99,11 @@ def _figures(runs: list[Record]) -> dict[str, Figure]:
     """Of these seeds together, on test; nothing where their items aren't there or aren't the same:
     a report says why."""
     try:
-        same = aligned([(run, item_rewards(run)) for run in runs], "test")
+        samples = Samples(*rewards_of_seeds(runs, "test"))
     except UserError:
         return {}
-    steered_SI = np.stack([one.steered for one in same])
-    delta_SI = steered_SI - np.stack([one.baseline for one in same])
-    delta, accuracy = crossed(delta_SI), crossed(steered_SI)
-    low, high = delta.interval
-    # One seed, or all alike: the run's own interval, as in a report.
-    if all(np.array_equal(one, delta_SI[0], equal_nan=True) for one in delta_SI):
-        assert runs[0].result is not None
-        low, high = runs[0].result["delta_ci95"]
+    found = Estimates(tuple(run.result for run in runs if run.result is not None), samples)
     return {
-        "delta": Figure(delta.mean, low, high, delta.n),
-        "accuracy": Figure(accuracy.mean, *accuracy_interval(accuracy), accuracy.n),
+        "delta": Figure(found.delta.mean, *found.interval, found.delta.n),
+        "accuracy": Figure(found.accuracy.mean, *found.accuracy_interval, found.accuracy.n),
     }

@@ -7,9 +7,8 @@ noted is not sent again: MLflow is asked for the last step it has, and drops equ
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,18 +30,15 @@ from crl_exp.tracking.content import (
     tags,
 )
 from crl_exp.tracking.mlflow_runs import Runs, code_of_the_last, ended, status_of, status_of_all
+from crl_exp.tracking.requests import chunks, cut, requests_of
 from crl_exp.tracking.samples import send_samples
 from crl_exp.tracking.sent import Sent, Tail, digest
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-# MLflow's own limits: points, and params or tags, of one request; characters of it and of a tag.
-POINTS_A_REQUEST = 1000
 BY_LAYER = "by_layer/"
 """Metrics whose step is a layer, so that they come in any order and begin at -1, the embedding."""
-TEXTS_A_REQUEST, REQUEST_CHARS = 100, 500_000
-TAG_CHARS = 5000
 
 
 class ArtifactError(OSError):
@@ -70,7 +66,7 @@ class Uploader:
     def announce(self, record: Record, parent: str, code: dict[str, Any]) -> None:
         """Make the run of a run directory that waits to be started. Two requests."""
         with self.runs.noted(record.path) as sent:
-            run = self.runs.child(record, sent, parent, _cut(tags(record, code)))
+            run = self.runs.child(record, sent, parent, cut(tags(record, code)))
             self._status(record, run)
 
     def send(
@@ -84,7 +80,7 @@ class Uploader:
         parent = self.parent(record.path.parent, read_json(record.path / "code.json"))
         over = status_of(record) not in UNFINISHED
         with self.runs.noted(record.path) as sent:
-            run = self.runs.child(record, sent, parent, _cut(tags(record)))
+            run = self.runs.child(record, sent, parent, cut(tags(record)))
             self._texts(record, sent)
             if not over:
                 self._status(record, run)
@@ -105,11 +101,11 @@ class Uploader:
             found["error"] = ""  # of an earlier attempt
         asked: list[dict[str, Any]] = []
         if sent.record.get("tags") != digest(found):
-            asked += [{"tags": [RunTag(k, v) for k, v in p]} for p in _chunks(_cut(found).items())]
+            asked += [{"tags": [RunTag(k, v) for k, v in p]} for p in chunks(cut(found).items())]
         n_params = sent.record.get("params")
         if not n_params:
             params = parameters(record.config)
-            for i, part in enumerate(_chunks(params.given.items())):
+            for i, part in enumerate(chunks(params.given.items())):
                 asked += [{}] * (i >= len(asked))
                 asked[i] = {**asked[i], "params": [Param(k, v) for k, v in part]}
             if params.whole:
@@ -160,7 +156,7 @@ class Uploader:
                 by_layer = [p for p in found if p.name.startswith(BY_LAYER)]
                 others = [p for p in found if not p.name.startswith(BY_LAYER)]
                 new = [p for p in others if p.step > last.get(p.name, -1)]
-                for part in _requests(new):
+                for part in requests_of(new):
                     self._log(run.info.run_id, part)
                     last |= {p.name: p.step for p in part}
                     sent.save()
@@ -201,7 +197,7 @@ class Uploader:
             history = self.client.get_metric_history(run_id, name)
             there.setdefault(name, set()).update(metric.step for metric in history)
         new = [p for p in new if p.step not in there.setdefault(p.name, set())]
-        for part in _requests(new):
+        for part in requests_of(new):
             self._log(run_id, part)
             for point in part:
                 there[point.name].add(point.step)
@@ -246,7 +242,7 @@ class Uploader:
     def parent(self, sweep: Path, code: dict[str, Any] | None = None) -> str:
         """Id of the sweep's run. code: as in code.json, for its tags where it is made now."""
         with self.runs.noted(sweep) as sent:
-            return self.runs.parent(sent, _cut(code_tags(code or {})))
+            return self.runs.parent(sent, cut(code_tags(code or {})))
 
     def send_sweep(self, sweep: Path) -> None:
         """The parent's status, tags and files, such as the code's changes and the report."""
@@ -271,7 +267,7 @@ class Uploader:
         known: dict[str, float] = sent.record.setdefault("layer_values", {})
         found = {f"{p.name} @ {p.step}": p for p in sweep_points(records)}
         new = [point for name, point in found.items() if known.get(name) != point.value]
-        for part in _requests(new):
+        for part in requests_of(new):
             self._log(sent.record["run_id"], part)
         known |= {name: point.value for name, point in found.items()}
         sent.record["layers_of"] = digest(finished)
@@ -281,7 +277,7 @@ class Uploader:
         from mlflow.entities import RunTag
 
         if found and sent.record.get("tags") != digest(found):
-            tags = [RunTag(key, value) for key, value in _cut(found).items()]
+            tags = [RunTag(key, value) for key, value in cut(found).items()]
             self.client.log_batch(sent.record["run_id"], tags=tags)
             sent.record["tags"] = digest(found)
             sent.save()
@@ -292,27 +288,3 @@ def _stored(name: str, call: Callable[..., Any], *arguments: Any) -> None:
         call(*arguments)
     except Exception as error:  # each artifact store raises its own kinds
         raise ArtifactError(f"its artifact store didn't take {name}: {error}") from error
-
-
-def _requests(found: list[Point]) -> Iterator[list[Point]]:
-    for start in range(0, len(found), POINTS_A_REQUEST):
-        yield found[start : start + POINTS_A_REQUEST]
-
-
-def _chunks(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Params or tags in requests of a size that MLflow takes."""
-    part: list[tuple[str, str]] = []
-    chars = 0
-    for key, value in texts:
-        size = len(json.dumps([key, value]))
-        if part and (len(part) == TEXTS_A_REQUEST or chars + size > REQUEST_CHARS):
-            yield part
-            part, chars = [], 0
-        part.append((key, value))
-        chars += size
-    if part:
-        yield part
-
-
-def _cut(texts: dict[str, str]) -> dict[str, str]:
-    return {k: v if len(v) <= TAG_CHARS else v[: TAG_CHARS - 1] + "…" for k, v in texts.items()}

@@ -133,7 +133,8 @@ def run_by_luck(made, draw: np.random.Generator) -> None:
         "validation": figures(float(on_validation.mean()) - 0.5, n=40, baseline=0.5),
     })  # fmt: skip
     tables = [
-        items_table(split, [f"{split}{i}" for i in range(len(now))], 0 * now, now, now > 0,
+        items_table(split, [f"{split}{i}" for i in range(len(now))],
+                    (0 * now).tolist(), now.tolist(), (now > 0).tolist(),
                     [""] * len(now))
         for split, now in (("test", item_rewards(Record(run.path)).steered),
                            ("validation", on_validation))

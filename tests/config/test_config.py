@@ -220,6 +220,7 @@ def tiny_cache(tmp_path_factory):
 def test_debug_tiny_needs_no_assets(kind, tiny_cache):
     config = composed(["+debug=tiny", *TINY[kind], f"output_dir={tiny_cache}"])
     result = run_experiment(config, skip_finished=False)
+    assert result is not None
     assert result["n"] == 16 and result["method"] == "crl"
     assert [line for line in result["warnings"] if "the SAE" not in line] == [], "SAEs are random"
     assert 0 < result["accuracy_baseline"] < 1, "nothing could be learned"
@@ -246,7 +247,8 @@ def test_every_point_of_every_sweep_runs_on_a_tiny_model(name, tiny_cache):
         key = run_key(OmegaConf.merge(config, same))  # type: ignore[arg-type]
         if key not in seen:
             seen.add(key)
-            assert run_experiment(config, skip_finished=True)["n"] == 16, point
+            result = run_experiment(config, skip_finished=True)
+            assert result is not None and result["n"] == 16, point
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from crl_exp.config.compatibility import MENDED, fill_missing
 from crl_exp.config.keys import frozen_config, run_key
@@ -64,12 +64,12 @@ def test_configs_keep_their_keys(earlier):
     found = earlier.configs()
     assert len(found) == earlier.n_configs
     for key, plain in found.items():
-        config = OmegaConf.create(plain)
+        config = DictConfig(plain)
         fill_missing(config)
         concerned = [mended.name for mended in MENDED if mended.concerns(plain)]
         same = not concerned or earlier.name != "first_version"  # mended since that one
         assert (run_key(config) == key) == same, (plain["method"], concerned)
-        assert run_key(OmegaConf.create(plain)) == run_key(config), "filled or not, the same"
+        assert run_key(DictConfig(plain)) == run_key(config), "filled or not, the same"
 
 
 @pytest.mark.slow
@@ -84,7 +84,8 @@ def test_sections_that_were_frozen_can_still_be_built(earlier):
 def test_finished_runs_are_finished(sweep, earlier):
     for key, method in ((earlier.crl, "crl"), (earlier.corrsteer_s, "corrsteer_s")):
         record = Record(sweep / key)
-        assert record.state == "done" and record.result["method"] == method
+        assert record.state == "done" and record.result is not None
+        assert record.result["method"] == method
         before = (sweep / key / "result.json").read_bytes()
         result = run_experiment(frozen_config(sweep / key), skip_finished=True)
         assert result == json.loads(before)
@@ -104,6 +105,7 @@ def test_a_run_that_was_ended_goes_on_from_its_checkpoint(sweep, earlier):
     path = sweep / earlier.ended_early
     begun = (path / "journal.jsonl").read_text().splitlines()
     result = run_experiment(frozen_config(path), skip_finished=True)
+    assert result is not None
     assert result["method"] == "crl" and Record(path).state == "done"
     journal = (path / "journal.jsonl").read_text().splitlines()
     assert journal[: len(begun)] == begun, "what was done isn't done again"

@@ -92,7 +92,7 @@ def test_files_come_before_the_terminal(sweep, quick_reports, monkeypatch):
     def gone(*_: object) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr("crl_exp.report.tables.terminal.print_parts", gone)
+    monkeypatch.setattr("crl_exp.report.terminal.print_parts", gone)
     with pytest.raises(BrokenPipeError):
         main(["report", str(sweep)])
     assert (sweep / "report" / "report.html").exists()

@@ -53,6 +53,7 @@ def test_every_layer_and_the_input(common):
     assert control["low"] <= control["value"] <= control["high"]
     assert {"auc", "brier", "ece"} <= {metric for name, metric in series if name == "probe"}
     best = result.figures["best_layer"].value
+    assert isinstance(best, int)
     on_validation = series["probe_on_validation", "accuracy"]
     assert on_validation[best]["value"] == max(row["value"] for row in on_validation.values())
     assert result.figures["validation/accuracy"].value == on_validation[best]["value"]
@@ -88,6 +89,7 @@ def test_at_its_best_layer_it_is_the_probe_that_answers(common, tmp_path):
     """The same items, in pairs: so any run that steers can be compared with it."""
     plain, folder = run_small(common)
     best = Result.read(plain).figures["best_layer"].value
+    assert best is not None
     if best == -1:
         pytest.skip("the input isn't a layer that a method can be given")
     answers = [one for one in common if one != "experiment=probing"]

@@ -207,7 +207,9 @@ def made(name: str, **changes) -> HubTask:
     return build(OmegaConf.merge(config, changes), "task", Task)  # type: ignore[arg-type]
 
 
-def on_files(name: str, folder: Path, kind: str = "parquet", n: int = 132, **changes) -> HubTask:
+def on_files(
+    name: str, folder: Path, kind: str = "parquet", n: int = 132, **changes: Any
+) -> HubTask:
     task = made(name)
     splits = [*task.sources.values(), getattr(task, "shots_from", task.sources["test"])]
     return made(name, data_files=write_files(folder, task.hub_id, splits, kind, n), **changes)

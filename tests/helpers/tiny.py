@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -50,8 +51,10 @@ def model(kind: str, seed: int = 0):
     (partial rotary, parallel residual), qwen2 (biases), qwen3 (query norms).
     """
     torch.manual_seed(seed)
-    common = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    shape = {
+    common: dict[str, Any] = {
+        "vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+    }  # fmt: skip
+    shape: dict[str, Any] = {
         "hidden_size": D_MODEL, "intermediate_size": 64, "num_hidden_layers": N_LAYERS,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "max_position_embeddings": 128,
@@ -59,10 +62,11 @@ def model(kind: str, seed: int = 0):
     if kind == "llama":
         made = LlamaForCausalLM(LlamaConfig(**common, **shape, initializer_range=0.2))
     elif kind == "gemma2":
-        special = {"sliding_window": 6, "query_pre_attn_scalar": 8, "initializer_range": 0.2}
-        made = Gemma2ForCausalLM(
-            Gemma2Config(**common, **shape, **special, attn_implementation="eager")
-        )
+        special: dict[str, Any] = {
+            "sliding_window": 6, "query_pre_attn_scalar": 8, "initializer_range": 0.2,
+            "attn_implementation": "eager",
+        }  # fmt: skip
+        made = Gemma2ForCausalLM(Gemma2Config(**common, **shape, **special))
     elif kind == "gemma3":
         special = {"sliding_window": 6, "query_pre_attn_scalar": 8, "initializer_range": 0.2}
         layer_types = ["sliding_attention"] * (N_LAYERS - 1) + ["full_attention"]

@@ -152,6 +152,7 @@ def run_small(overrides: Sequence[str], skip_finished: bool = False) -> tuple[di
     """Run an experiment in this process; returns its result and its run directory."""
     config = small(overrides)
     result = run_experiment(config, skip_finished)
+    assert result is not None
     return result, RunDirectory(config).path
 
 

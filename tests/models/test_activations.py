@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import DynamicCache, GraniteConfig, GraniteForCausalLM
 
 from crl_exp.config.errors import UserError
-from crl_exp.models.activations import SITES, read_activations
+from crl_exp.models.activations import forward, padded, read_activations
 from crl_exp.models.language_model import LanguageModel
+from crl_exp.models.sites import SITES, hooks
 from tests.helpers import tiny
 
 KINDS = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen3")
 LAYERS = range(tiny.N_LAYERS)
-NEAR = {"rtol": 1e-4, "atol": 2e-5}
+NEAR: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -63,6 +66,47 @@ def test_what_a_layer_adds_is_what_its_output_has_more_than_its_input(lm):
         parts = read["attn_out"][layer] + read["mlp_out"][layer]
         torch.testing.assert_close(parts, added, **NEAR)
         assert read["attn_out"][layer].norm() > 0 and read["mlp_out"][layer].norm() > 0
+
+
+def test_what_is_put_at_a_site_goes_on(lm):
+    """By its name too: a layer whose two additions are put to 0 hands its input on."""
+    ids_BT, lengths_B = padded(tiny.prompts(3, seed=4))
+    seen: dict = {}
+    edits = {(1, name): torch.zeros_like for name in ("attn_out", "mlp_out")}
+    reads = {site: (lambda x_BTD, site=site: seen.update({site: x_BTD})) for site in (0, 1)}
+    changed_BTD = forward(lm, ids_BT, lengths_B, see={**edits, **reads})
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
+    assert not torch.equal(changed_BTD, forward(lm, ids_BT, lengths_B))
+
+
+@torch.no_grad()
+def test_behind_a_cache_it_is_as_if_all_were_read(lm):
+    """What the rows begin with is read once; Gemma-2's window is 6."""
+    opening, ends = [7, 8, 9, 10, 11], [[12, 13], [14], [15, 16, 17, 18]]
+    cache = DynamicCache()
+    forward(lm, *padded([opening] * len(ends)), cache=cache)
+    ids_BT, lengths_B = padded(ends)
+    found_BTD = forward(lm, ids_BT, lengths_B, cache, start=len(opening))
+    for row, end in enumerate(ends):
+        whole_1TD = forward(lm, *padded([[*opening, *end]]))
+        torch.testing.assert_close(found_BTD[row, : len(end)], whole_1TD[0, len(opening) :], **NEAR)
+
+
+def test_hooks_go_where_the_block_fails(lm):
+    def count() -> int:  # transformers may have set some of its own
+        return sum(
+            len(module._forward_hooks) + len(module._forward_pre_hooks)
+            for module in lm.model.modules()
+        )
+
+    def fail() -> None:
+        raise RuntimeError(f"{count() - before} hooks are there")
+
+    before = count()
+    sites = {-1: torch.zeros_like, 1: torch.zeros_like, (1, "mlp_out"): torch.zeros_like}
+    with pytest.raises(RuntimeError, match="3 hooks are there"), hooks(lm, sites):
+        fail()
+    assert count() == before
 
 
 def test_the_attention_is_what_is_left_when_the_mlp_adds_nothing(lm):
@@ -132,7 +176,7 @@ def test_a_layer_that_adds_otherwise_is_refused_by_name():
 )
 def test_what_cannot_be_read_is_named(given, said):
     lm = tiny.language_model("llama")
-    asked = {"texts": ["w1"], "layers": [0], **given}
+    asked: dict[str, Any] = {"texts": ["w1"], "layers": [0], **given}
     with pytest.raises(UserError, match=said):
         read_activations(lm, **asked)
 
@@ -140,7 +184,8 @@ def test_what_cannot_be_read_is_named(given, said):
 def test_half_precision_is_measured_by_its_own_rounding():
     lm = tiny.language_model("llama")
     exact = read_activations(lm, tiny.prompts(3), [2], "mlp_out")[2]
-    half = LanguageModel(tiny.model("llama").to(torch.bfloat16), tiny.tokenizer(), "tiny-llama")
+    halved = torch.nn.Module.to(tiny.model("llama"), torch.bfloat16)
+    half = LanguageModel(halved, tiny.tokenizer(), "tiny-llama")
     rounded = read_activations(half, tiny.prompts(3), [2], "mlp_out")[2]
     assert rounded.dtype == torch.float32
     assert float((rounded - exact).norm() / exact.norm()) < 0.1

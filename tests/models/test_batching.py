@@ -14,6 +14,7 @@ from crl_exp.config.errors import UserError
 from crl_exp.generation.controller import Unsteered
 from crl_exp.generation.engine import Engine, EngineConfig
 from crl_exp.generation.prompt_features import PromptActs
+from crl_exp.generation.prompts import PromptStore
 from crl_exp.generation.results import Job
 from crl_exp.models import batching
 from crl_exp.models.batching import BatchSize, batches, bytes_to_decode, free_bytes
@@ -190,6 +191,7 @@ def test_prompts_are_read_for_a_mask_as_they_fit(monkeypatch) -> None:
 
     for size, patched in ((64, encoder), ("auto", small)):
         store = Engine(lm, EngineConfig(size, 1.0, "eager")).read(PROMPTS)
+        assert isinstance(store, PromptStore)
         monkeypatch.setattr(LayerSAE, "encoder", patched)
         found.append(PromptActs(store, list(range(12))).means(sae, allowed_C)[0])
     assert len(calls) == 3 + len(PROMPTS) and store.size.most == 6

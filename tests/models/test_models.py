@@ -9,6 +9,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,8 @@ def test_a_model_without_attention_is_refused(tmp_path):
 
 def test_layers_that_are_kept_otherwise_are_refused():
     lm = tiny.language_model("llama")
-    lm.model.config.num_hidden_layers = 3
+    of_model: Any = lm.model.config
+    of_model.num_hidden_layers = 3
     with pytest.raises(UserError, match="can't find the 3 decoder layers of LlamaForCausalLM"):
         find_layers(lm.model)
 

@@ -226,10 +226,11 @@ def test_advantages_of_options_that_were_not_taken() -> None:
     _, played = explored()
     reward_B = torch.arange(7.0) / 6
     rollout = collect(2, played, reward_B, ppo(gae_lambda=1.0))
-    steps = [*played.steps, *sorted(played.others, key=lambda s: s.option)]
+    steps = [*played.steps, *sorted(played.others, key=lambda s: s.option or 0)]
     by_act = {
         (-1 if s.option is None else s.option, s.token_index, row): float(value)
         for s in steps
+        if s.action.value_B is not None
         for row, value in zip(s.rows, s.action.value_B, strict=True)
     }
     values = sorted(float(reward_B[row]) - value for (_, _, row), value in by_act.items())

@@ -8,6 +8,7 @@ import pytest
 from crl_exp.config.errors import UserError
 from crl_exp.experiments.kinds.evaluation import _warn_of_harm
 from crl_exp.generation.controller import Unsteered
+from crl_exp.runs.records import Record
 from tests.helpers.tiny_run import lab_of, run_small
 
 SIZES = ["task.n_train=24", "task.n_validation=32", "task.n_test=16"]
@@ -106,7 +107,8 @@ def test_methods_are_called_as_before_results_said_so():
     import yaml
     from hydra.utils import get_class
 
-    from crl_exp.report.labels import CONTROLS, NAMES
+    from crl_exp.config.compatibility import facts_of_method
+    from crl_exp.report.labels import NAMES
     from tests.helpers.tiny_run import CONF
 
     for path in (CONF / "method").glob("*.yaml"):
@@ -114,7 +116,28 @@ def test_methods_are_called_as_before_results_said_so():
         method = get_class(found["_target_"])
         if found["name"] in NAMES:
             assert method.label == NAMES[found["name"]]
-            assert method.control == (found["name"] in CONTROLS)
+            facts = facts_of_method({}, found["name"], {})
+            said = {name: getattr(method, name) for name in facts if name != "chose_layer"}
+            assert facts == {**said, "chose_layer": False}
+
+
+@pytest.mark.parametrize(
+    ("typed", "unsteered", "variant_of", "chose_layer"),
+    [
+        ("method=none", True, "", False),
+        ("method=corrsteer_s method.name=mine layers=best_on_validation", False, "corrsteer", True),
+        ("method=attribution method.name=crl_of_mine", False, "", False),
+        ("method=calibration layers=best_on_validation", False, "", False),
+    ],
+)
+def test_a_result_says_of_its_method_what_a_report_asks(
+    typed, unsteered, variant_of, chose_layer, common
+):
+    """Whatever the method is called."""
+    _, folder = run_small([*common, *typed.split()])
+    found = Record(folder)
+    assert found.unsteered == unsteered and found.variant_of == variant_of
+    assert found.chose_layer == chose_layer
 
 
 def test_shuffled_labels_make_a_control(common):

@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from crl_exp.config.errors import UserError
+from crl_exp.report import terminal as tables
 from crl_exp.report.command import main, next_lines
 from crl_exp.report.comparison.rows import SweepComparison, compare_runs
 from crl_exp.report.figures.style import look
 from crl_exp.report.tables import notes as table_notes
-from crl_exp.report.tables import terminal as tables
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import find_records, find_sweep
 from tests.helpers.synthetic import config, figures, finish, finished_run, result
@@ -80,7 +80,7 @@ def test_no_two_methods_look_alike(tmp_path):
 def test_training_items_drawn_anew_are_compared(tmp_path, key):
     for value in (5, 6):
         run = finished_run(config(tmp_path, more={f"task.{key}": value}), 0.1)
-        written = {**run.result(), "data_digest": f"digest{value}"}
+        written = {**(run.result() or {}), "data_digest": f"digest{value}"}
         run.result_path.write_text(json.dumps(written))
     sweep = compared(tmp_path)
     rows = 1 if key == "train_seed" else 2

@@ -127,7 +127,9 @@ def test_training_is_drawn_beside_what_unsteered_answers_get() -> None:
     ):
         axis = Figure().subplots()
         floors(axis, curves)
-        assert [(line.get_ydata()[0], line.get_label()) for line in axis.lines] == expected
+        heights = [np.asarray(line.get_ydata())[0] for line in axis.lines]
+        said = [line.get_label() for line in axis.lines]
+        assert list(zip(heights, said, strict=True)) == expected
         assert len({line.get_linestyle() for line in axis.lines}) == len(expected)
 
 

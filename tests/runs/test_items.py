@@ -6,14 +6,13 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
 
 from crl_exp.config.errors import UserError
 from crl_exp.experiments.kinds.evaluation import INTERVENTIONS
 from crl_exp.runs.directory import write_json
-from crl_exp.runs.items import NoItemsError, aligned, item_rewards, items_table, write_items
+from crl_exp.runs.items import NoItemsError, aligned, item_rewards, items_table, pc, write_items
 from crl_exp.runs.records import Record
 from crl_exp.tasks.base import Item, Splits
 from tests.helpers.synthetic import config, finished_run
@@ -39,7 +38,7 @@ def test_a_run_writes_every_item_of_every_evaluated_split(tiny_result):
         assert len(set(found.ids)) == figures["n"]
         assert found.baseline.mean() == pytest.approx(figures["accuracy_baseline"], abs=0)
         assert (found.steered - found.baseline).mean() == figures["delta"]
-    changed = table.filter(pyarrow.compute.equal(table["split"], "test"))["changed"].to_numpy()
+    changed = table.filter(pc.equal(table["split"], "test"))["changed"].to_numpy()
     assert 0 < changed.sum() < 16
 
 
@@ -63,7 +62,12 @@ def synthetic(folder, ids, n=None, seed=0, **columns):
     run = finished_run(config(folder, seed=seed), 0.1, n=len(ids) if n is None else n)
     rewards = np.arange(len(ids)) % 2
     table = items_table(
-        "test", [str(i) for i in ids], 1 - rewards, rewards, rewards == 1, [""] * len(ids)
+        "test",
+        [str(i) for i in ids],
+        (1 - rewards).tolist(),
+        rewards.tolist(),
+        (rewards == 1).tolist(),
+        [""] * len(ids),
     )
     for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), name, pa.array(values))

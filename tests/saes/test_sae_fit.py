@@ -18,9 +18,9 @@ from crl_exp.analysis.sae_fit import SAEFit, TokenFit
 from crl_exp.config.errors import UserError
 from crl_exp.generation.controller import StepContext
 from crl_exp.models.prompt_text import common_prefix
+from crl_exp.report import terminal as tables
 from crl_exp.report.comparison.rows import compare_runs
 from crl_exp.report.tables import latex as table_latex
-from crl_exp.report.tables import terminal as tables
 from crl_exp.report.tables.further import further_tables
 from crl_exp.runs.directory import write_json
 from crl_exp.runs.records import find_records

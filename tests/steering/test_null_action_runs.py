@@ -16,11 +16,11 @@ from crl_exp.config.errors import UserError
 from crl_exp.config.keys import run_key
 from crl_exp.experiments import config as configs
 from crl_exp.report import command as report
+from crl_exp.report import terminal as tables
 from crl_exp.report.comparison.feature_credit import credits_of, item_lines
 from crl_exp.report.comparison.rows import compare_runs
 from crl_exp.report.parts import compare_parts
 from crl_exp.report.tables import csv as table_csv
-from crl_exp.report.tables import terminal as tables
 from crl_exp.report.tables.further import further_tables
 from crl_exp.runs.records import find_records
 from crl_exp.steering.controllers.policy import PolicyController

@@ -8,11 +8,11 @@ import torch
 
 from crl_exp.experiments.kinds.evaluation import evaluate_split
 from crl_exp.generation.controller import Unsteered
+from crl_exp.report import terminal as tables
 from crl_exp.report.comparison.rows import compare_runs
 from crl_exp.report.parts import compare_parts
 from crl_exp.report.tables import csv as table_csv
 from crl_exp.report.tables import latex as table_latex
-from crl_exp.report.tables import terminal as tables
 from crl_exp.report.tables.further import further_tables
 from crl_exp.runs import kept
 from crl_exp.runs.records import find_records

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import datasets
 import pytest
 
 from crl_exp.config.errors import UserError
@@ -102,7 +101,7 @@ def test_a_missing_file_is_named():
 
 
 def test_a_hub_out_of_reach_names_the_data_set_and_the_offline_way(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     says = r"task\.hub_id=walledai/XSTest: can't load .*hf auth login.*task\.data_files=FILE"
     with pytest.raises(UserError, match=says):
@@ -112,7 +111,7 @@ def test_a_hub_out_of_reach_names_the_data_set_and_the_offline_way(monkeypatch):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_run_whose_data_is_not_to_be_had_leaves_nothing(name, tiny_files, tmp_path, monkeypatch):
     """Neither a run directory nor a failed run in MLflow: it hasn't begun."""
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     kept = [o for o in tiny_files.overrides() if not o.startswith(("task", "tracking"))]
     with pytest.raises(UserError, match=r"task\.(hub_id|classifier|cross_encoder)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,13 +188,14 @@ def test_a_task_looks_for_its_scorer_before_anything_else(
     name, section, alternative, tmp_path, offline
 ):
     out_of_reach = {"path": "no/such", "revision": None, "device": "cpu", "batch_size": 8}
-    task = on_files(name, tmp_path, scorer=section, **{section: out_of_reach})
+    changes: dict[str, Any] = {"scorer": section, section: out_of_reach}
+    task = on_files(name, tmp_path, **changes)
     with pytest.raises(
         UserError, match=rf"task\.{section}\.path=no/such.*task\.scorer={alternative}"
     ):
         task.splits()
     assert "no/such" in task.scorer_name
-    assert on_files(name, tmp_path, scorer=alternative, **{section: out_of_reach}).splits()
+    assert on_files(name, tmp_path, **{**changes, "scorer": alternative}).splits()
 
 
 def test_the_refusal_task_takes_the_classifier_too(classifier, offline):
@@ -219,7 +221,8 @@ def test_a_task_scores_by_its_model(name, classifier, encoder, tmp_path):
     section, path = {"harmbench": ("classifier", classifier),
                      "simpleqa": ("cross_encoder", encoder)}[name]  # fmt: skip
     values = {"path": str(path), "revision": None, "device": "cpu", "batch_size": 8}
-    task = on_files(name, tmp_path, scorer=section, **{section: values})
+    changes: dict[str, Any] = {"scorer": section, section: values}
+    task = on_files(name, tmp_path, **changes)
     items = task.splits().test[: len(OUTPUTS)]
     rewards = [score.reward for score in task.score(items, OUTPUTS)]
     if name == "harmbench":

@@ -43,7 +43,9 @@ def test_names_of_a_run(tiny_files, tmp_path):
     assert "system/cpu_utilization_percentage" in child.data.metrics
     assert [s for s, _ in history(uri, child.info.run_id, "layer_2/mean_activation")] == [1, 2]
     data = json.loads((path / "data.json").read_text())
-    (used,) = client(uri).get_run(child.info.run_id).inputs.dataset_inputs
+    inputs = client(uri).get_run(child.info.run_id).inputs
+    assert inputs is not None
+    (used,) = inputs.dataset_inputs
     assert used.dataset.digest == data["digest"] == json.loads(
         (path / "result.json").read_text()
     )["data_digest"]  # fmt: skip

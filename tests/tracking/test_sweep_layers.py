@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -61,10 +63,10 @@ def test_intervals_are_those_of_a_report(tmp_path):
 
 
 def test_options_that_set_runs_of_a_method_apart_are_in_the_name(tmp_path):
+    options: list[dict[str, Any]] = [{}, {"fusion.weight": 3.0}, {"task.shuffle_labels": True}]
     for layer in (8, 18):
-        steered(tmp_path, layer)
-        steered(tmp_path, layer, **{"fusion.weight": 3.0})
-        steered(tmp_path, layer, **{"task.shuffle_labels": True})
+        for more in options:
+            steered(tmp_path, layer, **more)
     names = {name for name in series(tmp_path) if name.endswith("/delta")}
     assert names == {
         "by_layer/crl fusion.weight=1.0/delta", "by_layer/crl fusion.weight=3.0/delta",
@@ -110,8 +112,9 @@ def test_mlflow_has_them_in_the_sweeps_run_once(tmp_path):
     for layer in (18, 8):
         mlflow_reading.sync(steered(tmp_path, layer, fixed=layer // 2))
     for _ in range(2):
-        mlflow_reading.sync(steered_again := steered(tmp_path, 12, fixed=2))
+        steered_again = steered(tmp_path, 12, fixed=2)
+        mlflow_reading.sync(steered_again)
+        assert steered_again.path.exists()
     (parent,) = [r for r in mlflow_reading.runs(uri) if "mlflow.parentRunId" not in r.data.tags]
     told = sorted(mlflow_reading.history(uri, parent.info.run_id, "by_layer/crl/delta"))
     assert told == [(8, 0.1), (12, 0.05), (18, pytest.approx(0.225))]
-    assert steered_again.path.exists()

@@ -19,8 +19,8 @@ from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.preemption import Preempted
 from crl_exp.runs.records import Record
 from crl_exp.tracking import live as module
+from crl_exp.tracking import requests as tracking_requests
 from crl_exp.tracking import sync as tracking
-from crl_exp.tracking import upload as tracking_upload
 from crl_exp.tracking.client import resolved_uri
 from crl_exp.tracking.live import Tracker
 from crl_exp.tracking.sync import TrackingConfig, announce
@@ -124,6 +124,7 @@ def test_what_was_sent_is_looked_at_again_after_a_fault(folder):
 
 def left(run: RunDirectory, how: TrackingConfig, error: BaseException | None = None) -> float:
     """Seconds that a run waits for MLflow at its end."""
+    begun = time.monotonic()
     try:
         with Tracker(run, how) as tracker, run.opened():
             tracker.start()
@@ -186,7 +187,7 @@ def test_a_run_that_waited_its_patience_sends_no_more(folder, monkeypatch, caplo
 
     monkeypatch.setattr(MlflowClient, "log_batch", held_up)
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.5)
-    monkeypatch.setattr(tracking_upload, "POINTS_A_REQUEST", 10)
+    monkeypatch.setattr(tracking_requests, "POINTS_A_REQUEST", 10)
     run = RunDirectory(config(folder))
     with caplog.at_level(logging.WARNING):
         with Tracker(run, QUICK) as tracker, run.opened():

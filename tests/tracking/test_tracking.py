@@ -108,11 +108,13 @@ def test_code_data_load_and_figures(folder):
         wanted = {"git_commit": "beef" * 10, "git_dirty": "true", "git_diff": "0123456789ab"}
         assert wanted.items() <= tagged.data.tags.items()
     assert child.data.tags["sae_release"] == "gemma-scope"
-    (used,) = client(uri).get_run(child.info.run_id).inputs.dataset_inputs
+    inputs = client(uri).get_run(child.info.run_id).inputs
+    assert inputs is not None
+    (used,) = inputs.dataset_inputs
     data = used.dataset
     assert (data.name, data.digest, data.source_type) == ("sentiment", "00112233", "local")
     assert json.loads(data.source) == {"uri": "reviews.jsonl"}
-    assert json.loads(data.profile) == {"train": 100, "test": 1500}
+    assert data.profile is not None and json.loads(data.profile) == {"train": 100, "test": 1500}
     name = "system/cpu_utilization_percentage"
     assert history(uri, child.info.run_id, name) == [(0, 80.5)]
     assert "attention.png" in {a.path for a in client(uri).list_artifacts(child.info.run_id)}

@@ -293,7 +293,7 @@ def test_a_data_set_that_another_process_makes_first_is_taken(folder):
         event.remove(Engine, "before_cursor_execute", quicker)
     assert others == [1]
     (child,) = children(resolved_uri(None, folder))
+    described = data_set(Record(next(folder.glob("*/*/result.json")).parent))
+    assert child.inputs is not None and described is not None
     (used,) = child.inputs.dataset_inputs
-    assert (
-        used.dataset.digest == data_set(Record(next(folder.glob("*/*/result.json")).parent)).digest
-    )
+    assert used.dataset.digest == described.digest

@@ -11,7 +11,7 @@ import pytest
 
 from crl_exp.runs.directory import write_json
 from crl_exp.runs.result import read_series
-from crl_exp.tracking import upload as tracking_upload
+from crl_exp.tracking import requests as tracking_requests
 from crl_exp.tracking.client import resolved_uri
 from crl_exp.tracking.content import by_layer_points
 from tests.helpers.mlflow_reading import children, client, history, sync, with_database
@@ -51,7 +51,7 @@ def test_a_result_of_more_points_than_a_request_holds(folder):
     for _ in range(2):
         sync(run)
     wanted = [(layer, layer / 100) for layer in sorted(layers)]
-    assert len(wanted) * len(NAMES) > tracking_upload.POINTS_A_REQUEST
+    assert len(wanted) * len(NAMES) > tracking_requests.POINTS_A_REQUEST
     assert everything(folder) == dict.fromkeys(NAMES, wanted)
 
 

@@ -5,53 +5,41 @@ Nothing is steered. Shapes: N items, D d_model, C classes, R draws, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from crl_exp.analysis import probes
-from crl_exp.analysis.probes import FEWEST_DRAWS, Platt
-from crl_exp.analysis.regression import Regression, fit, fit_two
-from crl_exp.analysis.row_random import own_seed
+from crl_exp.analysis.probes import FEWEST_DRAWS
 from crl_exp.analysis.statistics import compare, share_interval
 from crl_exp.analysis.winners_curse import warnings
-from crl_exp.config.errors import UserError, did_you_mean
+from crl_exp.config.errors import did_you_mean
 from crl_exp.experiments.base import ExperimentKind
+from crl_exp.experiments.kinds.probing_lesson import (
+    SPLITS,
+    AtLayer,
+    Lesson,
+    at_layer,
+    best_penalty,
+    fit_probes,
+)
 from crl_exp.experiments.workspace import RunWorkspace
 from crl_exp.runs import preemption
 from crl_exp.runs.items import ItemTexts, items_table, write_items
 from crl_exp.runs.preemption import CheckpointTimer
 from crl_exp.runs.result import Figure, Result, Series
-from crl_exp.steering.methods.baselines.options import right_options
 from crl_exp.steering.methods.baselines.probe import all_last_residuals
-from crl_exp.steering.methods.baselines.probe_steering import rewarded
 from crl_exp.steering.workspace import SteeringConfig
 
 TARGETS = ("option", "reward")
-SPLITS = ("train", "validation", "test")
 INPUT = -1
 """The site before layer 0."""
 PROBE, ON_VALIDATION = "probe", "probe_on_validation"
 CONTROL, CAPACITY = "permuted_labels", "permuted_labels_train"
 """Series: of the probe; of probes of permuted labels, on test and on what they were fitted to."""
-
-
-@dataclass
-class AtLayer:
-    """What was found at one layer. validation: accuracy there, by which penalty and layer are
-    chosen. answers: the class read for each item, by split. control, control_train: of each draw,
-    accuracy on test and on train."""
-
-    penalty: float
-    validation: float
-    figures: dict[str, float]
-    answers: dict[str, list[int]]
-    control: list[float]
-    control_train: list[float]
 
 
 @dataclass
@@ -119,7 +107,7 @@ class Probing(ExperimentKind):
 
     def run(self, workspace: RunWorkspace) -> Result:
         with workspace.timed("train"):
-            lesson = Lesson.of(self, workspace)
+            lesson = Lesson.of(self.target, workspace)
             by_layer = self._probes(workspace, lesson)
         with workspace.timed("evaluate"):
             return self._result(workspace, lesson, by_layer)
@@ -154,50 +142,7 @@ class Probing(ExperimentKind):
         self, workspace: RunWorkspace, lesson: Lesson, layer: int, check: Callable[[], None]
     ) -> AtLayer:
         x = {split: all_last_residuals(workspace, split, [layer]) for split in SPLITS}
-        x_ND, class_N = x["train"][lesson.known["train"]], lesson.classes("train")
-        fitted = _fit(x_ND, class_N, lesson.n_classes, self.penalties)
-        asked_ND, wanted_N = (
-            x["validation"][lesson.known["validation"]],
-            lesson.classes("validation"),
-        )
-        penalty, right = _best_penalty(fitted, asked_ND, wanted_N)
-        probe = fitted[penalty]
-        test_ND, test_N = x["test"][lesson.known["test"]], lesson.classes("test")
-        control, control_train = [], []
-        for permuted_N in lesson.permuted(self.control_draws, workspace.exp.seed):
-            check()
-            null = _fit(x_ND, permuted_N, lesson.n_classes, [penalty])[penalty]
-            control.append(_share(null.classes(test_ND) == test_N))
-            control_train.append(_share(null.classes(x_ND) == permuted_N))
-        scores = asked_ND, wanted_N, test_ND, test_N
-        return AtLayer(
-            penalty, right, self._figures(probe, *scores, seed=workspace.exp.seed),
-            {split: probe.classes(x[split]).tolist() for split in ("validation", "test")},
-            control, control_train,
-        )  # fmt: skip
-
-    def _figures(
-        self, probe: Regression, asked_ND: Tensor, wanted_N: Tensor, test_ND: Tensor,
-        test_N: Tensor, seed: int,
-    ) -> dict[str, float]:  # fmt: skip
-        score_NC, class_N = probe.scores(test_ND).numpy(), test_N.numpy()
-        prob_NC = probes.probabilities(score_NC)
-        draws = own_seed("calibration null", seed, 0)
-        null, null_high = probes.calibration_null(prob_NC, draws, self.bins)
-        found = {
-            "accuracy": float((prob_NC.argmax(axis=1) == class_N).mean()),
-            "auc": probes.auc(prob_NC, class_N),
-            "brier": probes.brier(prob_NC, class_N),
-            "ece": probes.calibration_error(prob_NC, class_N, self.bins),
-            "ece_null": null,
-            "ece_null_high": null_high,
-        }
-        if self.calibration == "platt":
-            made: Platt = probes.platt(probe.scores(asked_ND).numpy(), wanted_N.numpy())
-            held_NC = made.probabilities(score_NC)
-            found["ece_platt"] = probes.calibration_error(held_NC, class_N, self.bins)
-            found["brier_platt"] = probes.brier(held_NC, class_N)
-        return found
+        return at_layer(self, lesson, x, workspace.exp.seed, check)
 
     def _result(
         self, workspace: RunWorkspace, lesson: Lesson, by_layer: dict[int, AtLayer]
@@ -238,14 +183,16 @@ class Probing(ExperimentKind):
             for split in SPLITS
         }
         known = {split: x_N1[split][lesson.known[split]] for split in SPLITS}
-        fitted = _fit(known["train"], lesson.classes("train"), lesson.n_classes, self.penalties)
-        penalty, _ = _best_penalty(fitted, known["validation"], lesson.classes("validation"))
+        fitted = fit_probes(
+            known["train"], lesson.classes("train"), lesson.n_classes, self.penalties
+        )
+        penalty, _ = best_penalty(fitted, known["validation"], lesson.classes("validation"))
         prob_NC = probes.probabilities(fitted[penalty].scores(known["test"]).numpy())
-        class_N, n = lesson.classes("test").numpy(), len(lesson.classes("test"))
-        right = float((prob_NC.argmax(axis=1) == class_N).mean())
+        asked_N, n = lesson.classes("test").numpy(), len(lesson.classes("test"))
+        right = float((prob_NC.argmax(axis=1) == asked_N).mean())
         return {
             "prompt_length/accuracy": _wilson(right, n),
-            "prompt_length/auc": Figure(probes.auc(prob_NC, class_N), n=n),
+            "prompt_length/auc": Figure(probes.auc(prob_NC, asked_N), n=n),
         }
 
     def _series(self, by_layer: dict[int, AtLayer], lesson: Lesson) -> list[Series]:
@@ -323,82 +270,6 @@ class Probing(ExperimentKind):
             )  # fmt: skip
         write_items(workspace.run.path, tables)
         return {**figures["test"], "validation": figures["validation"], "test_sets": {}}
-
-
-@dataclass
-class Lesson:
-    """What the probes are to read. class_N: of each item by split, -1 where it has none. known:
-    which have one."""
-
-    class_N: dict[str, Tensor]
-    known: dict[str, Tensor]
-    n_classes: int
-
-    @classmethod
-    def of(cls, kind: Probing, workspace: RunWorkspace) -> Lesson:
-        """Raises `UserError` where there is nothing to tell apart."""
-        options = workspace.exp.task.constrained_to or []
-        classes = right_options if kind.target == "option" else rewarded
-        class_N = {split: classes(workspace, split) for split in SPLITS}
-        known = {split: of_N >= 0 for split, of_N in class_N.items()}
-        made = cls(class_N, known, len(options) if kind.target == "option" else 2)
-        for split in SPLITS:
-            if not known[split].any():
-                raise UserError(
-                    f"experiment=probing: no item of {split} has one right option alone, so there "
-                    "is nothing to read; set experiment.target=reward"
-                )
-        if len(made.classes("train").unique()) < 2:
-            raise UserError(
-                "experiment=probing: all training items are of one class, so there is nothing to "
-                "tell apart; use a task of medium difficulty or more items (task.n_train=…)"
-            )
-        return made
-
-    def classes(self, split: str) -> Tensor:
-        """Of the items that have one."""
-        return self.class_N[split][self.known[split]]
-
-    def right(self, split: str, answer_N: list[int]) -> np.ndarray:
-        """Whether each answer to an item with a class is that class."""
-        answered_N = torch.tensor(answer_N)[self.known[split]]
-        return (answered_N == self.classes(split)).double().numpy()
-
-    def permuted(self, draws: int, seed: int) -> Iterator[Tensor]:
-        """The training items' classes in another order, the same at every layer."""
-        class_N = self.classes("train")
-        for draw in range(draws):
-            generator = torch.Generator().manual_seed(own_seed("permuted labels", seed, draw))
-            yield class_N[torch.randperm(len(class_N), generator=generator)]
-
-    @property
-    def larger_class(self) -> float:
-        """Share of the test items that are of the class which most training items are of: what is
-        right without reading anything."""
-        most = self.classes("train").bincount(minlength=self.n_classes).argmax()
-        return _share(self.classes("test") == most)
-
-
-def _fit(
-    x_ND: Tensor, class_N: Tensor, n_classes: int, penalties: list[float]
-) -> dict[float, Regression]:
-    """By the faster way where there are two classes: control draws are 19 fits a layer."""
-    if n_classes == 2:
-        return fit_two(x_ND, class_N, penalties)
-    return fit(x_ND, class_N, n_classes, penalties)
-
-
-def _best_penalty(
-    fitted: dict[float, Regression], asked_ND: Tensor, wanted_N: Tensor
-) -> tuple[float, float]:
-    """The penalty that does best on these items (the largest of equals), and its accuracy there."""
-    right = {p: _share(one.classes(asked_ND) == wanted_N) for p, one in fitted.items()}
-    best = max(sorted(right, reverse=True), key=lambda p: right[p])
-    return best, right[best]
-
-
-def _share(right_N: Tensor) -> float:
-    return float(right_N.double().mean())
 
 
 def _wilson(share: float, n: int) -> Figure:

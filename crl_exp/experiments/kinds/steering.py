@@ -17,7 +17,6 @@ from crl_exp.runs.result import Result
 from crl_exp.steering.answerer import Answering
 from crl_exp.steering.feature_statistics.contrast import contrast_faults
 from crl_exp.steering.feature_statistics.fit import fits_of
-from crl_exp.steering.methods.crl import CRL
 from crl_exp.steering.stages.effects import cautions
 from crl_exp.steering.workspace import SteeringConfig
 
@@ -59,10 +58,13 @@ class Steering(ExperimentKind):
             "method": method.name,
             "label": method.label or method.name,
             "control": method.control or exp.sae.control or exp.task.shuffle_labels,
+            "unsteered": method.unsteered,
+            "variant_of": method.variant_of,
+            "chose_layer": method.uses_layers and exp.layers.chooses,
         }
 
     def features_at_once(self, exp: SteeringConfig) -> int:
-        return exp.policy.k if isinstance(exp.method, CRL) else 1
+        return exp.policy.k if exp.method.has_policy else 1
 
     def run(self, workspace: RunWorkspace) -> Result:
         for caution in cautions(workspace.exp, workspace.n_tokens):

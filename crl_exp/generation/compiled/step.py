@@ -22,6 +22,7 @@ from crl_exp.generation.controller import Controller
 from crl_exp.generation.grouping import ControllerGroup, ControllerGroups
 from crl_exp.models.kv_cache import keys_values
 from crl_exp.models.language_model import LanguageModel
+from crl_exp.models.sites import hooks
 
 EAGER = "set engine.decode=eager"
 KEPT_STEPS = 16
@@ -146,8 +147,7 @@ class CompiledStep:
         now.key_BT.index_copy_(1, now.column_1, now.position_B[:, None])
         now.valid_BT.index_fill_(1, now.column_1, True)
         sites = sorted({*self.sites, *self.looked})
-        handles = [lm.hook(site, self._steer(site, seen, actions)) for site in sites]
-        try:
+        with hooks(lm, {site: self._steer(site, seen, actions) for site in sites}):
             hidden_B1D = lm.decoder(
                 input_ids=now.token_B[:, None],
                 attention_mask=lm.mask(now.position_B[:, None], now.key_BT, now.valid_BT),
@@ -155,9 +155,6 @@ class CompiledStep:
                 past_key_values=now.cache,
                 use_cache=True,
             ).last_hidden_state
-        finally:
-            for handle in handles:
-                handle.remove()
         token_B = lm.logits(hidden_B1D[:, -1]).argmax(dim=-1)
         now.token_B.copy_(token_B)
         for counter in (now.position_B, now.column_1, now.token_index):

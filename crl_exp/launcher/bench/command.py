@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from crl_exp.config.errors import UserError
@@ -26,7 +27,8 @@ from crl_exp.experiments.run import peak_memory_bytes
 from crl_exp.launcher.bench.rows import GROUPS, Calls, Figure, Group, memory_child
 from crl_exp.launcher.bench.subject import SCALE, SUBJECTS, Subject
 from crl_exp.runs.code_state import code_state
-from crl_exp.runs.terminal import console
+
+console = Console(stderr=True)
 
 
 @dataclass

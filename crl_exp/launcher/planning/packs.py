@@ -13,7 +13,6 @@ from crl_exp.experiments import config as configs
 from crl_exp.experiments.packing import section_keys
 from crl_exp.launcher.settings import LocalSettings, SlurmSettings
 from crl_exp.runs.directory import RunDirectory
-from crl_exp.steering.methods.crl import CRL
 
 # Of the runs that are alone in their job, so many are named.
 NAMED = 3
@@ -109,6 +108,6 @@ def _rollout_rows(start: Startable, known: Known) -> int:
         exp = configs.experiment(start.run.config, known)
     except UserError:
         return 0  # retried, but frozen by another version: its job says what is wrong with it
-    if not (exp.experiment.steers and isinstance(exp.method, CRL) and exp.method.stage2):
+    if not (exp.experiment.steers and exp.method.trains_policy):
         return 0
     return len(exp.algorithm.answered(list(range(exp.algorithm.prompts_per_update))))

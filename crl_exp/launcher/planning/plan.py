@@ -270,7 +270,7 @@ def check(
             key = ["cautions", setting.key, repr(read)]
             for caution in once(known, key, lambda e=exp, c=compared: cautions(e, compared=c)):
                 told.say(caution, str(point))
-            if hasattr(exp.method, "stage2"):
+            if exp.method.has_policy:
                 alike.setdefault(_beside_stages(point.config), []).append((setting, point))
         except (UserError, OmegaConfBaseException) as error:
             faults.add(error, str(point))

@@ -10,7 +10,9 @@ from omegaconf import OmegaConf
 from crl_exp.analysis.power import TARGET, Spread, both_needed, items_needed, smallest_difference
 from crl_exp.config.compatibility import is_steering
 from crl_exp.config.keys import NOT_IN_KEY, content_key
+from crl_exp.config.sections import build
 from crl_exp.launcher.planning.plan import Point
+from crl_exp.steering.methods.base import Method
 
 
 def shows_text(points: Sequence[Point]) -> list[str]:
@@ -45,7 +47,7 @@ def shows_text(points: Sequence[Point]) -> list[str]:
 def _steers(point: Point) -> bool:
     """Whether its result is a difference to the unsteered model; that of an analysis is none."""
     config = point.config
-    return is_steering(config.experiment) and config.method.name != "none"
+    return is_steering(config.experiment) and not build(config.method, "method", Method).unsteered
 
 
 def _line(n: int, n_seeds: int, change: float, deviation: float) -> str:

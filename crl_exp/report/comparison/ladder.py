@@ -65,11 +65,11 @@ def doubled(sweep: SweepComparison) -> str:
 def _sets(sweep: SweepComparison) -> list[dict[Row, int]]:
     """For each set of layers with two rungs or more, its rows and their rungs, in order."""
     rungs = {row: rung for row in sweep.rows if (rung := _rung(row)) is not None}
-    steering = [row for row in rungs if row.method != "none"]
+    steering = [row for row in rungs if not row.unsteered]
     sets = list(dict.fromkeys(row.layers for row in steering if row.layers)) or [()]
     found = []
     for layers in sets:
-        rows = [row for row in rungs if row.layers in ((), layers) or row.method == "none"]
+        rows = [row for row in rungs if row.layers in ((), layers) or row.unsteered]
         if len(rows) > 1:
             found.append({row: rungs[row] for row in sorted(rows, key=rungs.__getitem__)})
     return found

@@ -7,8 +7,8 @@ from itertools import combinations
 
 import numpy as np
 
+from crl_exp.analysis.estimates import Estimates, Samples
 from crl_exp.analysis.statistics import Crossed, all_or_nothing, compare, crossed_difference
-from crl_exp.report.comparison.estimates import Estimates, Samples
 from crl_exp.report.comparison.rows import Row, SweepComparison, holm
 from crl_exp.runs.items import ItemRewards, aligned
 
@@ -114,7 +114,7 @@ def chosen_rows(sweep: SweepComparison) -> list[Row]:
     return [
         max(rows, key=lambda row: row.validation)
         for rows in sweep.tried.values()
-        if rows[0].method != "none"
+        if not rows[0].unsteered
     ]
 
 

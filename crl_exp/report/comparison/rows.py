@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from crl_exp.analysis.estimates import Estimates
 from crl_exp.analysis.winners_curse import Tried
 from crl_exp.report.comparison.comparable import refuse_unfinished, refuse_unlike
-from crl_exp.report.comparison.estimates import Estimates, estimates, split
-from crl_exp.report.labels import NAMES, Label, best_on_validation, is_control, labels
+from crl_exp.report.comparison.estimates import estimates, split
+from crl_exp.report.labels import NAMES, Label, labels
 from crl_exp.runs.items import NoItemsError, item_rewards
 from crl_exp.runs.records import Record
 from crl_exp.runs.result import Result
@@ -100,7 +101,17 @@ class Row:
 
     @property
     def control(self) -> bool:
-        return is_control(self.runs[0])
+        return self.runs[0].control
+
+    @property
+    def unsteered(self) -> bool:
+        """Whether it is the unsteered model against itself, and so no result."""
+        return self.runs[0].unsteered
+
+    @property
+    def variant_of(self) -> str:
+        """The published method that its own is, or changes: `crl`, `corrsteer` or ""."""
+        return self.runs[0].variant_of
 
     @property
     def train_seeds(self) -> set[int | None]:
@@ -228,7 +239,7 @@ def compare_runs(records: list[Record]) -> SweepComparison:
         assert record.result is not None
         shuffled = bool(record.config["task"].get("shuffle_labels"))
         # Seeds that chose a layer each are one row, whatever they chose.
-        layers = () if best_on_validation(record) else tuple(record.layers or ())
+        layers = () if record.chose_layer else tuple(record.layers or ())
         key = (named[record.key], record.result["method"], shuffled, layers)
         groups.setdefault(key, []).append(record)
     rows = [_row(key, runs) for key, runs in groups.items()]

@@ -123,7 +123,7 @@ def _methods(axis: Axes, sweep: SweepComparison) -> None:
     """Methods' accuracy at single layers with its interval; of the unsteered model a line."""
     looks = look(sweep)
     for family, rows in sweep.families.items():
-        single = [row for row in rows if row.single and row.method != "none"]
+        single = [row for row in rows if row.single and not row.unsteered]
         if single:
             _points(axis, single, family, looks[family])
     if sweep.rows:

@@ -61,7 +61,7 @@ def label_lines(sweep: SweepComparison) -> dict[str, dict[int, Row]]:
     of each number of them: of several layers the one that did best on validation."""
     lines: dict[str, dict[int, Row]] = {}
     for row in sweep.rows:
-        if row.method == "none":
+        if row.unsteered:
             continue
         line = lines.setdefault(_line(row), {})
         before = line.get(n_labels(row))

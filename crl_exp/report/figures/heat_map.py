@@ -35,7 +35,7 @@ def grids(sweep: SweepComparison) -> list[Grid]:
     """A grid for each method that was crossed: layer × options, else option × option."""
     methods: dict[str, list[Row]] = {}
     for row in sweep.rows:
-        if row.method != "none" and not row.alternatives:
+        if not row.unsteered and not row.alternatives:
             methods.setdefault(row.label.name, []).append(row)
     found = [_layers_by_option(name, rows) or _options(name, rows) for name, rows in
              methods.items()]  # fmt: skip

@@ -26,7 +26,6 @@ from crl_exp.report.figures.style import (
     style,
     wrapped,
 )
-from crl_exp.report.labels import NAMES
 from crl_exp.report.parts import SweepParts, best_rows
 from crl_exp.report.tables.cells import row_layers
 
@@ -40,7 +39,7 @@ def by_layer(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
     Not drawn where nothing is steered, nor for many options at one layer (`by_option` is).
     """
     sets: list[str | None] = [None, *sweep.test_sets]
-    steered = [row for row in sweep.rows if row.method != "none"]
+    steered = [row for row in sweep.rows if not row.unsteered]
     layers = {row.layers for row in steered if row.single}
     if not steered or (len(layers) < 2 and len(sweep.families) > len(COLOURS)):
         return False
@@ -67,7 +66,7 @@ def by_layer(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
 def _layer_panel(axis: Axes, sweep: SweepComparison, name: str | None) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    shown = [row for row in sweep.rows if row.method != "none"]
+    shown = [row for row in sweep.rows if not row.unsteered]
     layers = sorted({row.layers[0] for row in shown if row.single})
     together = [row for row in shown if not row.single]
     gap = min(np.diff(layers), default=1)
@@ -151,7 +150,7 @@ def _layer_points(
 
 def by_option(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:
     """Difference by method and option, best layer on validation; not drawn where none varies."""
-    rows = [row for row in best_rows(sweep).values() if row.method != "none"]
+    rows = [row for row in best_rows(sweep).values() if not row.unsteered]
     if not any(row.label.said for row in rows):
         return False
     import matplotlib.pyplot as plt
@@ -207,7 +206,8 @@ def overview(parts: SweepParts, paths: tuple[Path, ...]) -> bool:
     import matplotlib.pyplot as plt
 
     looks = look_of(row for part in parts.parts for row in part.sweep.rows)
-    families = [name for name in parts.families if name != NAMES["none"]]
+    steered = {row.family for part in parts.parts for row in part.sweep.rows if not row.unsteered}
+    families = [name for name in parts.families if name in steered]
     height = 0.16 * len(families) * len(parts.parts) + 0.25 * (len(families) // 2 + 1) + 0.9
     with style():
         figure, axes = plt.subplots(figsize=(PAGE_INCHES, height), squeeze=False)

@@ -1,4 +1,4 @@
-"""A sweep's tables, cell by cell, and four ways to lay them out: terminal, Markdown, LaTeX and CSV.
+"""A sweep's tables, cell by cell, and as LaTeX and CSV; `terminal` and `page` lay out the others.
 
 Each further table is one module with its columns, its note and its cells.
 """

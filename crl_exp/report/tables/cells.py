@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from crl_exp.analysis.estimates import as_float
 from crl_exp.config.display import UNDEFINED, number, undefined
-from crl_exp.report.comparison.estimates import as_float, delta_of, split
+from crl_exp.report.comparison.estimates import delta_of, split
 from crl_exp.report.comparison.feature_credit import FeatureCredit
 from crl_exp.report.comparison.rows import Row, SweepComparison
 from crl_exp.report.parts import SweepParts, best_rows
@@ -41,7 +42,7 @@ def layers_text(layers: Sequence[int], between: str = ", ") -> str:
 
 def row_layers(row: Row) -> str:
     """A row's layers; `12 or 18` where each seed chose its own."""
-    if row.method == "none":
+    if row.unsteered:
         return "–"
     return layers_text(row.layers, " or " if row.alternatives else ", ")
 
@@ -167,8 +168,8 @@ def overview_cells(parts: SweepParts) -> list[list[str]]:
     for part in parts.parts:
         for row in best_rows(part.sweep).values():
             accuracy = share(row.mean("accuracy_steered"), row.accuracy_interval())
-            delta = points(row.mean("delta"), row.interval()) if row.method != "none" else "–"
-            p = p_text(part.sweep.p_holm[row]) if row.method != "none" else "–"
+            delta = points(row.mean("delta"), row.interval()) if not row.unsteered else "–"
+            p = p_text(part.sweep.p_holm[row]) if not row.unsteered else "–"
             which = [value for _, value in part.names]
             lines.append(
                 [*which, row.family, row_layers(row), str(len(row.runs)), f"{row.mean('n'):.0f}",
@@ -195,7 +196,7 @@ def matrix(parts: SweepParts) -> tuple[list[str], list[list[str]]]:
                 line.append("–")
                 continue
             accuracy = share(row.mean("accuracy_steered"), row.accuracy_interval())
-            delta = points(row.mean("delta"), row.interval()) if row.method != "none" else ""
+            delta = points(row.mean("delta"), row.interval()) if not row.unsteered else ""
             line.append(f"{accuracy}\n{delta}".rstrip())
         lines.append(line)
     return ["method", *ns], lines

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from crl_exp.analysis.estimates import Estimates, Samples
 from crl_exp.config.display import number
-from crl_exp.report.comparison.estimates import Estimates, Samples
 from crl_exp.report.comparison.rows import Row, SweepComparison, holm
 from crl_exp.report.tables.cells import FurtherTable, p_text, points, row_layers
 
@@ -106,7 +106,7 @@ def _table(sweep: SweepComparison, test_set: str | None) -> FurtherTable | None:
 
 def _steered(sweep: SweepComparison) -> list[Row]:
     """All rows but the unsteered model's, which differs from itself nowhere."""
-    return [row for row in sweep.rows if row.method != "none"]
+    return [row for row in sweep.rows if not row.unsteered]
 
 
 def _best_of_each_method(found: Sequence[list[GroupEffect]]) -> list[list[GroupEffect]]:

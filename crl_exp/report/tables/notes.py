@@ -77,9 +77,7 @@ def harmful(sweep: SweepComparison) -> list[str]:
 
 def holm_note(sweep: SweepComparison) -> str:
     """What p-values are corrected for."""
-    tried = [
-        f"{name} {len(rows)}" for name, rows in sweep.tried.items() if rows[0].method != "none"
-    ]
+    tried = [f"{name} {len(rows)}" for name, rows in sweep.tried.items() if not rows[0].unsteered]
     return (
         "p Holm: corrected for every row of the same method, all its layers and options "
         f"({', '.join(tried)})."
@@ -103,14 +101,14 @@ def undefined_lines(sweep: SweepComparison) -> list[str]:
 def headline(sweep: SweepComparison) -> str | None:
     """CRL at its best on validation, of all its variants, against the rival that does best there,
     baselines included, and against the best CorrSteer where that is another."""
-    best, rivals = headline_row(sweep), [row for row in _able(sweep) if not _is_crl(row)]
+    best, rivals = headline_row(sweep), [row for row in _able(sweep) if row.variant_of != "crl"]
     if best is None or not rivals:
         return None
     rival = max(rivals, key=lambda row: row.validation)
     told = [f"Best on validation, measured on test: {_named(best)}; against the best of all other "
             f"methods, baselines included: {_against(best, rival)}."]  # fmt: skip
-    fixed = [row for row in rivals if row.method.startswith("corrsteer")]
-    if fixed and not rival.method.startswith("corrsteer"):
+    fixed = [row for row in rivals if row.variant_of == "corrsteer"]
+    if fixed and rival not in fixed:
         corrsteer = max(fixed, key=lambda row: row.validation)
         told.append(f"Against the best CorrSteer: {_against(best, corrsteer)}.")
     return " ".join(told)
@@ -118,17 +116,12 @@ def headline(sweep: SweepComparison) -> str | None:
 
 def headline_row(sweep: SweepComparison) -> Row | None:
     """CRL at its best on validation, of all its variants; None where there is no CRL."""
-    learned = [row for row in _able(sweep) if _is_crl(row)]
+    learned = [row for row in _able(sweep) if row.variant_of == "crl"]
     return max(learned, key=lambda row: row.validation, default=None)
 
 
 def _able(sweep: SweepComparison) -> list[Row]:
-    return [row for row in sweep.rows if not row.control and row.method != "none"]
-
-
-def _is_crl(row: Row) -> bool:
-    """Whether a row's method is CRL or a variant of it, such as `crl_published`."""
-    return row.method.startswith("crl")
+    return [row for row in sweep.rows if not row.control and not row.unsteered]
 
 
 def _against(best: Row, rival: Row) -> str:

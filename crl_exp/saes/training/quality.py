@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from crl_exp.models.language_model import LanguageModel
+from crl_exp.models.sites import hooks
 from crl_exp.saes.fit import explained_variance
-from crl_exp.saes.training.residuals import Openings, Residuals, batches, hidden_of, pad
+from crl_exp.saes.training.residuals import Openings, Residuals, batches, pad
 from crl_exp.saes.training.text import Document
 
 Edit = Callable[[Tensor], Tensor]
@@ -113,18 +114,16 @@ def cross_entropy(
     total, count, openings = 0.0, 0, Openings(lm)
     kept_BT = torch.empty(0, dtype=torch.bool)
 
-    def replace(_module, _inputs, output):
+    def replace(hidden_BTD: Tensor) -> Tensor | None:
         if not len(kept_BT):  # an opening is being run
-            return output
-        hidden = hidden_of(output)
-        chosen_BT = kept_BT.to(hidden.device) & (hidden.float().norm(dim=-1) <= limit)
+            return None
+        chosen_BT = kept_BT.to(hidden_BTD.device) & (hidden_BTD.float().norm(dim=-1) <= limit)
         assert edit is not None
-        hidden = hidden.clone()
-        hidden[chosen_BT] = edit(hidden[chosen_BT].float()).to(hidden.dtype)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        hidden_BTD = hidden_BTD.clone()
+        hidden_BTD[chosen_BT] = edit(hidden_BTD[chosen_BT].float()).to(hidden_BTD.dtype)
+        return hidden_BTD
 
-    handle = lm.layers[layer].register_forward_hook(replace) if edit else None
-    try:
+    with hooks(lm, {layer: replace} if edit else {}):
         for batch in batches(documents, 2048):
             opening, kept_BT = documents[batch[0]].opening, kept_BT[:0]
             with torch.autocast(lm.device.type, torch.bfloat16, enabled=config.autocast):
@@ -140,9 +139,6 @@ def cross_entropy(
                 reduction="none",
             )
             total, count = total + float(loss_N.sum()), count + len(loss_N)
-    finally:
-        if handle is not None:
-            handle.remove()
     return total / count
 
 

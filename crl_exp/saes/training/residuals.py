@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from crl_exp.models.language_model import LanguageModel
+from crl_exp.models.sites import hooks
 from crl_exp.saes.training.text import Document
 
 
@@ -55,11 +57,6 @@ class Residuals:
 
     def __len__(self) -> int:
         return len(self.steered_N)
-
-
-def hidden_of(output: Tensor | tuple) -> Tensor:
-    """A decoder layer returns its hidden state, alone or first in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def batches(documents: Sequence[Document], batch_tokens: int) -> Iterator[list[int]]:
@@ -145,31 +142,24 @@ def collect(
     )
     at, kept_BT, openings = 0, torch.empty(0, dtype=torch.bool), Openings(lm)
 
-    def keeper(layer: int):
-        def keep(_module, _inputs, output):
-            if not len(kept_BT):  # an opening is being run
-                return
-            rows_ND = hidden_of(output)[kept_BT.to(lm.device)]
+    def keep(layer: int, hidden_BTD: Tensor) -> None:
+        if len(kept_BT):  # else an opening is being run
+            rows_ND = hidden_BTD[kept_BT.to(lm.device)]
             found.by_layer[layer][at : at + len(rows_ND)] = rows_ND.half().cpu()
 
-        return keep
-
-    handles = [lm.layers[x].register_forward_hook(keeper(x)) for x in found.by_layer]
-    try:
-        with (
-            _stopping_after(lm, max(layers)),
-            torch.autocast(lm.device.type, torch.bfloat16, enabled=config.autocast),
-        ):
-            for batch in batches(documents, config.batch_tokens):
-                opening, kept_BT = documents[batch[0]].opening, kept_BT[:0]
-                cache = openings.cache(opening, len(batch))
-                ids_BT, kept_BT = pad([documents[i] for i in batch], len(opening))
-                lm.decoder(input_ids=ids_BT.to(lm.device), past_key_values=cache, use_cache=False)
-                at += int(kept_BT.sum())
-                progress(ids_BT.numel())
-    finally:
-        for handle in handles:
-            handle.remove()
+    # Without masks of ours: documents are padded on the right alone, and this is read by the hour.
+    with (
+        hooks(lm, {layer: partial(keep, layer) for layer in found.by_layer}),
+        _stopping_after(lm, max(layers)),
+        torch.autocast(lm.device.type, torch.bfloat16, enabled=config.autocast),
+    ):
+        for batch in batches(documents, config.batch_tokens):
+            opening, kept_BT = documents[batch[0]].opening, kept_BT[:0]
+            cache = openings.cache(opening, len(batch))
+            ids_BT, kept_BT = pad([documents[i] for i in batch], len(opening))
+            lm.decoder(input_ids=ids_BT.to(lm.device), past_key_values=cache, use_cache=False)
+            at += int(kept_BT.sum())
+            progress(ids_BT.numel())
     return found
 
 

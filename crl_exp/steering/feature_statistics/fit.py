@@ -21,8 +21,8 @@ from crl_exp.config.files import read_json, write_json
 from crl_exp.config.keys import content_key
 from crl_exp.generation.controller import Action, Controller, StepContext
 from crl_exp.generation.engine import Engine
-from crl_exp.generation.prompt_features import show_residuals
 from crl_exp.generation.results import Job
+from crl_exp.models.activations import read_forward
 from crl_exp.models.batching import bytes_to_read
 from crl_exp.models.prompt_text import common_prefix
 from crl_exp.runs import preemption
@@ -122,7 +122,7 @@ def prompt_tokens(
             for at, row in enumerate(rows):
                 found[site][row] = x_BTD[at, places[row].to(x_BTD.device)]
 
-        show_residuals(
+        read_forward(
             workspace.lm, [prompts[row] for row in rows],
             {site: lambda x_BTD, site=site: see(site, x_BTD) for site in sites},
         )  # fmt: skip

@@ -41,6 +41,7 @@ class Attribution(CorrSteerS):
     """
 
     label = "attribution"
+    variant_of = ""  # it shares how a layer is chosen, not what is published
 
     objective: str
 

@@ -18,12 +18,16 @@ class Method:
     """Base. name: what results are filed under.
 
     label: what a report calls it; None: its name. control: whether it is one, so that a report
-    neither chooses among its layers nor holds it for a result.
+    neither chooses among its layers nor holds it for a result. unsteered: whether it is the
+    unsteered model itself, whose difference to it is nothing. variant_of: the published method that
+    it is or changes, `crl` or `corrsteer`, which a report sets against each other; "" of others.
     """
 
     name: str
     label: ClassVar[str | None] = None
     control: ClassVar[bool] = False
+    unsteered: ClassVar[bool] = False
+    variant_of: ClassVar[str] = ""
 
     @property
     def needs_statistics(self) -> bool:
@@ -48,6 +52,21 @@ class Method:
     @property
     def uses_seed(self) -> bool:
         """Whether chance is in it (a draw, training), so that another `seed` is another result."""
+        return False
+
+    @property
+    def has_policy(self) -> bool:
+        """Whether a policy chooses at each token, so that stages and `policy` are for it."""
+        return False
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether that policy is trained, by `algorithm` (stage 2)."""
+        return False
+
+    @property
+    def updates_correlations(self) -> bool:
+        """Whether stage 2 goes on measuring what stage 1 measured."""
         return False
 
     @property
@@ -112,6 +131,7 @@ class NoSteering(WithoutFeatures):
 
     label = "unsteered"
     control = True
+    unsteered = True
 
     def prepare(self, workspace: Workspace) -> Controller:
         return Unsteered()

@@ -150,6 +150,7 @@ class CorrSteerS(CorrSteer):
     """CorrSteer-S: the one best feature of all layers."""
 
     label = "CorrSteer-S"
+    variant_of = "corrsteer"
 
     def select(self, workspace: Workspace) -> list[Steer]:
         statistics = workspace.statistics()
@@ -169,6 +170,7 @@ class CorrSteerA(CorrSteer):
     """CorrSteer-A: the best feature of each layer, all steered together."""
 
     label = "CorrSteer-A"
+    variant_of = "corrsteer"
 
     def select(self, workspace: Workspace) -> list[Steer]:
         return self.each_layer(workspace)
@@ -185,6 +187,7 @@ class CorrSteerP(CorrSteer):
     """
 
     label = "CorrSteer-P"
+    variant_of = "corrsteer"
 
     @property
     def test_multiplier(self) -> float:

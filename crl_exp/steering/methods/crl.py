@@ -52,10 +52,23 @@ class CRL(CorrSteer):
     online_correlation: bool
 
     label = "CRL"
+    variant_of = "crl"
 
     @property
     def uses_seed(self) -> bool:
         return self.stage2 or self.features == "free"
+
+    @property
+    def has_policy(self) -> bool:
+        return True
+
+    @property
+    def trains_policy(self) -> bool:
+        return self.stage2
+
+    @property
+    def updates_correlations(self) -> bool:
+        return self.online_correlation
 
     def faults(self) -> list[str]:
         ok = self.features in ("free", "fixed")
@@ -182,14 +195,10 @@ def _agent(
         workspace.saes[layer], workspace.statistics()[layer], allowed_C, coefficient_F,
         Pipeline(exp.stages, exp.order),
         AgentSetting(
-            exp.policy, exp.warmup, workspace.n_tokens, exp.algorithm.uses_critic, _online(exp),
-            _score_scale(workspace), exp.seed,
+            exp.policy, exp.warmup, workspace.n_tokens, exp.algorithm.uses_critic,
+            exp.method.updates_correlations, _score_scale(workspace), exp.seed,
         ),
     )  # fmt: skip
-
-
-def _online(exp: SteeringConfig) -> bool:
-    return isinstance(exp.method, CRL) and exp.method.online_correlation
 
 
 def _kept_agent(
@@ -217,8 +226,8 @@ def _kept_agent(
     coefficient_F = torch.zeros(sae.d_sae)
     coefficient_F[policy["allowed_C"]] = policy["coefficient_C"]
     setting = AgentSetting(
-        exp.policy, exp.warmup, kept.n_tokens, exp.algorithm.uses_critic, _online(exp),
-        seed=exp.seed,
+        exp.policy, exp.warmup, kept.n_tokens, exp.algorithm.uses_critic,
+        exp.method.updates_correlations, seed=exp.seed,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and replaced
         agent = LayerAgent(sae, statistics, policy["allowed_C"], coefficient_F, pipeline, setting)

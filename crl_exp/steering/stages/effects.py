@@ -47,7 +47,7 @@ class Setting:
         """n_tokens: `Workspace.n_tokens`, where there is a workspace."""
         if n_tokens is None:
             n_tokens = TOKENS if several_tokens(_plainly(exp)) else exp.task.max_new_tokens
-        trained = bool(getattr(exp.method, "stage2", False))
+        trained = exp.method.trains_policy
         null = exp.policy.null_action
         return Setting(exp.stages, exp.order, n_tokens, exp.policy.k, trained, null)
 
@@ -235,7 +235,7 @@ def cautions(
             f"warmup.contrast={exp.warmup.contrast}: does nothing with method={exp.method.name}, "
             "which has no stage 1"
         )
-    if not hasattr(exp.method, "stage2"):
+    if not exp.method.has_policy:
         return found
     found += exp.policy.cautions(exp.algorithm.uses_critic, compared)
     if exp.policy.first_weights == "by_layer" and starts_at_zero(_learned(exp)):
@@ -252,7 +252,7 @@ def cautions(
     whole = effect(setting)
     if whole is None:
         return found
-    if getattr(exp.method, "online_correlation", False) and whole == effect(setting, turned=True):
+    if exp.method.updates_correlations and whole == effect(setting, turned=True):
         found.append(
             "method.online_correlation=true: does nothing, as with these stages no act depends on "
             "the correlations"

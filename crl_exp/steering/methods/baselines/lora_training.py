@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from crl_exp.models.activations import forward, padded
 from crl_exp.models.adapter import Adapter
 from crl_exp.models.language_model import LanguageModel
 from crl_exp.models.prompt_text import common_prefix
@@ -68,7 +69,7 @@ class LessonReader:
     def __init__(self, lm: LanguageModel, taught: Sequence[Lesson], first: int, keep_bytes: float):
         self.lm, self.taught, self.top = lm, list(taught), first - 1
         self.prefix = common_prefix([lesson.context for lesson in taught])
-        self.head_1T = torch.tensor([taught[0].context[: self.prefix]], device=lm.device)
+        self.head_1T, self.head_1 = padded([taught[0].context[: self.prefix]])
         self.own = [[*one.context, *one.answer[:-1]][self.prefix :] for one in taught]
         size = sum(map(len, self.own)) * lm.d_model * lm.dtype.itemsize
         self.keeps = self.top >= 0 and size <= keep_bytes
@@ -77,21 +78,17 @@ class LessonReader:
         self.head_cache = DynamicCache()
         if self.top >= 0 and self.prefix:
             with torch.no_grad():
-                self.below_head_1TD = self._below(self.head_1T, [self.prefix], 0, self.head_cache)
+                self.below_head_1TD = self._below(self.head_1T, self.head_1, 0, self.head_cache)
 
     def states(self, batch: Sequence[int]) -> Tensor:
         """What the head reads before each token of these lessons' answers [N, D]."""
-        lengths = [len(self.own[i]) for i in batch]
-        ids_BT = torch.zeros(len(batch), max(lengths), dtype=torch.long)
-        for row, i in enumerate(batch):
-            ids_BT[row, : lengths[row]] = torch.tensor(self.own[i])
-        ids_BT = ids_BT.to(self.lm.device)
-        below_BTD = self._below_own(batch, ids_BT, lengths) if self.top >= 0 else None
+        ids_BT, lengths_B = padded([self.own[i] for i in batch])
+        below_BTD = self._below_own(batch, ids_BT, lengths_B) if self.top >= 0 else None
         cache = DynamicCache()
         if self.prefix:
-            self._forward(self.head_1T, [self.prefix], 0, cache, self.below_head_1TD)
+            self._forward(self.head_1T, self.head_1, 0, cache, self.below_head_1TD)
         grown = expanded(cache, len(batch))
-        hidden_BTD = self._forward(ids_BT, lengths, self.prefix, grown, below_BTD)
+        hidden_BTD = self._forward(ids_BT, lengths_B, self.prefix, grown, below_BTD)
         rows, columns = [], []
         for row, i in enumerate(batch):
             lesson = self.taught[i]
@@ -112,45 +109,31 @@ class LessonReader:
         return nn.functional.cross_entropy(score_NX, wanted_N)
 
     @torch.no_grad()
-    def _below_own(self, batch: Sequence[int], ids_BT: Tensor, lengths: list[int]) -> Tensor:
+    def _below_own(self, batch: Sequence[int], ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
         if all(i in self.kept for i in batch):
             return nn.utils.rnn.pad_sequence([self.kept[i] for i in batch], batch_first=True)
         cache = expanded(self.head_cache, len(batch))
-        below_BTD = self._below(ids_BT, lengths, self.prefix, cache)
+        below_BTD = self._below(ids_BT, lengths_B, self.prefix, cache)
         if self.keeps:
             for row, i in enumerate(batch):
-                self.kept[i] = below_BTD[row, : lengths[row]].clone()
+                self.kept[i] = below_BTD[row, : len(self.own[i])].clone()
         return below_BTD
 
-    def _below(self, ids_BT: Tensor, lengths: list[int], start: int, cache: DynamicCache) -> Tensor:
+    def _below(self, ids_BT: Tensor, lengths_B: Tensor, start: int, cache: DynamicCache) -> Tensor:
         """Residuals [B, T, D] that the first adapted layer reads."""
         seen: list[Tensor] = []
-        handle = self.lm.hook(self.top, seen.append)
-        try:
-            self._forward(ids_BT, lengths, start, cache, None)
-        finally:
-            handle.remove()
+        forward(self.lm, ids_BT, lengths_B, cache, start, see={self.top: seen.append})
         return seen[0]
 
     def _forward(
-        self, ids_BT: Tensor, lengths: list[int], start: int, cache: DynamicCache,
+        self, ids_BT: Tensor, lengths_B: Tensor, start: int, cache: DynamicCache,
         below_BTD: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """The decoder over right-padded tokens that follow `start` cached ones [B, T, D]."""
-        lm, (n_rows, width) = self.lm, ids_BT.shape
-        query_BQ = (start + torch.arange(width, device=lm.device)).expand(n_rows, -1)
-        key_BK = torch.arange(start + width, device=lm.device).expand(n_rows, -1)
-        ends_B = start + torch.tensor(lengths, device=lm.device)
+        """Last hidden states [B, T, D] of tokens that follow `start` cached ones."""
         with ExitStack() as stack:
             if below_BTD is not None:
-                stack.enter_context(lm.skipping(self.top, below_BTD))
-            return lm.decoder(
-                input_ids=ids_BT,
-                attention_mask=lm.mask(query_BQ, key_BK, key_BK < ends_B[:, None]),
-                position_ids=query_BQ,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+                stack.enter_context(self.lm.skipping(self.top, below_BTD))
+            return forward(self.lm, ids_BT, lengths_B, cache, start)
 
 
 def expanded(cache: DynamicCache, n_rows: int) -> DynamicCache:
