@@ -98,3 +98,26 @@ def test_entropy_by_hand() -> None:
     assert float(selection.entropy(rows(row))) == pytest.approx(float(by_hand), rel=1e-12)
     even = selection.entropy(torch.zeros(1, 8, dtype=torch.float64))
     assert float(even) == pytest.approx(2.0794415416798357, rel=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("barred", [False, True])
+def test_probability_and_entropy_of_one_softmax_are_those_of_two(barred: bool, k: int) -> None:
+    """To the last bit, gradients too."""
+    draw = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(40, 30, generator=draw)
+    if barred:
+        logits[torch.rand(40, 30, generator=draw) < 0.5] = -torch.inf
+        logits[0] = -torch.inf
+    choice = selection.sample(logits, k, RowRandom(0, torch.arange(40)))
+    weight = torch.randn(2, 40, generator=draw)
+
+    def gradient(log_prob, entropy, leaf):
+        return torch.autograd.grad((weight[0] * log_prob + weight[1] * entropy).sum(), leaf)[0]
+
+    one, two = (logits.clone().requires_grad_() for _ in range(2))
+    made = selection.log_prob_and_entropy(one, choice, barred=barred)
+    apart = selection.log_prob(two, choice), selection.entropy(two)
+    assert all(torch.equal(a, b) for a, b in zip(made, apart, strict=True))
+    assert torch.equal(gradient(*made, one), gradient(*apart, two))
+    assert gradient(*selection.log_prob_and_entropy(one, choice), one).any()

@@ -18,7 +18,8 @@ from crl_exp.steering.stages.activation import (
     STETopK,
 )
 from crl_exp.steering.stages.author import AdditiveGate, AlwaysGumbel, ReplacingAttention
-from crl_exp.steering.stages.base import Shape, Stage, StageContext, masked_softmax, quantile
+from crl_exp.steering.stages.barred import masked_softmax, quantile
+from crl_exp.steering.stages.base import Shape, Stage, StageContext
 from crl_exp.steering.stages.fusion import (
     Add,
     Attention,

@@ -52,6 +52,20 @@ def test_barred_stays_barred_and_the_rest_finite(pair) -> None:
                 assert not out.isnan().any() and not out.isposinf().any()
 
 
+@pytest.mark.parametrize("pair", EACH, ids="/".join)
+def test_a_stage_says_whether_it_rules_out(pair) -> None:
+    """Where none does, a pipeline that isn't told of barred logits gives the same numbers."""
+    group, name = pair
+    assert built(group, name).bars == (pair in RULING)
+    logits = LOGITS.nan_to_num(neginf=-0.5)
+    for order in ORDERS[::5]:
+        pipeline = piped(order, **{group: name})
+        assert pipeline.bars == (pair in RULING)
+        for explore in (False, True):
+            told = pipeline(logits, context(explore))
+            assert torch.equal(pipeline(logits, context(explore), barred=False), told)
+
+
 @pytest.mark.parametrize("mask", [m for m in OPTIONS["mask"] if m != "none"])
 def test_a_masked_feature_is_never_chosen(mask) -> None:
     """By no activation, noise, fusion or order, for any k."""

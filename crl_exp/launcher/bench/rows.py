@@ -7,6 +7,7 @@ GPU's floor are in `crl_exp.launcher.bench.runs`.
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from crl_exp.generation.engine import Prompts
 from crl_exp.generation.results import Generation, Job
 from crl_exp.launcher.bench.commands import FEW, MANY, many_calls, startup_calls
 from crl_exp.launcher.bench.peers import Chosen, HookedLoop
+from crl_exp.launcher.bench.plain_ppo import PlainPPO
 from crl_exp.launcher.bench.runs import (
     floor_calls,
     memory_calls,
@@ -27,7 +29,8 @@ from crl_exp.launcher.bench.runs import (
 )
 from crl_exp.launcher.bench.subject import Subject, never_ending
 from crl_exp.steering.feature_statistics.measure import measure as measure_warmup
-from crl_exp.steering.policy.learner import LayerLearner, collect
+from crl_exp.steering.policy.algorithms import PPO
+from crl_exp.steering.policy.learner import LayerLearner, Rollout, collect
 
 __all__ = ["GROUPS", "Calls", "Figure", "Group", "memory_child"]
 
@@ -35,6 +38,8 @@ Calls = dict[str, Callable[[], float | None]]
 """By name; a call that returns a number is not timed, the number counts."""
 PACKAGE = "steering_vectors"
 VARIANTS, BATCH_EACH, CHOICE_PROMPTS = 8, 16, 50
+UPDATES = 5
+"""In a row, so that a time of some milliseconds is one of some ten."""
 
 
 @dataclass
@@ -111,6 +116,14 @@ def rates(subject: Subject) -> Iterator[Calls]:
         }
 
 
+def several(update: Callable[[], object]) -> float | None:
+    """Seconds of processor time of `UPDATES` in a row; on a GPU nothing, and the clock's count."""
+    started = time.process_time()
+    for _ in range(UPDATES):
+        update()
+    return None if torch.cuda.is_available() else time.process_time() - started
+
+
 def answer(subject: Subject, controller: Controller, ids: list[list[int]], n_tokens: int) -> None:
     engine = subject.engine
     engine.generate(engine.read(ids), [Job(controller, range(len(ids)))], n_tokens)
@@ -172,7 +185,7 @@ def peers(subject: Subject) -> Iterator[Calls]:
 
 @contextmanager
 def updates(subject: Subject) -> Iterator[Calls]:
-    """Rollouts, prompts kept or read again, and the PPO updates from them."""
+    """Rollouts, prompts kept or read again, the PPO updates from them, and plain PPO's."""
     engine, learner = subject.engine, LayerLearner(subject.agent("none"), subject.exp.algorithm)
     controller, shuffle = subject.policy("none", explore=True), torch.Generator().manual_seed(0)
     controller.agents = {subject.layer: learner.agent}
@@ -184,10 +197,17 @@ def updates(subject: Subject) -> Iterator[Calls]:
             prompts, [Job(controller, range(n))], n_tokens, choices, record=True
         )[0]  # fmt: skip
 
-    def learn(played: Generation) -> None:
+    def collected(played: Generation) -> Rollout:
         reward_B = torch.arange(len(played.tokens), device=subject.device) % 2
-        rollout = collect(subject.layer, played, reward_B.float(), learner.algorithm)
-        learner.update(rollout, 1, shuffle)
+        return collect(subject.layer, played, reward_B.float(), learner.algorithm)
+
+    def learn(played: Generation) -> None:
+        learner.update(collected(played), 1, shuffle)
+
+    def plainly(played: Generation) -> Callable[[], float | None]:
+        assert isinstance(learner.algorithm, PPO)
+        plain = PlainPPO(learner.agent, learner.algorithm, collected(played))
+        return lambda: several(lambda: plain.update(shuffle))
 
     with never_ending(subject):
         choice = roll_out(store, len(ids), 1, subject.choices)
@@ -205,6 +225,10 @@ def updates(subject: Subject) -> Iterator[Calls]:
             "text": call(lambda: roll_out(store, BATCH_EACH, subject.long_tokens, None)),
             "learn_choice": lambda: learn(choice),
             "learn_text": lambda: learn(text),
+            "ours_choice": lambda: several(lambda: learn(choice)),
+            "ours_text": lambda: several(lambda: learn(text)),
+            "plain_choice": plainly(choice),
+            "plain_text": plainly(text),
         }
 
 
@@ -263,6 +287,11 @@ GROUPS = [
         Figure("update_text", "PPO update / rollout of 16 x 32 tokens, prompts kept", "learn_text",
                "text", 0.15),
     ], rounds=3, warm_ups=1),
+    Group("update", updates, [
+        Figure("update_choice_plain", "PPO update, gathering its rollout / plain PPO's from given "
+               "tensors, 50 x 1 token", "ours_choice", "plain_choice", 1.1),
+        Figure("update_text_plain", "the same, 16 x 32 tokens", "ours_text", "plain_text", 1.1),
+    ], rounds=9, warm_ups=2),
     Group("pack_text", packed_text, [
         Figure("pack_text", "8 policies / 1: rollout of 16 x 32 tokens each, and update", "eight",
                "one", 3.0),

@@ -103,11 +103,20 @@ class Actions:
             value_BX = self.without(value_BX, choice_B1)
         return torch.cat(chosen, dim=1)
 
-    def log_prob(self, logits_BX: Tensor, choice_BK: Tensor) -> Tensor:
+    def log_prob(self, logits_BX: Tensor, choice_BK: Tensor, barred: bool = True) -> Tensor:
         """Log-probability [B] of drawing these actions in this order."""
-        if self.n_doses == 1 and not self.null:
-            return selection.log_prob(logits_BX, choice_BK)
-        return selection.log_prob(logits_BX, choice_BK, self.without)
+        return selection.log_prob(logits_BX, choice_BK, self._without, barred)
+
+    def log_prob_and_entropy(
+        self, logits_BX: Tensor, choice_BK: Tensor, barred: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """`log_prob`, and the entropy [B] of the first draw."""
+        return selection.log_prob_and_entropy(logits_BX, choice_BK, self._without, barred)
+
+    @property
+    def _without(self) -> selection.Without:
+        one_dose = self.n_doses == 1 and not self.null
+        return selection.without if one_dose else self.without
 
     def without(self, logits_BX: Tensor, choice_B1: Tensor) -> Tensor:
         """The logits with -inf where nothing can be drawn any more: every dose of the feature

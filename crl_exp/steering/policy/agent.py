@@ -195,7 +195,7 @@ class LayerAgent(nn.Module):
         made = {
             "obs_BD": obs_BD, "token_index_B": token_index_B, "choice_BK": choice_BK,
             "feature_idx_BK": feature_idx_BK, "coefficient_BK": coefficient_BK,
-            "log_prob_B": self.actions.log_prob(now.logits_BC, choice_BK), **drawn,
+            "log_prob_B": self.actions.log_prob(now.logits_BC, choice_BK, now.barred), **drawn,
         }  # fmt: skip
         if now.value_B is not None:
             made["value_B"] = now.value_B
@@ -234,17 +234,19 @@ class LayerAgent(nn.Module):
             explore, progress = True, at.progress_B[:, None]
             draws = draws or RowRandom.again(at.draw_key_B)
         value_BX = None if self.critic is None else self.critic(at.obs_BD)
+        estimate_BX = None if value_BX is None else value_BX.detach()
         n, raw_BX = self.actions.n_additions, self.policy(at.obs_BD)
         context = StageContext(
             self._spread(at), self.actions.spread(self.correlation_C),
-            None if value_BX is None else value_BX[:, :n], *self._length(at.obs_BD), explore,
+            None if estimate_BX is None else estimate_BX[:, :n], *self._length(at.obs_BD), explore,
             progress, draws, noted={} if noted is None else noted,
         )  # fmt: skip
         if self.actions.null:
             logits_BX = self.pipeline.with_null(raw_BX[:, :n], raw_BX[:, n], context)
-        else:
-            logits_BX = self.pipeline(raw_BX, context)
-        return Distribution.of(logits_BX, value_BX, self.critic_kind)
+        else:  # a network's own logits are finite
+            logits_BX = self.pipeline(raw_BX, context, barred=False)
+        barred = self.actions.null or self.pipeline.bars
+        return Distribution.of(logits_BX, value_BX, self.critic_kind, barred)
 
     def _spread(self, at: Observation) -> Observation:
         """What is observed of features, for each of their additions: at every dose the same."""

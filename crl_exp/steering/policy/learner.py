@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 
 from crl_exp.config.errors import UserError
 from crl_exp.generation.results import Generation, Step
-from crl_exp.steering.policy import sampling as selection
 from crl_exp.steering.policy.agent import LayerAgent
 from crl_exp.steering.policy.algorithms import PPO, Algorithm
 from crl_exp.steering.policy.losses import ppo_policy_loss, token_weights, value_loss
 from crl_exp.steering.stages.base import Observation
 
+OBSERVED = tuple(f.name for f in fields(Observation))
 LOGITS_TOGETHER = 2**24
 """Numbers of one tensor [N, C] in an update: 64 MiB in float32, of which there are some ten."""
 
@@ -85,23 +86,24 @@ def _collected(steps: list[Step], reward_B: Tensor, algorithm: Algorithm) -> Rol
     """steps: of each answer, one at each of some tokens in a row."""
     n_tokens = max(s.token_index for s in steps) + 1
     device = steps[0].action.delta_BD.device
+    steps = [step.living() for step in steps]
+    acts = [step.action for step in steps]
+    observed = Observation.cat([_observed(step) for step in steps])
+    episode_N = torch.tensor([row for step in steps for row in step.rows], device=device)
+    place = episode_N, observed.token_index_B
     value_BT = torch.zeros(len(reward_B), n_tokens, device=device)
     alive_BT = torch.zeros(len(reward_B), n_tokens, dtype=torch.bool, device=device)
-    for s in steps:
-        rows = torch.tensor(s.rows, device=device)
-        if s.action.value_B is not None:
-            value_BT[rows, s.token_index] = s.action.value_B
-        alive_BT[rows, s.token_index] = s.alive_B
+    alive_BT[place] = True
+    if acts[0].value_B is not None:
+        value_BT[place] = torch.cat([act.value_B for act in acts])  # type: ignore[arg-type]
     advantage_BT = algorithm.advantages(
         value_BT if algorithm.uses_critic else None, alive_BT, reward_B
     )
-    observed = Observation.cat([_observed(s).rows(s.alive_B) for s in steps])
-    episode_N = torch.cat([torch.tensor(s.rows, device=device)[s.alive_B] for s in steps])
     return Rollout(
         observed=observed,
-        choice_NK=torch.cat([s.action.notes["choice_BK"][s.alive_B] for s in steps]),
-        log_prob_N=torch.cat([s.action.log_prob_B[s.alive_B] for s in steps]),  # type: ignore[index]
-        advantage_N=advantage_BT[episode_N, observed.token_index_B],
+        choice_NK=torch.cat([act.notes["choice_BK"] for act in acts]),
+        log_prob_N=torch.cat([act.log_prob_B for act in acts]),  # type: ignore[arg-type]
+        advantage_N=advantage_BT[place],
         return_N=reward_B[episode_N],
         episode_N=episode_N,
     )
@@ -109,7 +111,7 @@ def _collected(steps: list[Step], reward_B: Tensor, algorithm: Algorithm) -> Rol
 
 def _observed(step: Step) -> Observation:
     notes = step.action.notes
-    return Observation(**{f.name: notes.get(f.name) for f in fields(Observation)})  # type: ignore[arg-type]
+    return Observation(**{name: notes.get(name) for name in OBSERVED})  # type: ignore[arg-type]
 
 
 class LayerLearner:
@@ -183,9 +185,11 @@ class LayerLearner:
         together = max(1, LOGITS_TOGETHER // len(self.agent.actions))
         watched: dict[str, float] = {}
         ratios = []
-        for rows in torch.arange(len(weight_N), device=weight_N.device).split(together):
-            piece = part if len(rows) == len(weight_N) else part.part(rows)
-            found, ratio_N = self._add_gradients(piece, advantage_N[rows], weight_N[rows], step)
+        for rows in _pieces(len(weight_N), together, weight_N.device):
+            piece, advantage_R, weight_R = part, advantage_N, weight_N
+            if rows is not None:
+                piece, advantage_R, weight_R = part.part(rows), advantage_N[rows], weight_N[rows]
+            found, ratio_N = self._add_gradients(piece, advantage_R, weight_R, step)
             watched |= {name: watched.get(name, 0.0) + value for name, value in found.items()}
             ratios.append(ratio_N)
         if self.first_ratio_N is None:
@@ -201,14 +205,15 @@ class LayerLearner:
         """Add the gradients of these tokens; returns their share of what is watched, and ρ [N]."""
         algorithm = self.algorithm
         now = self.agent.distribution(part.observed)
-        log_prob_N = self.agent.actions.log_prob(now.logits_BC, part.choice_NK)
+        log_prob_N, entropy_N = self.agent.actions.log_prob_and_entropy(
+            now.logits_BC, part.choice_NK, now.barred
+        )
         policy = ppo_policy_loss(
             log_prob_N, part.log_prob_N, advantage_N, weight_N, algorithm.clip_coef
         )
-        entropy = (weight_N * selection.entropy(now.logits_BC)).sum()
-        self._backward(
-            policy.loss - algorithm.ent_coef * entropy, self.policy_optimizer, "policy_loss", step
-        )
+        entropy = (weight_N * entropy_N).sum()
+        loss = policy.loss - algorithm.ent_coef * entropy
+        self._check_finite(loss, "policy_loss", step)
         watched = {
             "policy_loss": float(policy.loss.detach()),
             "entropy": float(entropy.detach()),
@@ -216,16 +221,12 @@ class LayerLearner:
             "clip_fraction": float(policy.clip_fraction),
         }
         if self.critic_optimizer is not None:
-            loss = value_loss(now.estimate(part.choice_NK), part.return_N, weight_N)
-            self._backward(loss, self.critic_optimizer, "critic_loss", step)
-            watched["critic_loss"] = float(loss.detach())
+            critic_loss = value_loss(now.estimate(part.choice_NK), part.return_N, weight_N)
+            self._check_finite(critic_loss, "critic_loss", step)
+            watched["critic_loss"] = float(critic_loss.detach())
+            loss = loss + critic_loss  # no parameter is in both
+        loss.backward(inputs=[p for one, _ in self._optimizers() for p in _parameters(one)])
         return watched, policy.ratio_N
-
-    def _backward(
-        self, loss: Tensor, optimizer: torch.optim.Optimizer, name: str, step: int
-    ) -> None:
-        self._check_finite(loss, name, step)
-        loss.backward(inputs=_parameters(optimizer))
 
     def _step(self, optimizer: torch.optim.Optimizer, name: str, step: int) -> float:
         norm = nn.utils.clip_grad_norm_(_parameters(optimizer), self.algorithm.max_grad_norm)
@@ -256,6 +257,11 @@ class LayerLearner:
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
         if self.critic_optimizer is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+
+
+def _pieces(n: int, most: int, device: torch.device) -> Sequence[Tensor | None]:
+    """The rows of each piece; None for all of them, where one piece will do."""
+    return [None] if n <= most else torch.arange(n, device=device).split(most)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

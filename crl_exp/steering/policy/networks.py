@@ -32,21 +32,25 @@ class Distribution:
     logits_BC: after the pipeline. value_B: V(s), with a Q critic Σ_j π(j|s) Q(s, j), which doesn't
     depend on the feature chosen and so is as fair a baseline. action_value_BC: Q(s, j). Both are
     None without a critic. With doses or the null action, j is an action (`Actions`).
+    barred: whether a logit may be -inf.
     """
 
     logits_BC: Tensor
     value_B: Tensor | None
     action_value_BC: Tensor | None
+    barred: bool = True
 
     @classmethod
-    def of(cls, logits_BC: Tensor, value_BX: Tensor | None, critic: str) -> Distribution:
+    def of(
+        cls, logits_BC: Tensor, value_BX: Tensor | None, critic: str, barred: bool = True
+    ) -> Distribution:
         """value_BX: what the critic gives, [B, 1] of kind v or [B, C] of kind q."""
         if value_BX is None:
-            return cls(logits_BC, None, None)
+            return cls(logits_BC, None, None, barred)
         if critic == "v":
-            return cls(logits_BC, value_BX[:, 0], None)
-        share_BC = selection.probabilities(logits_BC.detach())
-        return cls(logits_BC, (share_BC * value_BX).sum(dim=1), value_BX)
+            return cls(logits_BC, value_BX[:, 0], None, barred)
+        share_BC = selection.probabilities(logits_BC.detach(), barred)
+        return cls(logits_BC, (share_BC * value_BX).sum(dim=1), value_BX, barred)
 
     def estimate(self, choice_BK: Tensor) -> Tensor:
         """What the critic is trained on [B]: V(s), or the mean of Q(s, j) over the chosen features.

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crl_exp.generation.results import Generation, Step
+from crl_exp.generation.controller import Action
+from crl_exp.generation.results import Generation
 from crl_exp.steering.policy.agent import LayerAgent
 
 # Where activations have to be computed for it alone, at no more tokens than these.
@@ -25,10 +26,10 @@ def watch_choices(agent: LayerAgent, played: Generation) -> dict[str, float]:
     chosen features' correlations with the reward (the score, where `warmup.score` is another).
     mean_activation: mean SAE activation of the chosen features before anything was added.
     """
-    steps = [s for s in played.steps if s.layer == agent.layer]
-    chosen_NK = torch.cat([s.action.feature_idx_BK[s.alive_B] for s in steps])
-    strength_NK = torch.cat([s.action.coefficient_BK[s.alive_B] for s in steps])
-    choice_NK = torch.cat([s.action.notes["choice_BK"][s.alive_B] for s in steps])
+    acts = [s.living().action for s in played.steps if s.layer == agent.layer]
+    chosen_NK = torch.cat([act.feature_idx_BK for act in acts])
+    strength_NK = torch.cat([act.coefficient_BK for act in acts])
+    choice_NK = torch.cat([act.notes["choice_BK"] for act in acts])
     place_NK = agent.actions.place(choice_NK)
     real_NK = chosen_NK >= 0
     found = {
@@ -46,22 +47,20 @@ def watch_choices(agent: LayerAgent, played: Generation) -> dict[str, float]:
     if real_NK.any():
         found["mean_coefficient"] = float(strength_NK[real_NK].mean())
         found["top_correlation"] = float(agent.correlation_C[place_NK[real_NK]].max())
-        found["mean_activation"] = _mean_activation(agent, steps, place_NK)
+        found["mean_activation"] = _mean_activation(agent, acts, place_NK)
     return found
 
 
-def _mean_activation(agent: LayerAgent, steps: list[Step], place_NK: Tensor) -> float:
+def _mean_activation(agent: LayerAgent, acts: list[Action], place_NK: Tensor) -> float:
     """From the activations that the rollout recorded, or else of evenly spaced tokens.
 
     place_NK: of the features chosen among those allowed, -1 where there is none.
     """
-    notes = [s.action.notes for s in steps]
+    notes = [act.notes for act in acts]
     if "feature_acts_BC" in notes[0]:
-        acts_NC = torch.cat(
-            [n["feature_acts_BC"][s.alive_B] for n, s in zip(notes, steps, strict=True)]
-        )
+        acts_NC = torch.cat([one["feature_acts_BC"] for one in notes])
     else:
-        obs_ND = torch.cat([n["obs_BD"][s.alive_B] for n, s in zip(notes, steps, strict=True)])
+        obs_ND = torch.cat([one["obs_BD"] for one in notes])
         every = -(-len(obs_ND) // ENCODED_TOKENS)
         place_NK, obs_ND = place_NK[::every], obs_ND[::every]
         x_ND = obs_ND * agent.std_D + agent.mean_D

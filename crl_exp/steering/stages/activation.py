@@ -16,16 +16,8 @@ from torch import Tensor, nn
 from crl_exp.config.errors import did_you_mean
 from crl_exp.steering.policy.algorithms import Algorithm
 from crl_exp.steering.policy.config import PolicyConfig
-from crl_exp.steering.stages.base import (
-    Shape,
-    Stage,
-    StageContext,
-    check_left,
-    in_share,
-    masked_softmax,
-    positive,
-    quantile,
-)
+from crl_exp.steering.stages.barred import masked_softmax, quantile
+from crl_exp.steering.stages.base import Shape, Stage, StageContext, check_left, in_share, positive
 
 STE_VALUES = ("probability", "one_hot")
 
@@ -35,6 +27,7 @@ class Identity(Stage):
     """Logits as they are."""
 
     plain = True
+    bars = False
 
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         return logits_BC
@@ -51,6 +44,8 @@ class Softmax(Stage):
 
     temperature: float
     scale: float
+
+    bars = False
 
     def faults(self) -> list[str]:
         return _positive(self, "temperature", "scale")
@@ -73,6 +68,8 @@ class GumbelTopK(Stage):
 
     temperature: float
     top: int | None
+
+    bars = False
 
     def faults(self) -> list[str]:
         found = _positive(self, "temperature")
@@ -115,6 +112,8 @@ class STETopK(Stage):
     top: int
     value: str
 
+    bars = False
+
     def faults(self) -> list[str]:
         found = _positive(self, "temperature", "scale")
         if self.top < 1:
@@ -145,6 +144,8 @@ class SparseGate(Stage):
 
     threshold: float
     init: float
+
+    bars = False
 
     def faults(self) -> list[str]:
         found = []

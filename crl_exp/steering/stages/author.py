@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from crl_exp.config.errors import UserError
 from crl_exp.steering.policy.algorithms import Algorithm
 from crl_exp.steering.policy.config import PolicyConfig
-from crl_exp.steering.stages.base import (
-    Shape,
-    Stage,
-    StageContext,
-    in_share,
-    masked_softmax,
-    quantile,
-)
+from crl_exp.steering.stages.barred import masked_softmax, quantile
+from crl_exp.steering.stages.base import Shape, Stage, StageContext, in_share
 
 MOST_WEIGHTS = 2**28
 """Of one layer's attention: 1 GiB in float32, four times that with Adam and the mean."""
@@ -37,6 +31,7 @@ class AlwaysGumbel(Stage):
     """
 
     samples = True
+    bars = False
 
     def conflicts(self, policy: PolicyConfig, algorithm: Algorithm) -> list[str]:
         if policy.k == 1:
@@ -71,6 +66,8 @@ class AdditiveGate(Stage):
     gate: float
     threshold: float
 
+    bars = False
+
     def faults(self) -> list[str]:
         return [
             f"activation.{name}={getattr(self, name)}: must be a finite number"
@@ -93,6 +90,8 @@ class ReplacingAttention(Stage):
     """
 
     quantile: float
+
+    bars = False
 
     def faults(self) -> list[str]:
         return in_share("activation.quantile", self.quantile)

@@ -18,6 +18,7 @@ from crl_exp.analysis.row_random import RowRandom
 from crl_exp.config.errors import UserError
 from crl_exp.steering.policy.algorithms import Algorithm
 from crl_exp.steering.policy.config import PolicyConfig
+from crl_exp.steering.stages.barred import log_sum
 
 STAGES = ("fusion", "noise", "activation", "mask")
 
@@ -71,7 +72,8 @@ class StageContext:
     """What a stage may look at.
 
     at: the observation. correlation_C: each allowed feature's score in stage 1, [C] or [B, C].
-    value_BX: the critic's estimate, V(s) [B, 1] or Q(s, ·) [B, C], None where there is no critic.
+    value_BX: the critic's estimate, V(s) [B, 1] or Q(s, ·) [B, C], None where there is no critic;
+        without gradient, as the critic has its own loss.
     length_B: ‖residual‖, standardised by stage 1's mean and deviation. norm_B: as it is.
     explore: true where noise is drawn: while a rollout chooses, and with noise that is on-policy
         when probabilities are recorded or recomputed too.
@@ -119,6 +121,8 @@ class Stage(nn.Module):
     acts_on_null: whether it also acts on the logit of the null action (`policy.null_action`), which
         is then behind the others. Other stages, which are about features, are not shown it.
     stage1: whether the stage also acts on stage 1's scores, before the fusion reads them.
+    bars: whether it may rule features out. Where no stage before has, and this one says it doesn't,
+        a pipeline leaves out the looking for -inf, which takes longer than the stage.
     """
 
     needs: frozenset[str] = frozenset()
@@ -128,6 +132,7 @@ class Stage(nn.Module):
     samples = False
     plain = False
     acts_on_null = False
+    bars = True
 
     def __post_init__(self) -> None:
         # Dataclass fields are set before nn.Module's own set-up, which leaves them alone.
@@ -165,6 +170,12 @@ class Stage(nn.Module):
         out_BC = self.transform(logits_BC.masked_fill(barred_BC, 0.0), inside)
         return out_BC.masked_fill(barred_BC, -torch.inf)
 
+    def unbarred(self, logits_BC: Tensor, context: StageContext) -> Tensor:
+        """`forward` of logits none of which is -inf; the same numbers."""
+        nowhere_BC = torch.zeros((), dtype=torch.bool, device=logits_BC.device)
+        inside = replace(context, barred_BC=nowhere_BC.expand(logits_BC.shape))
+        return self.transform(logits_BC, inside)
+
     @abstractmethod
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         raise NotImplementedError
@@ -195,6 +206,11 @@ class Pipeline(nn.Module):
     def samples(self) -> bool:
         return any(stage.samples for stage in self.stages.values())
 
+    @property
+    def bars(self) -> bool:
+        """Whether logits that none was barred of may come out barred."""
+        return any(stage.bars for stage in self.stages.values())
+
     def bind(self, shape: Shape) -> None:
         for stage in self.stages.values():
             stage.bind(shape)  # type: ignore[operator]
@@ -203,10 +219,15 @@ class Pipeline(nn.Module):
         """Of two pipelines with the same setting, parameters and buffers alone may differ."""
         return tuple(self.order), *(self.stages[name].setting() for name in self.order)  # type: ignore[operator]
 
-    def forward(self, logits_BC: Tensor, context: StageContext) -> Tensor:
+    def forward(self, logits_BC: Tensor, context: StageContext, barred: bool = True) -> Tensor:
+        """barred: whether a logit may be -inf already."""
         context = self._scored(logits_BC, context)
         for name in self.order:
-            logits_BC = self.stages[name](logits_BC, context)
+            stage: Stage = self.stages[name]  # type: ignore[assignment]
+            if stage.plain:
+                continue
+            made = stage if barred else stage.unbarred
+            logits_BC, barred = made(logits_BC, context), barred or stage.bars
         return logits_BC
 
     def with_null(self, logits_BC: Tensor, null_B: Tensor, context: StageContext) -> Tensor:
@@ -222,6 +243,8 @@ class Pipeline(nn.Module):
         null_B1 = null_B[:, None]
         for name in self.order:
             stage = self.stages[name]
+            if stage.plain:
+                continue
             if context.explore and stage.acts_on_null:
                 both_BX = torch.cat([logits_BC, log_sum(logits_BC) + null_B1], dim=1)
                 both_BX = stage(both_BX, context)
@@ -250,32 +273,6 @@ def known_by(value: Any) -> Any:
     return (
         repr(value) if value is None or isinstance(value, bool | int | float | str) else id(value)
     )
-
-
-def log_sum(logits_BC: Tensor) -> Tensor:
-    """log Σ exp [B, 1], finite and with finite gradients where all are barred by -inf."""
-    lowest = torch.finfo(logits_BC.dtype).min / 2
-    kept_BC = logits_BC.masked_fill(logits_BC.isneginf(), lowest)
-    return kept_BC.logsumexp(dim=1, keepdim=True)
-
-
-def masked_softmax(logits_BC: Tensor, barred_BC: Tensor | None) -> Tensor:
-    """softmax over the features not barred [B, C]: 0 at the others, all 0 where none is left."""
-    if barred_BC is None:
-        return logits_BC.softmax(dim=1)
-    lowest = torch.finfo(logits_BC.dtype).min / 2
-    return logits_BC.masked_fill(barred_BC, lowest).softmax(dim=1).masked_fill(barred_BC, 0.0)
-
-
-def quantile(values_BC: Tensor, barred_BC: Tensor, q: float) -> Tensor:
-    """The q-quantile [B, 1] of each row's values that aren't barred: the next lower of two.
-
-    Not torch.quantile, which takes 16 million numbers at most. 0 where all are barred.
-    """
-    ordered_BC = values_BC.masked_fill(barred_BC, torch.inf).sort(dim=1).values
-    n_B1 = (~barred_BC).sum(dim=1, keepdim=True)
-    index_B1 = (q * (n_B1 - 1)).floor().long().clamp(min=0)
-    return ordered_BC.gather(1, index_B1).masked_fill(n_B1 == 0, 0.0)
 
 
 def check_left(setting: str, left: int, shape: Shape) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from crl_exp.config.errors import did_you_mean
-from crl_exp.steering.stages.base import Shape, Stage, StageContext, in_share, quantile
+from crl_exp.steering.stages.barred import quantile
+from crl_exp.steering.stages.base import Shape, Stage, StageContext, in_share
 
 NEGATIVES = ("raw", "softplus")
 SELECTS = ("quantile", "active", "inactive")
@@ -30,6 +31,8 @@ class Add(Stage):
     """
 
     weight: float
+
+    bars = False
 
     def faults(self) -> list[str]:
         return _finite("weight", self.weight)
@@ -48,6 +51,8 @@ class Multiply(Stage):
     """
 
     negative: str
+
+    bars = False
 
     def faults(self) -> list[str]:
         return _one_of("negative", self.negative, NEGATIVES)
@@ -75,6 +80,8 @@ class OneOrCorr(Stage):
     quantile: float
     select: str
     selected: str
+
+    bars = False
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -104,6 +111,8 @@ class LearnableMix(Stage):
 
     init: float
 
+    bars = False
+
     def faults(self) -> list[str]:
         return _finite("init", self.init)
 
@@ -126,6 +135,7 @@ class ContextScale(Stage):
     weight: float
     standardise: bool
     needs = frozenset({"length"})
+    bars = False
 
     def faults(self) -> list[str]:
         return _finite("weight", self.weight)
@@ -160,6 +170,8 @@ class PositionLinear(Stage):
     start: float
     end: float
     over: str
+
+    bars = False
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -206,6 +218,8 @@ class Attention(Stage):
 
     weight: float
     over: str
+
+    bars = False
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

@@ -20,6 +20,7 @@ class NoMask(Stage):
     """Every allowed feature may be chosen."""
 
     plain = True
+    bars = False
 
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         return logits_BC

@@ -46,6 +46,7 @@ class NoNoise(Stage):
     """No exploration beyond the policy's own sampling."""
 
     plain = True
+    bars = False
 
     def transform(self, logits_BC: Tensor, context: StageContext) -> Tensor:
         return logits_BC
@@ -66,6 +67,7 @@ class Gaussian(Stage):
 
     explores = True
     acts_on_null = True
+    bars = False
 
     def faults(self) -> list[str]:
         found = [] if self.std >= 0 else [f"noise.std={self.std}: must be 0 or more"]
@@ -96,6 +98,7 @@ class EpsilonGreedy(Stage):
 
     explores = True
     acts_on_null = True
+    bars = False
 
     def faults(self) -> list[str]:
         ok = 0 <= self.epsilon <= 1

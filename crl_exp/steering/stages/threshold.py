@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from crl_exp.steering.policy.algorithms import Algorithm
 from crl_exp.steering.policy.config import PolicyConfig
-from crl_exp.steering.stages.base import Shape, Stage, StageContext, in_share, positive, quantile
+from crl_exp.steering.stages.barred import quantile
+from crl_exp.steering.stages.base import Shape, Stage, StageContext, in_share, positive
 
 
 @dataclass(eq=False)
@@ -32,6 +33,8 @@ class JumpReLU(Stage):
 
     threshold: float | None
     stage1: bool
+
+    bars = False
 
     def faults(self) -> list[str]:
         if self.threshold is None or math.isfinite(self.threshold):
@@ -62,6 +65,8 @@ class QuantileJumpReLU(Stage):
     quantile: float
     stage1: bool
 
+    bars = False
+
     def faults(self) -> list[str]:
         return in_share("activation.quantile", self.quantile)
 
@@ -82,6 +87,8 @@ class LearnableJumpReLU(Stage):
     init: float
     bandwidth: float
     stage1: bool
+
+    bars = False
 
     def faults(self) -> list[str]:
         init = positive("activation.init", self.init)
