@@ -6,16 +6,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from crl_exp.config.errors import UserError, did_you_mean
-from crl_exp.config.files import home
+from crl_exp.config.files import content_key, home
 from crl_exp.config.own_code import name_fault, source_digest
 from crl_exp.config.sections import fill
-from crl_exp.runs.inputs import digest
-from crl_exp.runs.kept import shared
 from crl_exp.tasks.base import Item, Score, Splits, content_id, of_groups, unique
 from crl_exp.tasks.choice_task import ChoiceTask
 from crl_exp.tasks.data.files import json_line, users_text
@@ -27,6 +26,8 @@ from crl_exp.tasks.scorers.base import Scorer
 from crl_exp.tasks.scorers.choice import ChoiceScorer
 
 SCORERS = ("answer", "function", "judge")
+_COUNTED: dict[str, int] = {}
+"""Items of a file, by its state and how it is read: once for all points of a sweep."""
 
 
 @dataclass
@@ -154,13 +155,10 @@ class JsonLines(ChoiceTask):
         plain = OmegaConf.create({**section, **dict.fromkeys(shares.LEFT_OUT, 1)})
         made = fill(plain, "task", cls)
         where = f"task.path={made.path}"
-        # Once for all points of a sweep: a file is read for each of them otherwise.
-        key = [cls.__qualname__, asdict(made), digest([home(made.path, "task.path")], where)]
-        n_items = shared(
-            "n_items", key, lambda: len(of_groups(unique(list(made.items())), made.groups, where)),
-            keep=8,
-        )  # fmt: skip
-        return dict(shares.numbers(section, n_items, where))
+        key = content_key([cls.__qualname__, asdict(made), _state(home(made.path, "task.path"))])
+        if key not in _COUNTED:
+            _COUNTED[key] = len(of_groups(unique(list(made.items())), made.groups, where))
+        return dict(shares.numbers(section, _COUNTED[key], where))
 
     def draw(self) -> Splits:
         """Raises `UserError` where the file is missing, or a line is not as it should be."""
@@ -239,6 +237,15 @@ class JsonLines(ChoiceTask):
 
     def score(self, items: Sequence[Item], outputs: Sequence[str]) -> list[Score]:
         return self.scorer_used(items, outputs)
+
+
+def _state(path: Path) -> list[int]:
+    """What changes when a file is written; [] where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:  # told where it is read
+        return []
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
 
 
 def _without_answer(row: dict[str, Any]) -> str:
