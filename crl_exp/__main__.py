@@ -22,7 +22,10 @@ from crl_exp.runs.preemption import guard
 COMMANDS = {
     "launch": ("crl_exp.launcher.app", "run an experiment, with -m a sweep: launch.py"),
     "assets": ("crl_exp.launcher.assets.command", "fetch the model and the data into the cache"),
-    "run": ("crl_exp.launcher.job", "run directories from their frozen configs, as a job does"),
+    "run": (
+        "crl_exp.launcher.jobs.job",
+        "run directories from their frozen configs, as a job does",
+    ),
     "status": (
         "crl_exp.launcher.commands.status",
         "state, progress and time left of a sweep's runs",
@@ -45,8 +48,11 @@ COMMANDS = {
     ),
     "sync": ("crl_exp.tracking.sync", "bring MLflow up to date with the run directories"),
     "report": ("crl_exp.report.command", "tables and figures of a finished sweep"),
-    "compare": ("crl_exp.report.compare", "two runs, or rows of a report, on the same items"),
-    "show": ("crl_exp.report.show", "a run's answers beside the unsteered ones"),
+    "compare": (
+        "crl_exp.report.console.compare",
+        "two runs, or rows of a report, on the same items",
+    ),
+    "show": ("crl_exp.report.console.show", "a run's answers beside the unsteered ones"),
     "train-sae": ("crl_exp.launcher.commands.train_sae", "train SAEs of a model, a layer each"),
     "bench": ("crl_exp.launcher.bench.command", "measure speed and memory, in ratios"),
     "options": (

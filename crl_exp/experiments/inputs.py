@@ -7,7 +7,7 @@ from typing import Any
 
 from crl_exp.config import own_code
 from crl_exp.config.files import home
-from crl_exp.config.hub import cached_commit
+from crl_exp.config.machine.hub import cached_commit
 from crl_exp.experiments.config import Experiment, with_sae
 from crl_exp.runs.inputs import Inputs, digest, folder_digest, sae_digest
 from crl_exp.steering.feature_lists import list_file

@@ -1,4 +1,4 @@
-"""What the runs of one process share (`crl_exp.runs.kept`): splits, model, SAEs."""
+"""What the runs of one process share (`crl_exp.config.kept`): splits, model, SAEs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import Any
 from weakref import WeakValueDictionary
 
+from crl_exp.config import kept
+from crl_exp.config.kept import shared
 from crl_exp.config.keys import content_key
 from crl_exp.experiments.inputs import task_inputs
 from crl_exp.models.language_model import LanguageModel
-from crl_exp.runs import kept
 from crl_exp.runs.inputs import sae_digest
-from crl_exp.runs.kept import shared
 from crl_exp.saes.config import SAEConfig
 from crl_exp.saes.dictionaries import with_dictionary
 from crl_exp.saes.layer_sae import LayerSAE, load_saes

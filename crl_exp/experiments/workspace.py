@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from crl_exp.config.files import home
+from crl_exp.config.kept import found_loaded, shared
 from crl_exp.experiments.fed import prompt_ids
 from crl_exp.experiments.workspace_setup import WorkspaceSetup
 from crl_exp.generation.controller import Controller, Unsteered
@@ -25,7 +26,6 @@ from crl_exp.generation.engine import Prompts
 from crl_exp.generation.results import Generation, Job
 from crl_exp.runs import preemption
 from crl_exp.runs.directory import content_key
-from crl_exp.runs.kept import found_loaded, shared
 from crl_exp.runs.preemption import CheckpointTimer
 from crl_exp.steering.answerer import Answering, generation_of, get_ready
 from crl_exp.steering.answers import AnswerBook, Answers, batches

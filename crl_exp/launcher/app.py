@@ -76,7 +76,7 @@ def run(config: DictConfig) -> float | None:
 
 def _tell(path: Path, in_sweep: bool) -> None:
     """What a finished run found; of a sweep's the table comes at the end."""
-    from crl_exp.report.spoken import run_lines, said_of
+    from crl_exp.report.console.spoken import run_lines, said_of
     from crl_exp.runs.records import Record
 
     run = Record(path)
@@ -87,7 +87,7 @@ def _tell_sweep() -> None:
     """The table of the runs that this process ran, where it was a sweep's."""
     if not _done:
         return
-    from crl_exp.report.spoken import print_sweep
+    from crl_exp.report.console.spoken import print_sweep
     from crl_exp.runs.records import Record
 
     print_sweep([Record(path) for path in dict.fromkeys(_done)])

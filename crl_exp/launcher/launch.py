@@ -12,7 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from crl_exp.config.errors import UserError
 from crl_exp.experiments import config as configs
-from crl_exp.launcher import slurm_jobs
+from crl_exp.launcher.jobs import slurm_jobs
+from crl_exp.launcher.jobs.states import is_started, states_of
+from crl_exp.launcher.jobs.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.planning.estimate import estimate
 from crl_exp.launcher.planning.memory import memory_lines
 from crl_exp.launcher.planning.packs import pack_lines, packs_of
@@ -25,8 +27,6 @@ from crl_exp.launcher.planning.plan import (
 )
 from crl_exp.launcher.planning.shows import shows_text
 from crl_exp.launcher.settings import AUTO, LocalSettings, Settings, SlurmSettings
-from crl_exp.launcher.states import is_started, states_of
-from crl_exp.launcher.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.sweep_file import SweepFile, locked
 from crl_exp.runs.directory import SWEEP_CONFIG, write_atomic
 from crl_exp.runs.records import Record

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crl_exp.config.assets import FETCH, asset_path
-from crl_exp.config.devices import device_faults, missing_device
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import home
-from crl_exp.config.hub import hub_trouble, own_code
+from crl_exp.config.machine.assets import FETCH, asset_path
+from crl_exp.config.machine.devices import device_faults, missing_device
+from crl_exp.config.machine.hub import hub_trouble, own_code
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,9 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from crl_exp.config.assets import asset_path
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import home
+from crl_exp.config.machine.assets import asset_path
 from crl_exp.models.config import ASSET_PREFIX, TINY_PREFIX
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from crl_exp.config.assets import cache_dir
 from crl_exp.config.errors import UserError, did_you_mean
+from crl_exp.config.machine.assets import cache_dir
 
 N_LAYERS, D_MODEL, D_SAE = 24, 32, 64
 KINDS = ("llama", "gemma2")

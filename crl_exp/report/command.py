@@ -10,7 +10,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from crl_exp.report import terminal as tables
 from crl_exp.report.comparison.feature_credit import (
     ITEM_COLUMNS,
     FeatureCredit,
@@ -22,6 +21,7 @@ from crl_exp.report.comparison.feature_credit import (
 from crl_exp.report.comparison.feature_use import metric_lines
 from crl_exp.report.comparison.pairs import chosen_pairs
 from crl_exp.report.comparison.rows import SweepComparison
+from crl_exp.report.console import terminal as tables
 from crl_exp.report.drawn import Drawn
 from crl_exp.report.examples import read_row
 from crl_exp.report.figures import analyses as analysis_figure
@@ -44,7 +44,7 @@ from crl_exp.report.tables.pairs import PAIR_CSV, pair_line
 from crl_exp.runs.answers import has_answers
 from crl_exp.runs.records import Record, find_records, find_sweep, typed_for
 from crl_exp.tracking.report import attach_report
-from crl_exp.tracking.sync import resolved_uri
+from crl_exp.tracking.sending.client import resolved_uri
 
 log = logging.getLogger(__name__)
 CHANGED = {

@@ -11,8 +11,8 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from crl_exp.config.assets import cache_dir
 from crl_exp.config.errors import UserError
+from crl_exp.config.machine.assets import cache_dir
 
 SITE = "https://www.neuronpedia.org/"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+$")

@@ -15,7 +15,7 @@ from typing import Any
 
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import home
-from crl_exp.config.hub import hub_trouble
+from crl_exp.config.machine.hub import hub_trouble
 from crl_exp.config.option_names import DICTIONARIES, OFF
 from crl_exp.config.paths import here_or_shipped
 from crl_exp.saes.metadata import SAEMetadata

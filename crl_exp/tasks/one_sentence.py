@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crl_exp.config.assets import asset_path
+from crl_exp.config.machine.assets import asset_path
 from crl_exp.tasks.base import Item, Score, Splits, Worded, unique
 from crl_exp.tasks.scorers.sentence import SentenceScorer
 from crl_exp.tasks.sentiment import DATA, FILE, read_ratings

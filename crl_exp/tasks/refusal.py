@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from crl_exp.config.assets import FETCH, asset_path
 from crl_exp.config.errors import UserError
+from crl_exp.config.machine.assets import FETCH, asset_path
 from crl_exp.tasks.base import Item, Splits, content_id, shuffled, unique
 from crl_exp.tasks.data.files import damaged, read_text
 from crl_exp.tasks.scorers.refusal_scoring import RefusalTask

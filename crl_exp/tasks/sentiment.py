@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crl_exp.config.assets import asset_path
+from crl_exp.config.machine.assets import asset_path
 from crl_exp.tasks.base import Item, Score, Splits, Worded, unique
 from crl_exp.tasks.choice_task import ChoiceTask
 from crl_exp.tasks.data.files import damaged, read_text

@@ -14,10 +14,11 @@ from types import TracebackType
 
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import Record
-from crl_exp.tracking.client import import_mlflow, outside_faults, plain
-from crl_exp.tracking.sync import MlflowTarget, TrackingConfig
+from crl_exp.tracking.sending.client import import_mlflow, outside_faults, plain
+from crl_exp.tracking.sending.target import MlflowTarget
+from crl_exp.tracking.sending.upload import Reading, Uploader
+from crl_exp.tracking.sync import TrackingConfig
 from crl_exp.tracking.system_metrics import SystemMonitor
-from crl_exp.tracking.upload import Reading, Uploader
 
 log = logging.getLogger(__name__)
 # A finished run waits no longer than this for MLflow, and less where it didn't answer before.

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from crl_exp.tracking.client import outside_faults, plain
-from crl_exp.tracking.sent import SENT
-from crl_exp.tracking.sync import MlflowTarget
+from crl_exp.tracking.sending.client import outside_faults, plain
+from crl_exp.tracking.sending.sent import SENT
+from crl_exp.tracking.sending.target import MlflowTarget
 
 log = logging.getLogger(__name__)
 REPORT = "report"

@@ -19,9 +19,11 @@ from pathlib import Path
 from crl_exp.config.errors import UserError
 from crl_exp.runs.code_state import code_state
 from crl_exp.runs.records import Record, find_records
-from crl_exp.tracking.client import connect, outside_faults, plain, resolved_uri
-from crl_exp.tracking.mlflow_runs import RemovedError, Runs
-from crl_exp.tracking.upload import Uploader
+from crl_exp.tracking.sending.client import outside_faults
+from crl_exp.tracking.sending.mlflow_runs import RemovedError
+from crl_exp.tracking.sending.removal import is_due, send_removals
+from crl_exp.tracking.sending.target import MlflowTarget, place_of
+from crl_exp.tracking.sending.upload import Uploader
 
 log = logging.getLogger(__name__)
 # A submission waits no longer than this for MLflow; runs not announced by then announce themselves.
@@ -70,41 +72,6 @@ def uri_fault(uri: str) -> str | None:
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
         )
     return None
-
-
-@dataclass(frozen=True)
-class MlflowTarget:
-    """One MLflow, and the output folder that is sent to it."""
-
-    uri: str | None
-    experiment: str
-    output_dir: Path
-
-    @property
-    def resolved(self) -> str:
-        return resolved_uri(self.uri, self.output_dir)
-
-    def uploader(self, deadline: float | None) -> Uploader:
-        """Connects. deadline: on `time.monotonic()`'s clock."""
-        uri = self.resolved
-        recorded = None if uri == resolved_uri(None, self.output_dir) else uri
-        sqlite = uri.startswith("sqlite")
-        artifacts = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if sqlite else None
-        return Uploader(Runs(connect(uri, deadline), recorded, self.experiment, artifacts))
-
-    def refused(self, folder: Path, error: Exception) -> str:
-        """What a person is told."""
-        return (
-            f"MLflow did not take {folder} (tracking.uri={self.resolved}): {plain(error)}. Nothing "
-            "is lost: the run directory has everything. Once MLflow is right, "
-            f"`python -m crl_exp sync {folder}` catches up (with --uri to another one)"
-        )
-
-
-def place_of(record: Record, uri: str | None = None) -> MlflowTarget:
-    """Where a record's own config says that it is sent, or another MLflow."""
-    section = record.config["tracking"]
-    return MlflowTarget(uri or section["uri"], section["experiment"], record.path.parent.parent)
 
 
 def _attempt(place: MlflowTarget, folder: Path, deadline: float | None,
@@ -208,8 +175,6 @@ def main(argv: list[str]) -> int:
 
 def _remove(folder: Path, output_dir: Path) -> int:
     """Tell MLflow of what was removed from the output folder; returns how many runs it had."""
-    from crl_exp.tracking.removal import is_due, send_removals
-
     folder, n_removed = folder.absolute(), 0
     places = [folder, folder.parent, folder.parent.parent, output_dir.absolute()]
     for place in dict.fromkeys(place for place in places if is_due(place)):

@@ -44,7 +44,7 @@ class FrozenLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         """Submit; with `wait`, return every job's result, else jobs without one."""
         from crl_exp.launcher.command_line import check_config_dir, check_sweeper
-        from crl_exp.launcher.follow import wait_for
+        from crl_exp.launcher.jobs.follow import wait_for
         from crl_exp.launcher.launch import launch
         from crl_exp.launcher.settings import make_settings
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from crl_exp.config.asset_sources import ASSETS, Asset
-from crl_exp.config.assets import asset_path, hash_faults, read_manifest, write_manifest
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import sha256_of
+from crl_exp.config.machine.asset_sources import ASSETS, Asset
+from crl_exp.config.machine.assets import asset_path, hash_faults, read_manifest, write_manifest
 from crl_exp.launcher.assets.command import check, fetch
 from tests.helpers import asset_fakes
 from tests.helpers.asset_fakes import QUIET, TEXT, files_below, tarball, text_asset, wheel

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from crl_exp.config.asset_sources import ASSETS, SMOLLM2_WEIGHTS, Archive
-from crl_exp.config.assets import asset_path, cache_dir, hash_faults, read_manifest
+from crl_exp.config.machine.asset_sources import ASSETS, SMOLLM2_WEIGHTS, Archive
+from crl_exp.config.machine.assets import asset_path, cache_dir, hash_faults, read_manifest
 from tests.helpers import asset_fakes
 from tests.helpers.asset_fakes import TEXT, files_below, text_asset
 
@@ -24,7 +24,7 @@ cache_root = asset_fakes.cache_root
 WORKER = """
 import json, pathlib, sys, time
 from rich.console import Console
-from crl_exp.config.asset_sources import Archive, Asset
+from crl_exp.config.machine.asset_sources import Archive, Asset
 from crl_exp.launcher.assets.command import fetch
 
 root, log, seconds = pathlib.Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])

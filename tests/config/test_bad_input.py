@@ -288,7 +288,7 @@ def test_a_damaged_model_file(name, damage, own_files, tmp_path):
 
 def test_a_damaged_asset_says_make_assets(own_files, tmp_path, monkeypatch):
     """An asset is checked against its manifest, so a file of another size is found out."""
-    from crl_exp.config.asset_sources import ASSETS
+    from crl_exp.config.machine.asset_sources import ASSETS
 
     name = "models/SmolLM2-135M-Instruct"
     cache, made = tmp_path / "cache", own_files.root / "models" / "llama"

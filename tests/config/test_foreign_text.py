@@ -18,7 +18,7 @@ from crl_exp.report.figures.style import style
 from crl_exp.report.parts import compare_parts
 from crl_exp.report.tables.csv import as_csv
 from crl_exp.runs.records import Record, find_records
-from crl_exp.tracking.content import parameters, tags
+from crl_exp.tracking.sending.content import parameters, tags
 from tests.helpers.synthetic import config, finished_run
 from tests.helpers.tiny_run import ROOT
 
@@ -92,7 +92,7 @@ def test_files_come_before_the_terminal(sweep, quick_reports, monkeypatch):
     def gone(*_: object) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr("crl_exp.report.terminal.print_parts", gone)
+    monkeypatch.setattr("crl_exp.report.console.terminal.print_parts", gone)
     with pytest.raises(BrokenPipeError):
         main(["report", str(sweep)])
     assert (sweep / "report" / "report.html").exists()

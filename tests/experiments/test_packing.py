@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import DictConfig
 
+from crl_exp.config import kept
 from crl_exp.config.errors import UserError
 from crl_exp.experiments import workspace as labs
 from crl_exp.experiments.packing import pack_key, run_pack
 from crl_exp.experiments.run import run_experiment
 from crl_exp.generation.engine import Engine
-from crl_exp.runs import kept
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.tasks.jsonl import JsonLines
 from tests.helpers.tiny_run import small

@@ -17,12 +17,12 @@ from crl_exp.experiments.kinds import probing
 from crl_exp.experiments.packing import run_pack
 from crl_exp.launcher.planning.plan import unread
 from crl_exp.report.command import main as report
-from crl_exp.report.compare import main as compare
+from crl_exp.report.console.compare import main as compare
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.items import item_rewards
 from crl_exp.runs.records import Record
 from crl_exp.runs.result import Result
-from crl_exp.tracking.content import final_points
+from crl_exp.tracking.sending.content import final_points
 from tests.helpers.tiny_run import quickly_composed, run_small, small
 
 SIZES = ["task.n_train=40", "task.n_validation=16", "task.n_test=20"]

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from crl_exp.config import kept
 from crl_exp.config.errors import UserError
 from crl_exp.experiments import shared as loaded
 from crl_exp.experiments import workspace_setup as lab_setup
-from crl_exp.runs import kept
 from crl_exp.saes import layer_sae as saes
 from crl_exp.saes.config import SAEConfig
 from tests.helpers import tiny

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from crl_exp.config import kept as in_this_process
 from crl_exp.config.compatibility import fill_missing, hashed
 from crl_exp.config.errors import UserError
 from crl_exp.config.keys import run_key
@@ -21,7 +22,6 @@ from crl_exp.generation.model_check import (
 )
 from crl_exp.models.language_model import LanguageModel
 from crl_exp.models.prompt_text import chat_ids, plain_ids
-from crl_exp.runs import kept as in_this_process
 from tests.helpers import tiny
 from tests.helpers.tiny_run import lab_of, quickly_composed, run_small
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from crl_exp.config.asset_sources import Archive, Asset
 from crl_exp.config.files import sha256_of
+from crl_exp.config.machine.asset_sources import Archive, Asset
 
 TEXT = b"one line of data\n" * 50
 QUIET = Console(file=io.StringIO())

@@ -38,7 +38,7 @@ from crl_exp.steering.controllers.observer import Observer
 from crl_exp.steering.policy.learner import LayerLearner
 from crl_exp.tasks.base import Item, Score, content_id
 from crl_exp.tasks.sums import Sums
-from crl_exp.tracking.client import import_mlflow
+from crl_exp.tracking.sending.client import import_mlflow
 from tests.helpers.tiny_run import small
 
 STEP_SECONDS = 0.01

@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from crl_exp.launcher.commands.typed import typed_sweep
+from crl_exp.launcher.jobs.states import states_of
 from crl_exp.launcher.launch import Launch, launch
 from crl_exp.launcher.planning.plan import Point, Settings, compose_points
 from crl_exp.launcher.settings import make_settings
-from crl_exp.launcher.states import states_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.runs.records import find_records
 from tests.helpers import forking

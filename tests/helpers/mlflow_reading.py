@@ -9,8 +9,9 @@ from pathlib import Path
 
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import Record
-from crl_exp.tracking.client import connect, resolved_uri
-from crl_exp.tracking.sync import place_of, send
+from crl_exp.tracking.sending.client import connect, resolved_uri
+from crl_exp.tracking.sending.target import place_of
+from crl_exp.tracking.sync import send
 
 
 @functools.cache

@@ -17,11 +17,11 @@ from omegaconf import OmegaConf
 
 import crl_exp
 from crl_exp.config.errors import UserError
+from crl_exp.config.kept import LOADED
 from crl_exp.config.keys import run_key
 from crl_exp.experiments.run import run_experiment
 from crl_exp.generation.results import Job
 from crl_exp.runs.directory import RunDirectory
-from crl_exp.runs.kept import LOADED
 from crl_exp.steering.answers import Steered
 from crl_exp.steering.feature_statistics.store import LayerStatistics
 from tests.helpers import tiny

@@ -13,17 +13,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from crl_exp.config.errors import UserError
 from crl_exp.experiments.config import Known
-from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.commands.retry import retry
 from crl_exp.launcher.commands.typed import typed_sweep
-from crl_exp.launcher.job import run_all
-from crl_exp.launcher.local_workers import check_shell
+from crl_exp.launcher.jobs import slurm_jobs
+from crl_exp.launcher.jobs.job import run_all
+from crl_exp.launcher.jobs.local_workers import check_shell
+from crl_exp.launcher.jobs.slurm_jobs import refused_for
+from crl_exp.launcher.jobs.states import is_started, states_of
 from crl_exp.launcher.planning.compose import Composer
 from crl_exp.launcher.planning.estimate import estimate
 from crl_exp.launcher.planning.plan import check
 from crl_exp.launcher.settings import changed, seconds_of
-from crl_exp.launcher.slurm_jobs import refused_for
-from crl_exp.launcher.states import is_started, states_of
 from crl_exp.launcher.sweep_file import SweepFile, alive, this_process
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import Record

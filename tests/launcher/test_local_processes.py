@@ -16,7 +16,7 @@ import pytest
 from crl_exp.config.errors import UserError
 from crl_exp.launcher.commands.cancel import cancel
 from crl_exp.launcher.commands.retry import retry
-from crl_exp.launcher.local_workers import THREADS, n_cores, share_of_cores
+from crl_exp.launcher.jobs.local_workers import THREADS, n_cores, share_of_cores
 from crl_exp.runs.records import find_records
 from tests.helpers import forking
 from tests.helpers.launching import attempts, figures, launched, over, states, tiny, told, until

@@ -14,17 +14,17 @@ import pytest
 from omegaconf import OmegaConf
 
 from crl_exp.config.errors import UserError
-from crl_exp.launcher import job, slurm_jobs
 from crl_exp.launcher.commands import cancel as cancelling
 from crl_exp.launcher.commands import retry as retrying
 from crl_exp.launcher.commands.cancel import cancel
+from crl_exp.launcher.jobs import job, slurm_jobs
+from crl_exp.launcher.jobs.lists import read_list, write_list
+from crl_exp.launcher.jobs.submit import _chunks
 from crl_exp.launcher.launch import plan_text, submitted_text
-from crl_exp.launcher.lists import read_list, write_list
 from crl_exp.launcher.planning.estimate import estimate
 from crl_exp.launcher.planning.packs import pack_lines, packs_of
 from crl_exp.launcher.planning.plan import Point
 from crl_exp.launcher.settings import SlurmSettings
-from crl_exp.launcher.submit import _chunks
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.runs.records import Record, find_records
 from crl_exp.runs.status import RunStatus

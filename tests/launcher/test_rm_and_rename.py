@@ -16,11 +16,12 @@ from crl_exp.launcher.commands import rename, rm
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.runs.directory import RunDirectory, write_json
 from crl_exp.runs.records import Record, find_records
-from crl_exp.tracking import removal
-from crl_exp.tracking.client import resolved_uri
-from crl_exp.tracking.removal import REMOVALS
-from crl_exp.tracking.sync import MlflowTarget, send
+from crl_exp.tracking.sending import removal
+from crl_exp.tracking.sending.client import resolved_uri
+from crl_exp.tracking.sending.removal import REMOVALS
+from crl_exp.tracking.sending.target import MlflowTarget
 from crl_exp.tracking.sync import main as sync_command
+from crl_exp.tracking.sync import send
 from tests.helpers.mlflow_reading import children, client, free_port, history, runs, with_database
 from tests.helpers.synthetic import config, finished_run
 

@@ -200,7 +200,7 @@ def test_the_defaults_say_how_the_model_is_had(environment, cache, tmp_path):
 @pytest.mark.assets
 def test_the_demo_is_planned_with_the_fetched_assets(environment, tmp_path):
     """All points are composed and checked, model, data and SAEs among them."""
-    from crl_exp.config.assets import cache_dir
+    from crl_exp.config.machine.assets import cache_dir
 
     done = environment.run(
         environment.program, "launch", "-m", "+sweep=demo", "hydra/launcher=local_processes",

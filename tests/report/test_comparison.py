@@ -11,8 +11,8 @@ import pytest
 from crl_exp.analysis.statistics import compare, crossed
 from crl_exp.config import compatibility
 from crl_exp.config.errors import UserError
-from crl_exp.report import terminal as tables
 from crl_exp.report.comparison.rows import Row, SweepComparison, compare_runs, holm
+from crl_exp.report.console import terminal as tables
 from crl_exp.runs.directory import RunDirectory, write_json
 from crl_exp.runs.records import find_records
 from tests.helpers.synthetic import config, figures, finished_run, run_of_items

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from crl_exp.config.errors import UserError
-from crl_exp.report import terminal as tables
 from crl_exp.report.command import main, next_lines
 from crl_exp.report.comparison.rows import SweepComparison, compare_runs
+from crl_exp.report.console import terminal as tables
 from crl_exp.report.figures.style import look
 from crl_exp.report.tables import notes as table_notes
 from crl_exp.runs.directory import RunDirectory

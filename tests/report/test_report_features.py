@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from crl_exp.experiments.kinds.evaluation import INTERVENTIONS
-from crl_exp.report import terminal as tables
 from crl_exp.report.command import main
 from crl_exp.report.comparison.feature_credit import credits_of, items_with_features
 from crl_exp.report.comparison.feature_use import layer_uses, learned
 from crl_exp.report.comparison.rows import compare_runs
+from crl_exp.report.console import terminal as tables
 from crl_exp.report.tables.cells import feature_cells
 from crl_exp.runs.directory import RunDirectory, write_json
 from crl_exp.runs.records import Record, find_records

@@ -9,7 +9,9 @@ import pytest
 from crl_exp.report.command import main
 from crl_exp.runs.records import Record
 from crl_exp.tracking.report import attach_report
-from crl_exp.tracking.sync import MlflowTarget, resolved_uri, send
+from crl_exp.tracking.sending.client import resolved_uri
+from crl_exp.tracking.sending.target import MlflowTarget
+from crl_exp.tracking.sync import send
 from tests.helpers.mlflow_reading import children, client, runs, with_database
 from tests.helpers.synthetic import config, finished_run
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from crl_exp.report.spoken import print_sweep, result_line, run_lines, said_of
+from crl_exp.report.console.spoken import print_sweep, result_line, run_lines, said_of
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.items import ItemTexts, items_table, write_items
 from crl_exp.runs.records import Record

@@ -12,9 +12,9 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from crl_exp.analysis.statistics import crossed
-from crl_exp.report import terminal as tables
 from crl_exp.report.command import main
 from crl_exp.report.comparison.rows import compare_runs
+from crl_exp.report.console import terminal as tables
 from crl_exp.report.tables.groups import GROUPS_SHOWN, LINES_SHOWN, group_effects, group_tables
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import Record, find_records

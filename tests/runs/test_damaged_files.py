@@ -10,10 +10,10 @@ import pytest
 from crl_exp import __main__ as program
 from crl_exp.config.errors import UserError
 from crl_exp.experiments.run import run_experiment
-from crl_exp.launcher.job import run_all
+from crl_exp.launcher.jobs.job import run_all
+from crl_exp.launcher.jobs.submit import _restore, _status_bytes
 from crl_exp.launcher.launch import look
 from crl_exp.launcher.planning.plan import Point
-from crl_exp.launcher.submit import _restore, _status_bytes
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.runs.directory import RunDirectory
 from tests.helpers.launching import launched, points_of, tiny

@@ -12,10 +12,10 @@ from crl_exp.config.errors import UserError
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.inputs import hub_commits, inputs_of
 from crl_exp.experiments.run import run_experiment
-from crl_exp.launcher import submit as submitting
 from crl_exp.launcher.commands.retry import retry
+from crl_exp.launcher.jobs import submit as submitting
+from crl_exp.launcher.jobs.submit import Start, submit
 from crl_exp.launcher.planning.plan import Point
-from crl_exp.launcher.submit import Start, submit
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.runs import inputs
 from crl_exp.runs.directory import RunDirectory

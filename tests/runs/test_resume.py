@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from crl_exp.config import kept
 from crl_exp.experiments import workspace as workspace
 from crl_exp.generation.engine import Engine
-from crl_exp.runs import kept
 from crl_exp.runs.preemption import Preempted
 from tests.helpers.tiny_run import run_small
 

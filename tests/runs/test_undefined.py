@@ -20,7 +20,7 @@ from crl_exp.runs.heartbeat import Progress, beating, read_heartbeat
 from crl_exp.runs.records import Record, find_records
 from crl_exp.tasks.base import Score
 from crl_exp.tasks.jsonl import JsonLines
-from crl_exp.tracking.content import final_points, points
+from crl_exp.tracking.sending.content import final_points, points
 from tests.helpers.synthetic import config, finished_run, run_of_items
 from tests.helpers.tiny_run import run_small
 

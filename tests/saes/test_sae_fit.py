@@ -18,8 +18,8 @@ from crl_exp.analysis.sae_fit import SAEFit, TokenFit
 from crl_exp.config.errors import UserError
 from crl_exp.generation.controller import StepContext
 from crl_exp.models.prompt_text import common_prefix
-from crl_exp.report import terminal as tables
 from crl_exp.report.comparison.rows import compare_runs
+from crl_exp.report.console import terminal as tables
 from crl_exp.report.tables import latex as table_latex
 from crl_exp.report.tables.further import further_tables
 from crl_exp.runs.directory import write_json
@@ -29,7 +29,7 @@ from crl_exp.saes.fit import fit_on
 from crl_exp.saes.layer_sae import LayerSAE
 from crl_exp.steering.feature_statistics import fit as fit_measuring
 from crl_exp.steering.feature_statistics.fit import Collector, fits_of
-from crl_exp.tracking.content import final_points
+from crl_exp.tracking.sending.content import final_points
 from tests.helpers.synthetic import config, finished_run
 from tests.helpers.tiny_run import TinyFiles, lab_of, run_small, save_sae
 from tests.helpers.tiny_steering import PlainSAE, explained_variance, fitted_sae

@@ -7,8 +7,8 @@ import os
 import pytest
 
 from crl_exp.config.errors import UserError
-from crl_exp.launcher import slurm_jobs
 from crl_exp.launcher.commands.cancel import cancel
+from crl_exp.launcher.jobs import slurm_jobs
 from crl_exp.launcher.settings import SlurmSettings
 from crl_exp.launcher.sweep_file import SweepFile
 from tests.helpers.launching import launched, points_of, settings, states, told, until

@@ -16,16 +16,16 @@ from crl_exp.config.errors import UserError
 from crl_exp.config.keys import run_key
 from crl_exp.experiments import config as configs
 from crl_exp.report import command as report
-from crl_exp.report import terminal as tables
 from crl_exp.report.comparison.feature_credit import credits_of, item_lines
 from crl_exp.report.comparison.rows import compare_runs
+from crl_exp.report.console import terminal as tables
 from crl_exp.report.parts import compare_parts
 from crl_exp.report.tables import csv as table_csv
 from crl_exp.report.tables.further import further_tables
 from crl_exp.runs.records import find_records
 from crl_exp.steering.controllers.policy import PolicyController
 from crl_exp.steering.stages.effects import cautions
-from crl_exp.tracking import content as tracking_content
+from crl_exp.tracking.sending import content as tracking_content
 from tests.helpers.tiny_run import lab_of, quickly_composed, run_small
 from tests.runs.test_resume import outcome
 from tests.steering.test_parity import TASK, actions

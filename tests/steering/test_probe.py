@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from crl_exp.analysis.regression import Regression, fit, fit_two
+from crl_exp.config import kept
 from crl_exp.config.errors import UserError
 from crl_exp.experiments.config import experiment, validate
-from crl_exp.runs import kept
 from crl_exp.steering.coefficients import Decay
 from crl_exp.steering.controllers.vector import FixedVectors
 from crl_exp.steering.methods.baselines.options import right_options

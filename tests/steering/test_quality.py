@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from crl_exp.config import kept
 from crl_exp.experiments.kinds.evaluation import evaluate_split
 from crl_exp.generation.controller import Unsteered
-from crl_exp.report import terminal as tables
 from crl_exp.report.comparison.rows import compare_runs
+from crl_exp.report.console import terminal as tables
 from crl_exp.report.parts import compare_parts
 from crl_exp.report.tables import csv as table_csv
 from crl_exp.report.tables import latex as table_latex
 from crl_exp.report.tables.further import further_tables
-from crl_exp.runs import kept
 from crl_exp.runs.records import find_records
-from crl_exp.tracking import content as tracking_content
+from crl_exp.tracking.sending import content as tracking_content
 from tests.helpers.synthetic import config, finished_run
 from tests.helpers.tiny_run import lab_of
 from tests.steering.test_parity import TASK

@@ -9,7 +9,7 @@ from crl_exp.report.comparison.rows import compare_runs
 from crl_exp.report.figures import steering as figures
 from crl_exp.report.tables.cells import main_cells, run_cells
 from crl_exp.runs.records import find_records
-from crl_exp.tracking.content import run_name, tags
+from crl_exp.tracking.sending.content import run_name, tags
 from tests.helpers.tiny_run import run_small
 
 

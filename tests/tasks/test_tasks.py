@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from crl_exp.config.asset_sources import ASSETS
-from crl_exp.config.assets import asset_path, write_manifest
 from crl_exp.config.errors import UserError
+from crl_exp.config.machine.asset_sources import ASSETS
+from crl_exp.config.machine.assets import asset_path, write_manifest
 from crl_exp.experiments.config import build
 from crl_exp.tasks.base import Item, Splits, Task, content_id, split_items, unique
 from crl_exp.tasks.one_sentence import OneSentence

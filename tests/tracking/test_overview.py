@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 
-from crl_exp.tracking.client import resolved_uri
-from crl_exp.tracking.overview import NOTE, VIEW
+from crl_exp.tracking.sending.client import resolved_uri
+from crl_exp.tracking.sending.overview import NOTE, VIEW
 from tests.helpers.mlflow_reading import children, client, sync, with_database
 from tests.helpers.synthetic import config, finished_run
 

@@ -9,8 +9,8 @@ import pytest
 
 from crl_exp.runs.items import ItemTexts, items_table, write_items
 from crl_exp.runs.records import Record
-from crl_exp.tracking.client import resolved_uri
-from crl_exp.tracking.samples import samples
+from crl_exp.tracking.sending.client import resolved_uri
+from crl_exp.tracking.sending.samples import samples
 from tests.config.test_foreign_text import CONTROLS, TEXTS
 from tests.helpers.mlflow_reading import children, client, sync, with_database
 from tests.helpers.synthetic import config, run_of_items

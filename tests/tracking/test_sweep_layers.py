@@ -10,8 +10,8 @@ import pytest
 from crl_exp.analysis.statistics import crossed
 from crl_exp.report.comparison.rows import compare_runs
 from crl_exp.runs.records import find_records
-from crl_exp.tracking.client import resolved_uri
-from crl_exp.tracking.sweep_layers import sweep_points
+from crl_exp.tracking.sending.client import resolved_uri
+from crl_exp.tracking.sending.sweep_layers import sweep_points
 from tests.helpers import mlflow_reading
 from tests.helpers.synthetic import config, run_of_items
 

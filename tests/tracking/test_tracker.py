@@ -18,8 +18,8 @@ from crl_exp.runs.code_state import read_code_state
 from crl_exp.runs.directory import RunDirectory, write_atomic, write_json
 from crl_exp.runs.records import Record
 from crl_exp.tracking import live as module
-from crl_exp.tracking.client import resolved_uri
 from crl_exp.tracking.live import Tracker
+from crl_exp.tracking.sending.client import resolved_uri
 from crl_exp.tracking.sync import TrackingConfig, announce
 from crl_exp.tracking.system_metrics import SystemMonitor, gpu_metrics
 from tests.helpers import forking

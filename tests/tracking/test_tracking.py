@@ -13,8 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from crl_exp.runs.directory import RunDirectory, write_json
-from crl_exp.tracking.client import resolved_uri
-from crl_exp.tracking.sent import Tail
+from crl_exp.tracking.sending.client import resolved_uri
+from crl_exp.tracking.sending.sent import Tail
 from tests.helpers.mlflow_reading import children, client, history, runs, sync, with_database
 from tests.helpers.synthetic import config, figures, finish, finished_run, result
 

@@ -11,9 +11,9 @@ import pytest
 
 from crl_exp.runs.directory import write_json
 from crl_exp.runs.result import read_series
-from crl_exp.tracking import requests as tracking_requests
-from crl_exp.tracking.client import resolved_uri
-from crl_exp.tracking.content import by_layer_points
+from crl_exp.tracking.sending import requests as tracking_requests
+from crl_exp.tracking.sending.client import resolved_uri
+from crl_exp.tracking.sending.content import by_layer_points
 from tests.helpers.mlflow_reading import children, client, history, sync, with_database
 from tests.helpers.synthetic import config, finished_run
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crl_exp.config.kept import shared
 from crl_exp.experiments.workspace import RunWorkspace
 from crl_exp.generation import teacher_forcing
 from crl_exp.runs import preemption
-from crl_exp.runs.kept import shared
 from crl_exp.steering.answers import Answers
 
 NAME = "log_likelihood"

@@ -11,8 +11,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from crl_exp.config.asset_sources import ASSETS, SMOLLM2_GGUF, SMOLLM2_WEIGHTS, Asset
-from crl_exp.config.assets import (
+from crl_exp.config.errors import UserError, did_you_mean
+from crl_exp.config.machine.asset_sources import ASSETS, SMOLLM2_GGUF, SMOLLM2_WEIGHTS, Asset
+from crl_exp.config.machine.assets import (
     COPY_HINT,
     cache_dir,
     hash_faults,
@@ -21,7 +22,6 @@ from crl_exp.config.assets import (
     read_manifest,
     write_manifest,
 )
-from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.launcher.assets.fetch import download, extract
 
 MEGABYTE = 1_000_000

@@ -27,9 +27,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from crl_exp.config.asset_sources import Archive, Asset
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import sha256_of
+from crl_exp.config.machine.asset_sources import Archive, Asset
 
 _PIP_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 

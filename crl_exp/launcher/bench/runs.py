@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from crl_exp.config import kept
 from crl_exp.experiments import workspace as workspace
 from crl_exp.experiments.config import experiment
 from crl_exp.experiments.packing import run_pack
@@ -22,7 +23,6 @@ from crl_exp.generation.controller import Controller
 from crl_exp.generation.engine import Engine, EngineConfig
 from crl_exp.generation.results import Job
 from crl_exp.launcher.bench.subject import Subject, never_ending
-from crl_exp.runs import kept
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.steering.feature_statistics.measure import measure
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crl_exp.config.errors import UserError
-from crl_exp.launcher import slurm_jobs
-from crl_exp.launcher.states import in_work, states_of
-from crl_exp.launcher.submit import abandon_unreleased
+from crl_exp.launcher.jobs import slurm_jobs
+from crl_exp.launcher.jobs.states import in_work, states_of
+from crl_exp.launcher.jobs.submit import abandon_unreleased
 from crl_exp.launcher.sweep_file import SweepFile, locked
 from crl_exp.runs.records import Record, find_records, find_sweep
 from crl_exp.runs.status import HeldError, RunStatus

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from crl_exp.config.display import plain
 from crl_exp.config.errors import UserError, did_you_mean
-from crl_exp.launcher.states import states_of
+from crl_exp.launcher.jobs.lists import MARK
+from crl_exp.launcher.jobs.states import states_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.runs.records import Record, find_records, find_sweep
 
 LINES = 40
-MARK = "=== run"
-"""Begins a line in a job's log, with the keys of the runs whose lines follow."""
 
 
 def find_run(name: str, output_dir: Path) -> Record:

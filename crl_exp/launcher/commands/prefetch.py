@@ -13,8 +13,8 @@ from pathlib import Path
 
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import home
-from crl_exp.config.hub import hub_trouble
 from crl_exp.config.keys import content_key
+from crl_exp.config.machine.hub import hub_trouble
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.config import Experiment, Known
 from crl_exp.launcher.assets.feature_labels import fetch_labels

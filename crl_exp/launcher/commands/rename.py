@@ -15,7 +15,7 @@ from crl_exp.config.paths import check_sweep
 from crl_exp.launcher.commands.rm import is_sweep, refuse_at_work
 from crl_exp.launcher.sweep_file import SweepFile, locked
 from crl_exp.runs.records import Record, find_sweep
-from crl_exp.tracking.sent import SENT
+from crl_exp.tracking.sending.sent import SENT
 from crl_exp.tracking.sync import send_all
 
 

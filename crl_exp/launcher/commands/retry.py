@@ -8,14 +8,14 @@ from pathlib import Path
 
 from crl_exp.config.errors import UserError
 from crl_exp.config.keys import frozen_config
-from crl_exp.launcher import slurm_jobs
+from crl_exp.launcher.jobs import slurm_jobs
+from crl_exp.launcher.jobs.states import UNASKED, is_started, states_of
+from crl_exp.launcher.jobs.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.launch import submitted_text
 from crl_exp.launcher.planning.memory import with_memory
 from crl_exp.launcher.planning.packs import pack_lines, packs_of
 from crl_exp.launcher.planning.plan import Point, look_at_inputs
 from crl_exp.launcher.settings import SlurmSettings, changed, make_settings
-from crl_exp.launcher.states import UNASKED, is_started, states_of
-from crl_exp.launcher.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.sweep_file import SweepFile, locked
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import Record, find_records, find_sweep

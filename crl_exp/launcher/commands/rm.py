@@ -18,12 +18,12 @@ from pathlib import Path
 from filelock import FileLock
 
 from crl_exp.config.errors import UserError, did_you_mean
-from crl_exp.launcher.states import in_work, states_of
+from crl_exp.launcher.jobs.states import in_work, states_of
 from crl_exp.launcher.sweep_file import SweepFile, locked
 from crl_exp.runs.directory import SWEEP_CONFIG
 from crl_exp.runs.records import RUN_KEY, Record, find_records
 from crl_exp.runs.status import RunStatus
-from crl_exp.tracking.removal import send_removals, take_away
+from crl_exp.tracking.sending.removal import send_removals, take_away
 
 TRASH = ".removed"
 """In the output folder: what is being removed; no sweep's name begins with a dot."""

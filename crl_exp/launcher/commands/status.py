@@ -18,7 +18,7 @@ from rich.table import Table
 
 from crl_exp.config.display import number, plain
 from crl_exp.config.keys import filed_under
-from crl_exp.launcher.states import in_work, states_of
+from crl_exp.launcher.jobs.states import in_work, states_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.report.labels import labels
 from crl_exp.runs.heartbeat import PHASES

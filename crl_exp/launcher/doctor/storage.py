@@ -11,9 +11,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from crl_exp.config.assets import COPY_HINT, FETCH, asset_path, cache_dir
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import home
+from crl_exp.config.machine.assets import COPY_HINT, FETCH, asset_path, cache_dir
 from crl_exp.config.paths import REPO, here_or_shipped
 from crl_exp.launcher.doctor.finding import (
     Finding,
@@ -27,7 +27,7 @@ from crl_exp.launcher.doctor.mounts import MEMORY, existing, free_bytes, is_netw
 from crl_exp.models.config import ASSET_PREFIX
 from crl_exp.models.sizes import BYTES, CARDS, cached_model, hub_cache
 from crl_exp.saes.config import TINY_PREFIX
-from crl_exp.tracking.client import resolved_uri
+from crl_exp.tracking.sending.client import resolved_uri
 from crl_exp.tracking.sync import uri_fault
 
 GIB = 2**30

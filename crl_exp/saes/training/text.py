@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from crl_exp.config.assets import asset_path
 from crl_exp.config.errors import UserError
+from crl_exp.config.machine.assets import asset_path
 from crl_exp.models.language_model import LanguageModel
 from crl_exp.models.prompt_text import common_prefix
 from crl_exp.tasks.base import Item, Splits

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from crl_exp.config.errors import UserError, did_you_mean
+from crl_exp.config.kept import shared
 from crl_exp.generation import teacher_forcing
 from crl_exp.generation.prompts import PromptBatch
 from crl_exp.generation.teacher_forcing import Forced
 from crl_exp.runs import preemption
-from crl_exp.runs.kept import shared
 from crl_exp.steering.controllers.fixed import Steer
 from crl_exp.steering.feature_statistics.scores import handle_negative
 from crl_exp.steering.methods.corrsteer import CorrSteerS

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from crl_exp.config.assets import FETCH
 from crl_exp.config.errors import UserError
+from crl_exp.config.machine.assets import FETCH
 
 MARKED = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",

@@ -18,9 +18,9 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from urllib3.util.retry import Retry
 
-from crl_exp.config.assets import cache_dir
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import content_key, read_json, write_json, writing
+from crl_exp.config.machine.assets import cache_dir
 
 AGAIN = (408, 429, 500, 502, 503, 504)
 """Statuses that say that a later try may do."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from crl_exp.config.devices import device_faults, missing_device
 from crl_exp.config.errors import UserError
-from crl_exp.config.hub import own_code
+from crl_exp.config.machine.devices import device_faults, missing_device
+from crl_exp.config.machine.hub import own_code
 
 
 @dataclass

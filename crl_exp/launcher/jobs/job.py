@@ -21,9 +21,9 @@ from crl_exp.experiments import config as configs
 from crl_exp.experiments.packing import pack_key, run_pack
 from crl_exp.experiments.run import run_experiment
 from crl_exp.experiments.turns import Outcome
-from crl_exp.launcher.commands import logs
-from crl_exp.launcher.local_workers import next_job
-from crl_exp.report.spoken import result_line
+from crl_exp.launcher.jobs.lists import MARK
+from crl_exp.launcher.jobs.local_workers import next_job
+from crl_exp.report.console.spoken import result_line
 from crl_exp.runs import slurm
 from crl_exp.runs.preemption import Preempted
 from crl_exp.runs.result import Result
@@ -131,7 +131,7 @@ def _run_together(directories: Sequence[Path]) -> int:
 def _mark(directories: Sequence[Path]) -> None:
     """Say in both streams whose lines begin: a worker's log has those of many runs."""
     for stream in (sys.stdout, sys.stderr):
-        print(logs.MARK, *(path.name for path in directories), file=stream, flush=True)
+        print(MARK, *(path.name for path in directories), file=stream, flush=True)
 
 
 def _outcomes(runs: Sequence[DictConfig]) -> Sequence[Outcome]:

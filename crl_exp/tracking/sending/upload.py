@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crl_exp.runs.records import Record
-from crl_exp.tracking.content import (
+from crl_exp.tracking.sending.content import (
     ARTIFACTS,
     SWEEP_ARTIFACTS,
     UNFINISHED,
@@ -29,10 +29,16 @@ from crl_exp.tracking.content import (
     read_json,
     tags,
 )
-from crl_exp.tracking.mlflow_runs import Runs, code_of_the_last, ended, status_of, status_of_all
-from crl_exp.tracking.requests import chunks, cut, requests_of
-from crl_exp.tracking.samples import send_samples
-from crl_exp.tracking.sent import Sent, Tail, digest
+from crl_exp.tracking.sending.mlflow_runs import (
+    Runs,
+    code_of_the_last,
+    ended,
+    status_of,
+    status_of_all,
+)
+from crl_exp.tracking.sending.requests import chunks, cut, requests_of
+from crl_exp.tracking.sending.samples import send_samples
+from crl_exp.tracking.sending.sent import Sent, Tail, digest
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -259,7 +265,9 @@ class Uploader:
     def _layers(self, sent: Sent, records: list[Record]) -> None:
         """Series over the layers that the sweep's runs steer one at a time (`sweep_layers`). A mean
         that another seed has changed is sent again at the same layer: MLflow shows the last."""
-        from crl_exp.tracking.sweep_layers import sweep_points  # scipy: no start-up waits for it
+        from crl_exp.tracking.sending.sweep_layers import (
+            sweep_points,  # scipy: no start-up waits for it
+        )
 
         finished = sorted(record.key for record in records if record.result is not None)
         if sent.record.get("layers_of") == digest(finished):

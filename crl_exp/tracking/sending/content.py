@@ -15,7 +15,7 @@ from crl_exp.config.keys import NOT_IN_KEY, filed_under
 from crl_exp.config.option_names import DICTIONARIES
 from crl_exp.runs.records import AGAIN, Record, flatten
 from crl_exp.runs.result import STEERING, Result, Series
-from crl_exp.tracking.sent import digest
+from crl_exp.tracking.sending.sent import digest
 
 ARTIFACTS = (
     "config.yaml", "code.json", "data.json", "result.json", "features.json",

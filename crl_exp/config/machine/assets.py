@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from crl_exp.config.asset_sources import ASSETS, Asset
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import home, sha256_of
+from crl_exp.config.machine.asset_sources import ASSETS, Asset
 from crl_exp.config.paths import SHIPPED
 
 MANIFEST = "manifest.json"

@@ -20,7 +20,7 @@ from filelock import FileLock
 from submitit import LocalExecutor
 
 from crl_exp.config.errors import UserError
-from crl_exp.launcher.lists import read_list, write_list
+from crl_exp.launcher.jobs.lists import read_list, write_list
 from crl_exp.launcher.settings import LocalSettings
 from crl_exp.launcher.sweep_file import this_process
 
@@ -72,7 +72,7 @@ def start_workers(
     """
     list_path = write_list(folder, jobs)
     python = settings.python or shlex.quote(sys.executable)
-    command = f"{python} -u -m crl_exp.launcher.local_workers {shlex.quote(str(list_path))}"
+    command = f"{python} -u -m crl_exp.launcher.jobs.local_workers {shlex.quote(str(list_path))}"
     workers = []
     n_workers = min(settings.parallel, len(jobs))
     for i in range(n_workers):

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from crl_exp.tracking.sent import digest
+from crl_exp.tracking.sending.sent import digest
 
 NOTE = "mlflow.note.content"
 WRITTEN = "crl_exp.note"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from crl_exp.launcher.states import in_work, states_of
+from crl_exp.launcher.jobs.states import in_work, states_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.runs import preemption
 from crl_exp.runs.records import Record

@@ -14,8 +14,8 @@ from typing import Any
 
 from crl_exp.config.files import replacing
 from crl_exp.config.keys import content_key
-from crl_exp.launcher import slurm_jobs
-from crl_exp.launcher.local_workers import check_gpus, check_shell, start_workers
+from crl_exp.launcher.jobs import slurm_jobs
+from crl_exp.launcher.jobs.local_workers import check_gpus, check_shell, start_workers
 from crl_exp.launcher.settings import LocalSettings, Settings, SlurmSettings, kind_of
 from crl_exp.launcher.sweep_file import SweepFile
 from crl_exp.runs.code_state import code_state

@@ -16,9 +16,15 @@ from filelock import FileLock, Timeout
 
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import read_json, write_json
-from crl_exp.tracking.client import LOCK_SECONDS, PatientClient, connect, outside_faults, plain
-from crl_exp.tracking.sent import LOCK, SENT
-from crl_exp.tracking.sync import MlflowTarget
+from crl_exp.tracking.sending.client import (
+    LOCK_SECONDS,
+    PatientClient,
+    connect,
+    outside_faults,
+    plain,
+)
+from crl_exp.tracking.sending.sent import LOCK, SENT
+from crl_exp.tracking.sending.target import MlflowTarget
 
 REMOVALS = ".mlflow_removals.json"
 """In the output folder; no sweep's name begins with a dot."""

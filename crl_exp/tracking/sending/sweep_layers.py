@@ -17,7 +17,7 @@ from crl_exp.config.keys import NOT_IN_KEY, content_key, filed_under
 from crl_exp.runs.items import rewards_of_seeds
 from crl_exp.runs.records import Record, flatten
 from crl_exp.runs.result import Figure, Series
-from crl_exp.tracking.content import Point, by_layer_points, control_words
+from crl_exp.tracking.sending.content import Point, by_layer_points, control_words
 
 LONGEST = 120
 """Characters of a series' name that are made of options."""

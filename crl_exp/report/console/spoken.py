@@ -11,12 +11,12 @@ from rich.console import Console
 from crl_exp.config.display import number, plain, undefined
 from crl_exp.config.errors import UserError
 from crl_exp.report.comparison.rows import Row, SweepComparison
+from crl_exp.report.console.terminal import print_table
 from crl_exp.report.examples import read_row
 from crl_exp.report.labels import labels
 from crl_exp.report.parts import compare_parts
 from crl_exp.report.row_names import address
 from crl_exp.report.tables.cells import layers_text, percent, points, row_layers
-from crl_exp.report.terminal import print_table
 from crl_exp.runs.answers import has_answers
 from crl_exp.runs.records import Record
 from crl_exp.runs.result import Figure, Result

@@ -18,10 +18,10 @@ from filelock import FileLock
 
 from crl_exp.config.errors import UserError
 from crl_exp.runs.records import Record
-from crl_exp.tracking.client import LOCK_SECONDS, PatientClient
-from crl_exp.tracking.content import STATUS, UNFINISHED, read_json, run_name
-from crl_exp.tracking.overview import missing_tags
-from crl_exp.tracking.sent import LOCK, Sent, begun_anew, life
+from crl_exp.tracking.sending.client import LOCK_SECONDS, PatientClient
+from crl_exp.tracking.sending.content import STATUS, UNFINISHED, read_json, run_name
+from crl_exp.tracking.sending.overview import missing_tags
+from crl_exp.tracking.sending.sent import LOCK, Sent, begun_anew, life
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

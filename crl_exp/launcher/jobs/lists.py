@@ -8,6 +8,9 @@ from pathlib import Path
 
 from crl_exp.config.errors import UserError
 
+MARK = "=== run"
+"""Begins a line in a job's log, with the keys of the runs whose lines follow."""
+
 
 def write_list(folder: Path, jobs: Sequence[Sequence[Path]]) -> Path:
     """Write the run directories of each job; returns the list's path.

@@ -10,7 +10,7 @@ from crl_exp.config.display import plain, undefined
 from crl_exp.runs.answers import Answered, NoAnswersError, answers, drawn
 from crl_exp.runs.items import NAME
 from crl_exp.runs.records import Record
-from crl_exp.tracking.sent import Sent
+from crl_exp.tracking.sending.sent import Sent
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
-from crl_exp.tracking.content import Point
+from crl_exp.tracking.sending.content import Point
 
 # MLflow's own limits: points, and params or tags, of one request; characters of it and of a tag.
 POINTS_A_REQUEST = 1000

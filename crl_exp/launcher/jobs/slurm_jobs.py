@@ -21,7 +21,7 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from crl_exp.config.errors import UserError
-from crl_exp.launcher.lists import write_list
+from crl_exp.launcher.jobs.lists import write_list
 from crl_exp.launcher.settings import SlurmSettings
 from crl_exp.runs import slurm
 
