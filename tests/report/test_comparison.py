@@ -178,9 +178,11 @@ def test_what_may_differ(tmp_path):
     finished_run(config(tmp_path, seed=1), 0.1)
     shuffled = finished_run(config(tmp_path, more=SHUFFLED), 0.0)
     set_result(shuffled, data_digest="another")
+    again = finished_run(config(tmp_path, seed=1, more=SHUFFLED), 0.0)
+    set_result(again, data_digest="each seed shuffles in its own way")
     finished_run(config(tmp_path, more={"task.n_train": 50}), 0.05)
     assert [(r.family, len(r.runs)) for r in compared(tmp_path).rows] == [
-        ("CRL", 2), ("CRL task.n_train=50", 1), ("CRL (shuffled labels)", 1),
+        ("CRL", 2), ("CRL task.n_train=50", 1), ("CRL (shuffled labels)", 2),
     ]  # fmt: skip
 
 

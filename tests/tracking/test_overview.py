@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 
+from mlflow.entities import Experiment
+
 from crl_exp.tracking.sending.client import resolved_uri
 from crl_exp.tracking.sending.overview import NOTE, VIEW
 from tests.helpers.mlflow_reading import children, client, sync, with_database
 from tests.helpers.synthetic import config, finished_run
 
 
-def experiment(uri: str):
-    return client(uri).get_experiment_by_name("crl_exp")
+def experiment(uri: str) -> Experiment:
+    found = client(uri).get_experiment_by_name("crl_exp")
+    assert found is not None
+    return found
 
 
 def test_the_note_links_a_view_whose_columns_are_there_in_points(tmp_path):

@@ -105,7 +105,7 @@ def _differences(asked: dict[str, dict[str, Any]]) -> list[str]:
 def _other_data(records: list[Record], asked: list[str]) -> list[str]:
     """Where configs ask for the same and it was other (a file, a template or weights were edited
     between the runs, the hub's data changed). Other training splits rightly have other items, and
-    are compared.
+    labels that another seed shuffled are others; both are compared.
 
     asked: lines on what configs ask for. Another model has other weights, and reads other tokens.
     """
@@ -115,7 +115,8 @@ def _other_data(records: list[Record], asked: list[str]) -> list[str]:
     for run, record in _named(records).items():
         assert record.result is not None
         task = flatten({"task": record.config["task"]})
-        training = json.dumps([task.get(key) for key in NOT_THE_TEST])
+        shuffled_by = record.config["seed"] if task.get("task.shuffle_labels") else None
+        training = json.dumps([shuffled_by, *(task.get(key) for key in NOT_THE_TEST)])
         fed = {} if differ & {"model", "task"} else record.result.get("fed", {})
         fed = {f"fed.{split}": ids for split, ids in fed.items()}
         chosen_on = {name: fed.pop(name) for name in CHOSEN_ON if name in fed}
