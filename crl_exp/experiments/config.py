@@ -34,7 +34,7 @@ from crl_exp.steering.policy.algorithms import Algorithm
 from crl_exp.steering.policy.config import PolicyConfig
 from crl_exp.steering.stages.base import STAGES, Stage
 from crl_exp.tasks.base import Task
-from crl_exp.tracking.sync import TrackingConfig
+from crl_exp.tracking.config import TrackingConfig
 
 PARTS: dict[str, type] = {
     "experiment": ExperimentKind,

@@ -16,7 +16,7 @@ from crl_exp.runs.checkpoints import CheckpointConfig
 from crl_exp.saes.config import SAEConfig
 from crl_exp.steering.feature_statistics.config import WarmupConfig
 from crl_exp.steering.policy.config import PolicyConfig
-from crl_exp.tracking.sync import TrackingConfig
+from crl_exp.tracking.config import TrackingConfig
 
 # Groups that set keys of other sections and leave none of their own.
 PRESETS = ("preset", "sweep", "debug")

@@ -14,10 +14,10 @@ from types import TracebackType
 
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import Record
+from crl_exp.tracking.config import TrackingConfig
 from crl_exp.tracking.sending.client import import_mlflow, outside_faults, plain
 from crl_exp.tracking.sending.target import MlflowTarget
 from crl_exp.tracking.sending.upload import Reading, Uploader
-from crl_exp.tracking.sync import TrackingConfig
 from crl_exp.tracking.system_metrics import SystemMonitor
 
 log = logging.getLogger(__name__)

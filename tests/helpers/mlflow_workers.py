@@ -13,10 +13,11 @@ from typing import Any
 
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import Record
+from crl_exp.tracking.config import TrackingConfig
 from crl_exp.tracking.live import Tracker
 from crl_exp.tracking.sending.client import import_mlflow
 from crl_exp.tracking.sending.target import place_of
-from crl_exp.tracking.sync import TrackingConfig, send
+from crl_exp.tracking.sync import send
 from tests.helpers.synthetic import config, figures, finish, finished_run, result
 
 STEPS = 200

@@ -6,6 +6,8 @@ reason. Of a sweep all points are composed and checked, and the first one is run
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -30,6 +32,7 @@ from tests.helpers.documented import FENCED, documented, words
 from tests.helpers.launching import settings, tiny
 from tests.helpers.tiny_run import ROOT, write_task
 
+CACHE = os.environ.get("CRL_EXP_CACHE")
 HUB = "weights of the hub"
 LONG = "takes minutes to hours"
 NOT_RUN = {
@@ -39,6 +42,12 @@ NOT_RUN = {
     "python -m crl_exp options": "writes into docs/; test_options_page.py makes the page",
     "python docs/figures/token_by_layer.py": "writes into docs/; test_site.py draws it",
     "python -m crl_exp bench": f"{LONG}; test_bench.py has its parts",
+    "python -m crl_exp bench --only update": f"{LONG}; test_bench.py",
+    "python -m crl_exp bench --only startup commands": f"{LONG}; test_bench.py",
+    "python -m crl_exp.launcher.bench.finished_runs outputs/SWEEP/RUN_KEY outputs/n500 500": (
+        "test_finished_runs.py makes some"
+    ),
+    "python launch.py …": "stands for each of them",
     "python -m crl_exp train-sae": LONG,
     "python -m tests.helpers.planted_table": f"{LONG}, and writes into docs/",
     "python -m tests.helpers.planted_table --seeds 2": f"{LONG}, and writes into docs/",
@@ -108,6 +117,8 @@ COMPOSED = {
     "+sweep=demo_one_sentence": "likewise; its bias is of tokens, which only free text has",
 }  # fmt: skip
 """Commands with these are composed, and neither checked nor run: the reason."""
+FETCHED = ("task=refusal", "task=one_sentence", "+sweep=null_action", "+sweep=demo_one_sentence")
+"""Those of them that are checked and run where `make assets` has been."""
 DOCUMENTED = documented()
 WANTED = [command for command in DOCUMENTED if command not in NOT_RUN]
 LAUNCHES = [command for command in WANTED if command.startswith("python launch.py")]
@@ -126,6 +137,7 @@ STANDS_FOR = {
     "NAME": SWEEP,
     "SWEEP": SWEEP,
     "probing": SWEEP,
+    **dict.fromkeys(["n10", "n100", "n500", "n1000"], SWEEP),
     "single": SWEEP,
     "tiny/single": SWEEP,
     "tiny/layerwise": SWEEP,
@@ -206,6 +218,64 @@ def test_a_launch(command, home):
     check(points)
     result = run_experiment(points[0].config, skip_finished=True)
     assert result is not None and result["n"] >= 1
+
+
+@pytest.fixture
+def fetched(monkeypatch) -> None:
+    """The cache that `make assets` fills, in place of `home`'s empty one."""
+    if CACHE is None:
+        monkeypatch.delenv("CRL_EXP_CACHE", raising=False)
+    else:
+        monkeypatch.setenv("CRL_EXP_CACHE", CACHE)
+
+
+@pytest.mark.slow
+@pytest.mark.assets
+@pytest.mark.usefixtures("fetched")
+@pytest.mark.parametrize(
+    "command", [one for one in LAUNCHES if any(text in one for text in FETCHED)]
+)
+def test_a_launch_on_data_that_is_fetched(command, tmp_path):
+    """Every point is checked, and its items drawn from the real files; their answers are of tens of
+    tokens, so that running one takes minutes."""
+    with typed_sweep([word for word in words(command)[2:] if word != "-m"]) as typed:
+        loader, master, jobs = typed
+        own = [str(point.config.task.name) for point in compose_points(loader, master, jobs, HERE)]
+    overrides = [*overrides_of(command, tmp_path), f"task={own[0]}", *(
+        f"task.n_{split}=64" for split in ("train", "validation", "test")
+    )]  # fmt: skip
+    with typed_sweep(overrides) as (loader, master, jobs):
+        points = compose_points(loader, master, jobs, HERE)
+    check(points)
+    assert all(point.config.task.name == own[0] for point in points)
+
+
+SMALL_TRAINING = [
+    "tasks.sentiment.n_train=60", "tasks.refusal.n_train=20", "text.answer_tokens=4",
+    "text.general_tokens={amazon: 1500, movies: 500, nyt: 0, tweets: 0}",
+    "text.answers={refusal: 2, sentiment: 2}", "training.d_sae=256", "training.k=16",
+    "training.rows=4000", "training.batch_size=128", "training.dead_after=20",
+    "training.specialists.n_features=16", "training.specialists.k=4",
+    "training.specialists.rows=1000", "training.specialists.batch_size=64",
+    "training.specialists.gate_rows=200", "quality.ce_tokens=300",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.assets
+@pytest.mark.usefixtures("fetched")
+def test_a_training_of_saes(tmp_path):
+    """The command as it is typed, a thousandth of its size: it ends, and says that they are bad."""
+    (command,) = [one for one in TRAININGS if "model=mine" not in one]
+    done = subprocess.run(
+        [sys.executable, *words(command)[1:], *SMALL_TRAINING], cwd=tmp_path, capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    folder = tmp_path / "saes" / "mine" / "blocks.10.hook_resid_post"
+    quality = json.loads((folder / "quality.json").read_text())
+    assert (folder / "cfg.json").exists()
+    assert done.returncode == int(quality["explained_variance"] < 0)
 
 
 @pytest.mark.parametrize("command", TRAININGS)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from crl_exp.launcher.commands.options import SOURCE
+from crl_exp.launcher.commands.option_pages import SOURCE
 from tests.helpers import forking
 from tests.helpers.tiny_run import ROOT
 from tests.launcher.test_options_page import STAGES

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from crl_exp.generation.controller import Action
+from crl_exp.generation.results import Step
 from crl_exp.steering.policy.actions import Actions
 from crl_exp.steering.policy.rollout_metrics import watch_choices
 from tests.helpers.mlflow_reading import children, client, history, runs, with_database
@@ -75,14 +77,14 @@ def agent_and_steps(n_tokens: int = 2, **notes: torch.Tensor):
     obs_BD = torch.tensor([[0.5, 0.0, 1.0, 0.0], [-1.0, 0.0, 0.0, 0.0]])
     steps = []
     for token in range(n_tokens):
-        action = SimpleNamespace(
+        action = Action(
+            delta_BD=torch.zeros(2, 4),
             feature_idx_BK=torch.tensor([[2], [0 if token else -1]]),
             coefficient_BK=torch.tensor([[4.0 + token], [9.0]]),
             notes={"obs_BD": obs_BD, "choice_BK": torch.tensor([[0], [1 if token else -1]]),
                    **notes},
         )  # fmt: skip
-        steps.append(SimpleNamespace(layer=5, alive_B=torch.tensor([True, token == 0]),
-                                     action=action))  # fmt: skip
+        steps.append(Step(5, token, [0, 1], torch.tensor([True, token == 0]), action))
     other = SimpleNamespace(layer=6, alive_B=None, action=None)
     return agent, SimpleNamespace(steps=[*steps, other])
 

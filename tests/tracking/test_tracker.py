@@ -18,9 +18,10 @@ from crl_exp.runs.code_state import read_code_state
 from crl_exp.runs.directory import RunDirectory, write_atomic, write_json
 from crl_exp.runs.records import Record
 from crl_exp.tracking import live as module
+from crl_exp.tracking.config import TrackingConfig
 from crl_exp.tracking.live import Tracker
 from crl_exp.tracking.sending.client import resolved_uri
-from crl_exp.tracking.sync import TrackingConfig, announce
+from crl_exp.tracking.sync import announce
 from crl_exp.tracking.system_metrics import SystemMonitor, gpu_metrics
 from tests.helpers import forking
 from tests.helpers.mlflow_reading import children, free_port, history, runs, sync, with_database
@@ -175,7 +176,7 @@ import sys, time
 from omegaconf import OmegaConf
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.tracking.live import Tracker
-from crl_exp.tracking.sync import TrackingConfig
+from crl_exp.tracking.config import TrackingConfig
 run = RunDirectory(OmegaConf.load(sys.argv[1]))
 quick = TrackingConfig(True, None, "crl_exp", sync_seconds=0.1, system_seconds=None)
 with Tracker(run, quick) as tracker, run.opened():

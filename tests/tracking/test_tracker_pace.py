@@ -20,10 +20,11 @@ from crl_exp.runs.preemption import Preempted
 from crl_exp.runs.records import Record
 from crl_exp.tracking import live as module
 from crl_exp.tracking import sync as tracking
+from crl_exp.tracking.config import TrackingConfig
 from crl_exp.tracking.live import Tracker
 from crl_exp.tracking.sending import requests as tracking_requests
 from crl_exp.tracking.sending.client import resolved_uri
-from crl_exp.tracking.sync import TrackingConfig, announce
+from crl_exp.tracking.sync import announce
 from crl_exp.tracking.system_metrics import nvidia_smi
 from tests.helpers.mlflow_reading import children, client, history, runs, with_database
 from tests.helpers.synthetic import config, finished_run

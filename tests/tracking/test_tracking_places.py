@@ -14,10 +14,11 @@ import pytest
 from crl_exp.config.errors import UserError
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import Record
+from crl_exp.tracking.config import TrackingConfig
 from crl_exp.tracking.live import Tracker
 from crl_exp.tracking.sending.client import resolved_uri
 from crl_exp.tracking.sending.target import place_of
-from crl_exp.tracking.sync import TrackingConfig, announce, main, send
+from crl_exp.tracking.sync import announce, main, send
 from tests.helpers import forking
 from tests.helpers.mlflow_reading import children, free_port, history, runs, with_database
 from tests.helpers.synthetic import config, finished_run

@@ -27,8 +27,8 @@ from crl_exp.launcher.doctor.mounts import MEMORY, existing, free_bytes, is_netw
 from crl_exp.models.config import ASSET_PREFIX
 from crl_exp.models.sizes import BYTES, CARDS, cached_model, hub_cache
 from crl_exp.saes.config import TINY_PREFIX
+from crl_exp.tracking.config import uri_fault
 from crl_exp.tracking.sending.client import resolved_uri
-from crl_exp.tracking.sync import uri_fault
 
 GIB = 2**30
 LEAST_BYTES = GIB // 2
