@@ -82,16 +82,23 @@ def mcnemar(fixed: int, broken: int) -> float:
     return float(binomtest(fixed, flips, 0.5).pvalue) if flips else 1.0
 
 
+DRAWN_TOGETHER = 10_000_000
+
+
 def bootstrap_interval(values: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of `values` [n], over items, seed fixed.
 
     Equal values are drawn together (a multinomial over the distinct ones), which is the same
-    distribution as drawing items one by one and costs nothing for large n.
+    distribution as drawing items one by one and costs nothing for large n with few values; many
+    different ones are drawn some resamples at a time, `DRAWN_TOGETHER` numbers of them.
     """
     distinct, counts = np.unique(values, return_counts=True)
-    n = len(values)
-    draws = np.random.default_rng(0).multinomial(n, counts / n, size=resamples)
-    means = draws @ distinct / n
+    n, draw = len(values), np.random.default_rng(0)
+    at_a_time = max(1, DRAWN_TOGETHER // len(distinct))
+    sizes = [min(at_a_time, resamples - at) for at in range(0, resamples, at_a_time)]
+    means = np.concatenate(
+        [draw.multinomial(n, counts / n, size=size) @ distinct / n for size in sizes]
+    )
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

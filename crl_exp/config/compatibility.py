@@ -158,6 +158,10 @@ def unjudged(plain: dict[str, Any]) -> bool:
     return (plain.get("task") or {}).get("scorer", "answer") != "judge"
 
 
+HOW_A_JUDGE_IS_ASKED = (
+    "api_key_from", "timeout_seconds", "tries", "wait_seconds", "parallel",
+)  # fmt: skip
+"""What changes no reply, and so no key."""
 NO_JUDGE = {
     "base_url": None, "model": None, "api_key_from": None, "template": "{answer}",
     "reply": "number", "max_tokens": 16, "timeout_seconds": 60.0, "tries": 5, "wait_seconds": 1.0,
@@ -461,6 +465,9 @@ def hashed(plain: dict[str, Any]) -> dict[str, Any]:
     """A resolved config as its run key sees it: without what means the earlier behaviour."""
     plain = _with_targets(_without_steering(plain), first_name)
     kept = without_tables(plain)
+    if isinstance(_get(kept, "task", "judge"), dict):
+        asked = {k: v for k, v in kept["task"]["judge"].items() if k not in HOW_A_JUDGE_IS_ASKED}
+        kept["task"] = {**kept["task"], "judge": asked}
     for added in ADDED:
         section = kept.get(added.section)
         if not isinstance(section, dict) or not _is_of(section.get("_target_"), added):

@@ -205,6 +205,7 @@ def _found(path: str, places: Sequence[Path]) -> str:
 
 def _launched_from(folder: Path) -> Iterator[Path]:
     """Folders that a run's relative paths may be meant from, the likeliest first."""
+    folder = folder.absolute()
     status = read_json(folder / "status.json", "it can't be read") or {}
     if status.get("cwd"):
         yield Path(status["cwd"])

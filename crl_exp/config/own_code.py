@@ -139,8 +139,11 @@ def loaded(name: str, key: str) -> Any:
     had."""
     module, _, attribute = name.rpartition(".")
     digest = source_digest(module, key)
+    known = module in sys.modules and module not in _IMPORTED
     try:
         made = importlib.import_module(module)
+        if known and _of_ones_own(made):  # imported before, by a notebook say, and edited since
+            made = importlib.reload(made)
         if _IMPORTED.setdefault(module, digest) != digest:  # edited since, beside a notebook say
             made = importlib.reload(made)
             _IMPORTED[module] = digest
@@ -149,6 +152,12 @@ def loaded(name: str, key: str) -> Any:
     if not hasattr(made, attribute):
         raise OwnCodeError(f"{key}: {made.__file__} has no {attribute}")
     return getattr(made, attribute)
+
+
+def _of_ones_own(module: Any) -> bool:
+    """Whether a module lies in one of the folders, or in the working directory."""
+    path = Path(str(getattr(module, "__file__", None) or "/")).resolve()
+    return any(path.is_relative_to(folder.resolve()) for folder in [*_FOLDERS, Path.cwd()])
 
 
 def function(name: str, key: str, arguments: tuple[str, ...]) -> Callable[..., Any]:

@@ -45,6 +45,14 @@ CARDS = {
     "google/gemma-2-9b-it": _GEMMA_9B,
     "meta-llama/Llama-3.1-8B": _LLAMA_8B,
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_8B,
+    "google/gemma-2-27b": Card(27_227_128_320, 4608, 46),
+    "google/gemma-3-270m-it": Card(268_098_176, 640, 18),
+    "google/gemma-3-1b-it": Card(999_885_952, 1152, 26),
+    "google/gemma-3-4b-it": Card(4_300_079_472, 2560, 34),
+    "meta-llama/Llama-3.2-1B-Instruct": Card(1_235_814_400, 2048, 16),
+    "meta-llama/Llama-3.2-3B-Instruct": Card(3_212_749_824, 3072, 28),
+    "Qwen/Qwen3-1.7B-Base": Card(1_720_574_976, 2048, 28),
+    "Qwen/Qwen3-8B-Base": Card(8_190_735_360, 4096, 36),
     "openai-community/gpt2": Card(124_439_808, 768, 12),
     "HuggingFaceTB/SmolLM2-135M-Instruct": Card(134_515_008, 576, 30),
 }
@@ -62,7 +70,7 @@ class Size:
     n_layers: int | None = None
 
 
-def model_size(path: str) -> Size | None:
+def model_size(path: str, revision: str | None = None) -> Size | None:
     """The size of the model at a `model.path`; None where nothing on this machine tells it.
 
     Raises `UserError` for an asset that isn't there and for a damaged file.
@@ -73,7 +81,7 @@ def model_size(path: str) -> Size | None:
         return _of_folder(asset_path(path.removeprefix(ASSET_PREFIX)), "its files")
     if (folder := home(path, "model.path")).is_dir():
         return _of_folder(folder, "its files")
-    if (snapshot := cached_model(path)) is not None:
+    if (snapshot := cached_model(path, revision)) is not None:
         return _of_folder(snapshot, "its files in the hub's cache")
     card = CARDS.get(path)
     return card and Size(card.parameters, "the model's card", card.d_model, card.n_layers)

@@ -24,7 +24,7 @@ TITLE = "Answers, unsteered and steered"
 def read_row(sweep: SweepComparison) -> Row | None:
     """The row whose answers are shown: the headline's, else the one that does best on validation,
     a control where there is nothing else. None where nothing is steered."""
-    able = [row for row in sweep.rows if row.method != "none"]
+    able = [row for row in sweep.rows if not row.unsteered]
     return headline_row(sweep) or max(
         able, key=lambda row: (not row.control, row.validation), default=None
     )

@@ -254,14 +254,27 @@ class SeedRewards(NamedTuple):
 
 
 def rewards_of_seeds(runs: Sequence[Record], split: str) -> SeedRewards:
-    """Of runs that differ in their seed, the items in one order.
+    """Of runs that differ in their seed or draw of training items, the items in one order.
 
+    A line is what varies by itself: a seed's run or, where several draws of training items have
+    several seeds each, a draw's, the mean over its seeds; runs of one draw share its items.
     Raises `NoItemsError` where a run has none, and `UserError` where the items are not the same.
     """
     same = aligned([(run, item_rewards(run, split)) for run in runs], split)
+    units = _independent(runs)
     return SeedRewards(
         same[0].ids,
-        np.stack([one.baseline for one in same]),
-        np.stack([one.steered for one in same]),
+        np.stack([np.mean([same[i].baseline for i in own], axis=0) for own in units]),
+        np.stack([np.mean([same[i].steered for i in own], axis=0) for own in units]),
         next((one.groups for one in same if one.groups is not None), None),
     )
+
+
+def _independent(runs: Sequence[Record]) -> list[list[int]]:
+    """Places of the runs that make one line of `rewards_of_seeds`."""
+    by_draw: dict[Any, list[int]] = {}
+    for i, run in enumerate(runs):
+        by_draw.setdefault(run.config["task"].get("train_seed"), []).append(i)
+    if len(by_draw) > 1 and len(by_draw) < len(runs):
+        return list(by_draw.values())
+    return [[i] for i in range(len(runs))]

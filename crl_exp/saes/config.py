@@ -239,4 +239,4 @@ def _not_of_the_residual(release: str, paths: Mapping[str, str]) -> str:
         "transcoder": "transcoders, which read before an MLP and write what is behind it",
         "clt": "cross-layer transcoders",
     }
-    return next((kind for word, kind in kinds.items() if word in words), "")
+    return next((kind for word, kind in kinds.items() if re.search(rf"\b{word}", words)), "")

@@ -71,6 +71,8 @@ class Task:
         ]
         if self.train_seed is not None and self.train_seed < 0:  # -1 would draw what 1 does
             found.append(f"task.train_seed={self.train_seed}: must be 0 or more, or null")
+        if self.split_seed < 0:  # likewise
+            found.append(f"task.split_seed={self.split_seed}: must be 0 or more")
         if self.choices is not None and len(self.choices) < 2:
             found.append(
                 f"task.choices={self.choices}: give two answers or more, e.g. "

@@ -92,6 +92,11 @@ class JsonLines(ChoiceTask):
             found.append(f"task.function={self.function}: isn't used without task.scorer=function")
         if self.scorer == "judge":
             found += self.judge.faults()
+            if self.shuffle_labels and "{reference}" not in self.judge.template:
+                found.append(
+                    "task.shuffle_labels=true: does nothing to what this judge is asked; put "
+                    "{reference} into task.judge.template, or leave the control out"
+                )
         if self.scorer != "answer" and self.answer_kind != "choice":
             found.append(
                 f"task.answer_kind={self.answer_kind}: does nothing with task.scorer={self.scorer}"
@@ -184,7 +189,10 @@ class JsonLines(ChoiceTask):
             row = json_line(line, where)
             question, answer = self._row(row, where)
             user = self.template.replace("{question}", question)
-            more = "" if self.scorer == "answer" else _without_answer(row)
+            group = row.get("group") or ""
+            if not isinstance(group, str):
+                raise UserError(f"{where}: the group {group!r} is not a text")
+            more = group if self.scorer == "answer" else _without_answer(row)
             before, other, first = answered.setdefault(user, (answer, more, number))
             if before == answer and other != more:
                 raise UserError(
@@ -196,10 +204,8 @@ class JsonLines(ChoiceTask):
                     f"{path}: the same question has the answer {before!r} in line {first} and "
                     f"{answer!r} in line {number} ({question[:60]!r}); keep one of them"
                 )
-            group = row.get("group") or ""
-            if not isinstance(group, str):
-                raise UserError(f"{where}: the group {group!r} is not a text")
-            item = Item(content_id(user), user, answer, group=group, row=more)
+            kept = "" if self.scorer == "answer" else more
+            item = Item(content_id(user), user, answer, group=group, row=kept)
             if self.scorer == "judge" and (lacking := self.asked_judge.missing(item)):
                 raise UserError(
                     f"{where}: has no {', '.join(lacking)}, which task.judge.template asks for"

@@ -116,29 +116,32 @@ def main(argv: list[str]) -> int:
         raise UserError(fault)
     named = arguments.output_dir / arguments.path
     folder = arguments.path if arguments.path.is_dir() or not named.is_dir() else named
-    removed = _remove(folder, arguments.output_dir)
+    n_removed, faults = _remove(folder, arguments.output_dir)
     try:
         records = find_records(folder)
     except UserError:
-        if removed:
-            return 0  # these were the last ones
-        raise
+        if not n_removed and not faults:
+            raise
+        records = []  # these were the last ones
     for line in send_all(records, arguments.uri):
         print(line)
+    if faults:
+        raise UserError("\n".join(faults))
     return 0
 
 
-def _remove(folder: Path, output_dir: Path) -> int:
-    """Tell MLflow of what was removed from the output folder; returns how many runs it had."""
-    folder, n_removed = folder.absolute(), 0
+def _remove(folder: Path, output_dir: Path) -> tuple[int, list[str]]:
+    """Tell MLflow of what was removed from the output folder; returns how many runs it had, and
+    what went wrong."""
+    folder, n_removed, faults = folder.absolute(), 0, list[str]()
     places = [folder, folder.parent, folder.parent.parent, output_dir.absolute()]
     for place in dict.fromkeys(place for place in places if is_due(place)):
-        n_deleted, faults = send_removals(place)
-        if faults:
-            raise UserError("\n".join(faults))
-        print(f"{n_deleted} removed runs deleted in MLflow")
+        n_deleted, wrong = send_removals(place)
+        faults += wrong
+        if n_deleted or not wrong:
+            print(f"{n_deleted} removed runs deleted in MLflow")
         n_removed += n_deleted
-    return n_removed
+    return n_removed, faults
 
 
 def send_all(records: Sequence[Record], uri: str | None = None) -> list[str]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, t
 
+from crl_exp.analysis import statistics
 from crl_exp.analysis.statistics import (
     accuracy_interval,
     bootstrap_interval,
@@ -77,6 +78,14 @@ def test_bootstrap_interval_is_close_to_a_plain_resampling_loop(n: int) -> None:
     tolerance = max(0.1 * half, 1.01 / n)
     np.testing.assert_allclose(bootstrap_interval(values), plain, atol=tolerance)
     assert bootstrap_interval(values) == bootstrap_interval(values)
+
+
+def test_many_different_values_are_drawn_some_resamples_at_a_time(monkeypatch) -> None:
+    """Each resample of 100,000 different rewards is as many numbers."""
+    values = np.random.default_rng(7).random(50)
+    whole = bootstrap_interval(values)
+    monkeypatch.setattr(statistics, "DRAWN_TOGETHER", 50 * 7)
+    np.testing.assert_allclose(bootstrap_interval(values), whole, rtol=1e-12)
 
 
 def test_bootstrap_interval_of_many_different_values() -> None:

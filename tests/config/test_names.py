@@ -15,6 +15,7 @@ from crl_exp.experiments.config import experiment
 from crl_exp.launcher.commands import logs
 from crl_exp.launcher.commands.typed import typed_sweep
 from crl_exp.launcher.planning.plan import compose_points
+from crl_exp.launcher.settings import SlurmSettings, changed
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import find_records, find_sweep
 from tests.helpers import forking
@@ -163,6 +164,25 @@ def test_a_clusters_time_is_not_read_in_base_60(tmp_path, users_conf):
     (users_conf / "hydra/launcher/mine.yaml").write_text("defaults: [slurm]\ntime: 4:00:00\n")
     with pytest.raises(UserError, match=r'YAML reads 4:00:00 as the number 14400: write "4:00:00"'):
         written(tmp_path, "sweep_name=s", "hydra/launcher=mine", conf=users_conf)
+
+
+def test_so_are_those_of_its_further_options(tmp_path, users_conf):
+    (users_conf / "hydra/launcher/mine.yaml").write_text(
+        "defaults: [slurm]\nsbatch: {time_min: 4:00:00, nodes: 1, exclusive: true}\n"
+    )
+    with pytest.raises(UserError, match=r"time_min is a text, and YAML reads 4:00:00 as the numbe"):
+        written(tmp_path, "sweep_name=s", "hydra/launcher=mine", conf=users_conf)
+    found = changed(settings("slurm"), ["sbatch.time_min=12:00:00", "sbatch.nodes=2",
+                                        "sbatch.exclusive=true"])  # fmt: skip
+    assert isinstance(found, SlurmSettings)
+    assert found.sbatch == {"time_min": "12:00:00", "nodes": 2, "exclusive": True}
+
+
+def test_a_templates_argument_is_the_text_that_was_typed(tmp_path):
+    args = "+model.chat_template_args"
+    with pytest.raises(UserError, match=r"Hydra reads 2024_07_26 as the number 20240726"):
+        written(tmp_path, "sweep_name=s", f"{args}.date_string=2024_07_26")
+    written(tmp_path, "sweep_name=s", f"{args}.enable_thinking=false", f"{args}.depth=2")
 
 
 @pytest.mark.slow

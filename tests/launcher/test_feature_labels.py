@@ -102,6 +102,19 @@ def test_what_is_not_there_is_told_and_leaves_nothing(monkeypatch):
         fetch_labels("../../x")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip", gzip.compress(b'{"description": "x"}\n'), gzip.compress(b"no json\n")],
+    ids=["no gzip", "no index", "no json"],
+)
+def test_an_export_that_cannot_be_read_is_told_and_leaves_nothing(monkeypatch, content):
+    with bucket({f"v1/{SOURCE}/explanations/batch-0.jsonl.gz": content}) as (address, _):
+        monkeypatch.setenv(MIRROR, address)
+        with pytest.raises(UserError, match=r"export of tiny/18-res can't be read"):
+            fetch_labels(SOURCE)
+    assert not kept_at(SOURCE).exists()
+
+
 def test_a_report_shows_labels_where_there_are_some(tmp_path, quick_reports):
     with_interventions(with_features(finished_run(config(tmp_path), 0.1, steps=20)))
     folder = tmp_path / "demo" / "report"

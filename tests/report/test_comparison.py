@@ -297,3 +297,17 @@ def test_methods_that_do_worse_than_nothing_on_validation_are_named(tmp_path):
     assert "CorrSteer-S, 8" not in note
     finished_run(config(tmp_path / "good"), 0.1)
     assert not any("Worse than" in line for line in tables.notes(compared(tmp_path / "good")))
+
+
+def test_draws_with_several_seeds_each_are_as_many_as_there_are_draws(tmp_path):
+    """Runs of one draw share its training items: nine of them aren't nine independent ones."""
+    baseline = np.zeros(60)
+    for draw in range(3):
+        for seed in range(3):
+            steered = np.arange(60) < 10 + 10 * draw + seed
+            run_of_items(config(tmp_path, seed=seed, more={"task.train_seed": draw}),
+                         baseline, steered.astype(float))  # fmt: skip
+    (row,) = compared(tmp_path).rows
+    samples = row.estimates().samples
+    assert len(row.runs) == 9 and samples is not None
+    assert sorted(samples.delta_SI.mean(axis=1) * 60) == pytest.approx([11, 21, 31])

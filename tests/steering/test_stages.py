@@ -66,6 +66,15 @@ def test_a_stage_says_whether_it_rules_out(pair) -> None:
             assert torch.equal(pipeline(logits, context(explore), barred=False), told)
 
 
+def test_a_stage_that_changes_what_its_base_does_is_taken_for_one_that_rules_out() -> None:
+    """Until it says that it doesn't: its base can't know."""
+    base = type(built("fusion", "add"))
+    assert not base.bars
+    own = type("Own", (base,), {"transform": lambda self, logits, context: logits})
+    says = type("Says", (base,), {"transform": own.transform, "bars": False})
+    assert own.bars and not says.bars and not type("Same", (base,), {}).bars
+
+
 @pytest.mark.parametrize("mask", [m for m in OPTIONS["mask"] if m != "none"])
 def test_a_masked_feature_is_never_chosen(mask) -> None:
     """By no activation, noise, fusion or order, for any k."""

@@ -181,3 +181,17 @@ def test_few_shot_examples_are_never_drawn_as_training_items(tmp_path):
     shots = {user.split("Question: ")[i] for user in users for i in (1, 2, 3)}
     asked = {user.split("Question: ")[-1].removesuffix("\nAnswer:") for user in users}
     assert len(shots) == 3 and not {shot.split("\nAnswer:")[0] for shot in shots} & asked
+
+
+def test_one_question_in_two_groups_is_refused(tmp_path):
+    path = tmp_path / "own.jsonl"
+    lines = [{"question": f"q{i}", "answer": "Yes", "group": "a"} for i in range(9)]
+    path.write_text("\n".join(map(json.dumps, [*lines, {**lines[0], "group": "b"}])))
+    sizes = {"n_train": 3, "n_validation": 3, "n_test": 3}
+    with pytest.raises(UserError, match="the same question has other fields in line 1 than in"):
+        task("jsonl", path=str(path), **sizes).splits()
+
+
+def test_negative_seeds_are_refused_as_they_would_draw_what_positive_ones_do():
+    with pytest.raises(UserError, match="split_seed=-1: must be 0 or more"):
+        sentiment(split_seed=-1).splits()

@@ -253,6 +253,7 @@ def test_a_redirect_is_not_followed(endpoint, tmp_path):
         ("task.judge.template=hello", "must hold {answer}"),
         ("task.judge.reply=numbr", "did you mean 'number'"),
         ("task.judge.tries=0", "must be at least 1"),
+        ("task.shuffle_labels=true", r"put \{reference\} into task\.judge\.template"),
         ("task.judge.timeout_seconds=0", "must be over 0"),
     ],
 )
@@ -276,6 +277,17 @@ def test_judges_that_are_not_asked_are_not_in_a_key(tmp_path):
     assert run_key(quickly_composed(plain)) == run_key(
         quickly_composed([*plain, "task.judge.model=m"])
     )
+
+
+def test_how_a_judge_is_asked_is_in_no_key(tmp_path):
+    """More tries, or another variable for the key, go on with a run that failed."""
+    asked = typed(tmp_path, "http://127.0.0.1:1/v1")
+    more = ("tries=9", "timeout_seconds=5", "parallel=1", "wait_seconds=0", "api_key_from=MINE")
+    plain, patient, other = (
+        run_key(quickly_composed([*asked, *changes]))
+        for changes in ([], [f"task.judge.{one}" for one in more], ["task.judge.model=another"])
+    )
+    assert plain == patient != other
 
 
 def test_a_run_tells_what_its_judge_took(endpoint, tiny_files, tmp_path):

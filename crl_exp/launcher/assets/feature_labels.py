@@ -6,10 +6,13 @@ One request a file of them, none a feature (docs.neuronpedia.org/api-and-data/ex
 from __future__ import annotations
 
 import gzip
+import http.client
 import json
 import os
 import urllib.parse
 import urllib.request
+import zlib
+from pathlib import Path
 from xml.etree import ElementTree
 
 from crl_exp.config.errors import UserError
@@ -22,6 +25,10 @@ MIRROR = "CRL_EXP_NEURONPEDIA"
 TIMEOUT, LONGEST, LARGEST = 30, 300, 200_000_000
 
 
+class UnreachableError(UserError):
+    """The exports can't be had: other sources needn't be asked for."""
+
+
 def fetch_labels(source: str) -> int:
     """Fetch an SAE's labels, unless they are there; returns how many features have one.
 
@@ -32,6 +39,18 @@ def fetch_labels(source: str) -> int:
     path = kept_at(source)
     if path.exists():
         return len(labels_of(source))
+    try:
+        return _fetched(source, path)
+    except (
+        ElementTree.ParseError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, LookupError,
+        AttributeError,
+    ) as error:  # fmt: skip
+        raise UserError(
+            f"Neuronpedia's export of {source} can't be read ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _fetched(source: str, path: Path) -> int:
     base = os.environ.get(MIRROR, EXPORTS).rstrip("/")
     if not base.startswith(("https://", "http://")):
         raise UserError(f"{MIRROR}={base}: must be an address, https://…")
@@ -70,8 +89,8 @@ def _get(address: str) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
             data = answer.read(LARGEST + 1)
-    except OSError as error:  # of the network, timeouts and HTTP's own included
-        raise UserError(
+    except (OSError, http.client.HTTPException) as error:  # timeouts and urllib's own included
+        raise UnreachableError(
             f"{address}: {error}. Behind a mirror set {MIRROR}=https://…; runs need no labels"
         ) from error
     if len(data) > LARGEST:

@@ -17,7 +17,7 @@ from crl_exp.config.keys import content_key
 from crl_exp.config.machine.hub import hub_trouble
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.config import Experiment, Known
-from crl_exp.launcher.assets.feature_labels import fetch_labels
+from crl_exp.launcher.assets.feature_labels import UnreachableError, fetch_labels
 from crl_exp.launcher.command_line import people_errors
 from crl_exp.launcher.commands.typed import typed_sweep
 from crl_exp.launcher.planning.compose import Composer
@@ -122,6 +122,8 @@ def fetch_their_labels(exp: Experiment) -> str:
             told.append(f"labels {source}: of {fetch_labels(source):,} features")
         except UserError as error:
             told.append(f"labels {source}: none, reports go without ({error})")
+            if isinstance(error, UnreachableError):
+                break
     return "\n".join(told)
 
 

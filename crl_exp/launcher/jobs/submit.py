@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ def submit(starts: Sequence[Start], sweep: SweepFile) -> dict[str, Any]:
 def _to_slurm(packs: Sequence[Pack], sweep: SweepFile, parts: list[dict[str, Any]]) -> None:
     ids: dict[str, str | None] = {}
     for python in {start.settings.python for pack in packs for start in pack}:
-        if python and Path(python).is_absolute() and not Path(python).exists():
+        if python and shutil.which(python) is None:
             log.warning(
                 "hydra.launcher.python=%s isn't on this machine: where the nodes don't have it "
                 "either, every job ends at once", python,

@@ -63,7 +63,7 @@ def need(config: DictConfig) -> Need | None:
     Raises `UserError` as `model_size` does.
     """
     model = config.model
-    size = model_size(str(model.path))
+    size = model_size(str(model.path), model.get("revision"))
     if size is None:
         return None
     each = QUANTIZED.get(str(model.quantization), BYTES.get(str(model.dtype), 4.0))
@@ -89,7 +89,7 @@ def _sae_bytes(config: DictConfig, size: Size) -> tuple[int, str]:
         one = _largest_on_disk(str(sae.folder))
         return n_layers * one * 4, f", SAEs of {said} {one * 4 / GIB:.2f} GiB each (their files)"
     d_model = size.d_model or 4096
-    features, how = _features(str(sae.id_template), d_model)
+    features, how = _features(f"{sae.id_template} {sae.release}", d_model)
     each = 2 * features * d_model * 4
     return (
         n_layers * each,
@@ -104,9 +104,9 @@ def _largest_on_disk(folder: str) -> int:
 
 
 def _features(template: str, d_model: int) -> tuple[int, str]:
-    """Of an SAE of a release, from its id: `width_16k`, `l{layer}r_8x`."""
-    if width := re.search(r"width_(\d+)k", template):
-        return int(width[1]) * 1024, ""
+    """Of an SAE of a release, from its id and name: `width_16k`, `l{layer}r_8x`, `…-w32k-…`."""
+    if width := re.search(r"width_(\d+)k|-w(\d+)k", template):
+        return int(width[1] or width[2]) * 1024, ""
     if times := re.search(r"_(\d+)x", template):
         return int(times[1]) * d_model, ""
     return WIDEST * d_model, ", at most: its id doesn't tell"

@@ -45,6 +45,16 @@ class Texts:
             for section, cls in _classes(config):
                 self.classes.setdefault(section, set()).add(cls)
 
+    def in_a_table(self, key: str) -> bool:
+        """Whether it is of a table whose values may be anything (`sbatch`): of these a truth value
+        is one, and a number is as it was written, or it is a text."""
+        return any(
+            _in_a_table(cls, key.removeprefix(f"{section}.") if section else key)
+            for section, classes in self.classes.items()
+            for cls in classes
+            if not section or key.startswith(f"{section}.")
+        )
+
     def __contains__(self, key: str) -> bool:
         return any(
             _is_text(cls, key.removeprefix(f"{section}.") if section else key)
@@ -85,6 +95,14 @@ def _is_text(cls: type, key: str) -> bool:
     return bool(kinds & {str, list[str]})
 
 
+@cache
+def _in_a_table(cls: type, key: str) -> bool:
+    name, _, rest = key.partition(".")
+    hint = typing.get_type_hints(cls).get(name)
+    kinds = {hint, *typing.get_args(hint)}
+    return bool(rest) and any(typing.get_origin(kind) is dict for kind in kinds)
+
+
 # --- the command line ---
 
 
@@ -93,9 +111,16 @@ def typed_faults(overrides: Sequence[str], texts: Texts) -> list[str]:
     found = []
     for line in overrides:
         key = re.match(r"[+~]*([^=@]+)", line)
-        if key is None or key[1].replace("/", ".") not in texts:
+        name = "" if key is None else key[1].replace("/", ".")
+        free = texts.in_a_table(name)
+        if name not in texts and not free:
             continue
-        wrong = [token for token in _bare(line) if _other(token.text, READ_AS[token.type])]
+        wrong = [
+            token
+            for token in _bare(line)
+            if _other(token.text, READ_AS[token.type])
+            and not (free and token.type in (OverrideLexer.BOOL, OverrideLexer.FLOAT))
+        ]
         if wrong:
             quoted = line
             for token in reversed(wrong):
@@ -186,7 +211,8 @@ def file_faults(files: Iterable[Source], texts: Texts) -> list[str]:
             root = loader.get_single_node()
             for key, node in _scalars(root, source.package):
                 read = loader.construct_object(node)
-                if key in texts and (other := _other_node(node, read)):
+                free = texts.in_a_table(key) and not isinstance(read, (bool, float))
+                if (free or key in texts) and (other := _other_node(node, read)):
                     found.append(
                         f"{source.path}, line {node.start_mark.line + 1}: {key} is a text, and "
                         f'YAML reads {node.value} as {other}: write "{node.value}"'

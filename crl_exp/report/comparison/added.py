@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from crl_exp.config.errors import UserError
 from crl_exp.runs.records import Record
 
 COLUMNS = ("item", "token_index", "layer", "features", "left_alone", "coefficients", "delta_norm")
@@ -59,10 +61,15 @@ def added(run: Record, split: str, ids: Sequence[str]) -> dict[str, list[Added]]
         return None
     if not ids:  # of which no filter can be made
         return {}
-    there = [name for name in COLUMNS if name in pq.read_schema(path).names]
-    rows = pq.read_table(
-        path, columns=there, filters=[("split", "==", split), ("item", "in", list(ids))]
-    ).to_pylist()
+    try:
+        there = [name for name in COLUMNS if name in pq.read_schema(path).names]
+        rows = pq.read_table(
+            path, columns=there, filters=[("split", "==", split), ("item", "in", list(ids))]
+        ).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); add resume=force to make this run again"
+        ) from error
     if not rows and split == "validation":  # which is never kept token by token
         return None
     found: dict[str, dict[int, Added]] = {}

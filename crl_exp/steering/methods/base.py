@@ -51,8 +51,9 @@ class Method:
 
     @property
     def uses_seed(self) -> bool:
-        """Whether chance is in it (a draw, training), so that another `seed` is another result."""
-        return False
+        """Whether chance is in it (a draw, training), so that another `seed` is another result. Of
+        a method of one's own that doesn't say, it isn't known, and taken for so."""
+        return not type(self).__module__.startswith("crl_exp.")
 
     @property
     def has_policy(self) -> bool:

@@ -134,6 +134,11 @@ class Stage(nn.Module):
     acts_on_null = False
     bars = True
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "transform" in vars(cls) and "bars" not in vars(cls):
+            cls.bars = True  # it does something of its own, of which its base can't know
+
     def __post_init__(self) -> None:
         # Dataclass fields are set before nn.Module's own set-up, which leaves them alone.
         super().__init__()

@@ -83,11 +83,13 @@ def send_removals(output_dir: Path) -> tuple[int, list[str]]:
     words: of it all is tried again the next time."""
     if not is_due(output_dir):
         return 0, []
-    n_deleted, faults = 0, []
+    n_deleted, faults, away = 0, [], set()
     with _removals(output_dir) as found:
         clients: dict[str, PatientClient] = {}
         for one in list(found):
             place = MlflowTarget(one["uri"], one["experiment"], output_dir)
+            if place.resolved in away:
+                continue
             try:
                 n_deleted += _delete(place, one, clients)
             except outside_faults() as error:
@@ -96,7 +98,8 @@ def send_removals(output_dir: Path) -> tuple[int, list[str]]:
                     f"{plain(error)}. `python -m crl_exp sync {output_dir}` tells it"
                 )
                 faults.append(told)
-                break  # the others are most likely there too
+                away.add(place.resolved)
+                continue
             found.remove(one)
     return n_deleted, faults
 

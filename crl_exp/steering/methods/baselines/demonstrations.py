@@ -51,7 +51,8 @@ def demonstrations(workspace: Workspace) -> list[Demonstration]:
 def in_turns(given: list[Demonstration], seed: int) -> list[Demonstration]:
     """Shuffled, the answers (where they are options) taking turns."""
     order = list(given)
-    random.Random(seed).shuffle(order)
+    # Of a negative number Python's generator takes the size alone.
+    random.Random(seed if seed >= 0 else str(seed)).shuffle(order)
     seen: dict[int | None, int] = {}
     ranked = []
     for one in order:
