@@ -100,7 +100,8 @@ lint: setup ## ruff's rules, which way imports go, and that what is imported is 
 	$(BIN)/python -m deptry --no-ansi .
 
 docs: setup ## the docs as a site that needs no network, build/site/index.html
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@# Not --quiet, under which no warning counts.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open build/site/index.html"
 
 types: setup ## the type checker
