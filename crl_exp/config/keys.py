@@ -39,6 +39,11 @@ def run_key(config: DictConfig) -> str:
     return content_key(compatibility.hashed(kept))
 
 
+def row_key(plain: dict[str, Any]) -> str:
+    """Equal for resolved configs that differ in nothing that a key holds but their seed."""
+    return content_key({k: v for k, v in plain.items() if k not in (*NOT_IN_KEY, "seed")})
+
+
 def plain_of(config: DictConfig) -> dict[str, Any]:
     """A config as plain values, resolved."""
     plain: Any = OmegaConf.to_container(config, resolve=True)

@@ -232,8 +232,8 @@ def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
         # As text where text is meant: YAML reads 12:00:00 as a number.
         value = text if key in texts and text != "null" else _as_yaml(text)
         if key.startswith("sbatch."):
-            plain = value if isinstance(value, (bool, type(None))) or str(value) == text else text
-            value = plain
+            if not isinstance(value, (bool, type(None))) and str(value) != text:
+                value = text
             values["sbatch"] = {**values["sbatch"], key.removeprefix("sbatch."): value}
         else:
             values[key] = value

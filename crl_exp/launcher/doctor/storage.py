@@ -160,7 +160,7 @@ def _repository(subject: Subject, name: str, offline: bool) -> Finding:
     if "/" in name:
         return _missing(subject, f"{name} isn't there yet", offline)
     return skipped(
-        f"SAEs of {name}: SAELens alone knows their repository",
+        f"SAEs of {name}: which repository has them isn't looked up here",
         "`python -m crl_exp prefetch OVERRIDES` says whether they are there, or fetches them",
     )
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.config.errors import UserError
-from crl_exp.config.keys import plain_of, settle
+from crl_exp.config.keys import plain_of, row_key, settle
 from crl_exp.config.sections import once
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.config import Known
@@ -288,10 +288,7 @@ def _but_for_seed(points: Sequence[Point]) -> dict[str, list[Point]]:
     """Points by all of their config but the seed."""
     rows: dict[str, list[Point]] = {}
     for point in points:
-        plain = OmegaConf.to_container(point.config, resolve=True)
-        assert isinstance(plain, dict)
-        beside = {k: v for k, v in plain.items() if k not in (*NOT_IN_KEY, "seed")}
-        rows.setdefault(content_key(beside), []).append(point)
+        rows.setdefault(row_key(plain_of(point.config)), []).append(point)
     return rows
 
 

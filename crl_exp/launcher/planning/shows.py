@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from omegaconf import OmegaConf
-
 from crl_exp.analysis.power import TARGET, Spread, both_needed, items_needed, smallest_difference
 from crl_exp.config.compatibility import is_steering
-from crl_exp.config.keys import NOT_IN_KEY, content_key
+from crl_exp.config.keys import plain_of, row_key
 from crl_exp.config.sections import build
 from crl_exp.launcher.planning.plan import Point
 from crl_exp.steering.methods.base import Method
@@ -23,15 +21,17 @@ def shows_text(points: Sequence[Point]) -> list[str]:
     items: dict[str, int] = {}
     steered = [point for point in points if _steers(point)]
     for point in steered:
-        plain = OmegaConf.to_container(point.config, resolve=True)
-        assert isinstance(plain, dict)
-        draw = plain["task"].pop("train_seed", None)  # type: ignore[union-attr]
-        row = content_key({k: v for k, v in plain.items() if k not in (*NOT_IN_KEY, "seed")})
+        plain = plain_of(point.config)
+        draw = plain["task"].pop("train_seed", None)
+        row = row_key(plain)
         seed = int(point.config.seed) if point.uses_seed else None
         seeds.setdefault(row, set()).add((seed, draw))
         items[row] = int(point.config.task.n_test)
     for row, mine in seeds.items():
-        sizes[items[row], len(mine)] += 1
+        draws = {draw for _, draw in mine}
+        # Seeds of one draw aren't independent runs: as in a report, which takes their mean.
+        crossed = 1 < len(draws) < len(mine)
+        sizes[items[row], len(draws) if crossed else len(mine)] += 1
     found = list(dict.fromkeys(point.found for point in points if point.found))
     if not steered:
         return found

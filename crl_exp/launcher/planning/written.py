@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -48,16 +48,15 @@ class Texts:
     def in_a_table(self, key: str) -> bool:
         """Whether it is of a table whose values may be anything (`sbatch`): of these a truth value
         is one, and a number is as it was written, or it is a text."""
-        return any(
-            _in_a_table(cls, key.removeprefix(f"{section}.") if section else key)
-            for section, classes in self.classes.items()
-            for cls in classes
-            if not section or key.startswith(f"{section}.")
-        )
+        return self._any(_in_a_table, key)
 
     def __contains__(self, key: str) -> bool:
+        return self._any(_is_text, key)
+
+    def _any(self, holds: Callable[[type, str], bool], key: str) -> bool:
+        """Whether it holds of a class that has the key, asked with the key inside of it."""
         return any(
-            _is_text(cls, key.removeprefix(f"{section}.") if section else key)
+            holds(cls, key.removeprefix(f"{section}.") if section else key)
             for section, classes in self.classes.items()
             for cls in classes
             if not section or key.startswith(f"{section}.")
@@ -85,11 +84,16 @@ def _classes(config: DictConfig) -> Iterator[tuple[str, type]]:
             yield "hydra.launcher", cls
 
 
-@cache
-def _is_text(cls: type, key: str) -> bool:
+def _kinds(cls: type, key: str) -> tuple[set[Any], str]:
+    """Types that a key's first part may have, and the rest of the key."""
     name, _, rest = key.partition(".")
     hint = typing.get_type_hints(cls).get(name)
-    kinds = {hint, *typing.get_args(hint)}
+    return {hint, *typing.get_args(hint)}, rest
+
+
+@cache
+def _is_text(cls: type, key: str) -> bool:
+    kinds, rest = _kinds(cls, key)
     if rest:
         return any(is_dataclass(kind) and _is_text(kind, rest) for kind in kinds)  # type: ignore[arg-type]
     return bool(kinds & {str, list[str]})
@@ -97,9 +101,7 @@ def _is_text(cls: type, key: str) -> bool:
 
 @cache
 def _in_a_table(cls: type, key: str) -> bool:
-    name, _, rest = key.partition(".")
-    hint = typing.get_type_hints(cls).get(name)
-    kinds = {hint, *typing.get_args(hint)}
+    kinds, rest = _kinds(cls, key)
     return bool(rest) and any(typing.get_origin(kind) is dict for kind in kinds)
 
 

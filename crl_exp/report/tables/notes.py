@@ -38,7 +38,8 @@ def notes(sweep: SweepComparison) -> list[str]:
     if any(len(row.train_seeds) > 1 for row in sweep.rows):
         found.append(
             "Runs that differ only in task.train_seed or seed are put together: each is a draw "
-            "(of training items, of a seed), and their number stands under seeds."
+            "(of training items, of a seed), and their number stands under seeds. Where draws of "
+            "training items have several seeds each, intervals take each draw's mean as one."
         )
     found.append(f"{holm_note(sweep)} SER: broken / (fixed + broken).")
     if sweep.chosen:
