@@ -21,9 +21,13 @@ LOCK_SECONDS = 60.0
 # A write that another process' write was in the way of is tried again for so long.
 BUSY_SECONDS = 60.0
 BUSY = ("database is locked", "TEMPORARILY_UNAVAILABLE")
-# MLflow looks for a data set and then makes it; another process may have made it in between. In
-# SQLite's, PostgreSQL's and MySQL's words.
-MADE_BY_ANOTHER = ("UNIQUE constraint failed: datasets.", '"dataset_pk"', "'datasets.PRIMARY'")
+# MLflow looks for a data set or an experiment's tag and then makes it; another process may have
+# made it in between. In SQLite's, PostgreSQL's and MySQL's words.
+MADE_BY_ANOTHER = (
+    "UNIQUE constraint failed: datasets.", '"dataset_pk"', "'datasets.PRIMARY'",
+    "UNIQUE constraint failed: experiment_tags.", '"experiment_tag_pk"',
+    "'experiment_tags.PRIMARY'",
+)  # fmt: skip
 LOGIN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 SIGNS = {
     "Invalid Host header": "it refuses to be called by this name; start it with "
