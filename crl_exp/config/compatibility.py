@@ -203,6 +203,7 @@ ADDED: tuple[Added, ...] = (
     Added("task", "JsonLines", "function", None),
     Added("task", "JsonLines", "function_source", None),
     Added("task", "JsonLines", "judge", NO_JUDGE, same=unjudged),
+    Added("policy", "", "dose_growth", 0.0),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

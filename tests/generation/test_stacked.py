@@ -153,8 +153,9 @@ def test_one_length_and_noise_that_is_on_policy_can_be_stacked() -> None:
 
 @pytest.mark.parametrize("explore", [True, False])
 def test_the_null_action_and_doses_can_be_stacked(explore) -> None:
-    """Doses and biases differ from member to member."""
-    options = {"null_action": True, "k": 2, "mask": "active", "noise": "epsilon_greedy"}
+    """Doses and biases differ from member to member; at half of the updates the dose is .625."""
+    options = {"null_action": True, "k": 2, "mask": "active", "noise": "epsilon_greedy",
+               "dose_growth": 0.8}  # fmt: skip
     members = [
         learned(seed, explore, doses=[0.5 + seed, 0.25], null_start=0.2 + 0.3 * seed, **options)
         for seed in range(3)
@@ -184,6 +185,7 @@ DIFFERENT = {
     "length": {"combine": "one_length"},
     "null action": {"null_action": True},
     "doses": {"doses": [0.5, 1.0]},
+    "dose growth": {"dose_growth": 0.5},
 }
 
 

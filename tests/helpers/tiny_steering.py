@@ -100,7 +100,7 @@ def setting(**changes: Any) -> AgentSetting:
     policy: dict[str, Any] = {
         "policy_depth": 0, "critic_depth": 0, "hidden": 8, "nonlinearity": "relu", "critic": "v",
         "k": 2, "combine": "sum", "first_weights": "by_seed", "null_action": False,
-        "null_start": 0.5, "doses": [],
+        "null_start": 0.5, "doses": [], "dose_growth": 0.0,
     }  # fmt: skip
     more: dict[str, Any] = {"n_tokens": 4, "with_critic": True, "online": False}
     policy |= {key: value for key, value in changes.items() if key in policy}

@@ -115,6 +115,28 @@ def test_a_token_left_alone_keeps_its_residual_to_the_last_bit() -> None:
     assert (action.delta_BD[alone_B].norm(dim=1) == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("progress", "part"), [(0.0, 0.0), (0.1, 0.25), (0.4, 1.0), (0.9, 1.0)]
+)
+def test_the_dose_grows_in_rollouts_and_is_whole_in_an_evaluation(progress, part) -> None:
+    """The same features are drawn, at a part of the dose; over .4 of the updates."""
+    grows, plain = acting(k=2, dose_growth=0.4), acting(k=2)
+    x_BD = torch.randn(16, tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
+
+    def added(made: LayerAgent, explore: bool):
+        draw = torch.Generator().manual_seed(0) if explore else None
+        controller = PolicyController({2: made}, Decay(1.0), draw, progress)
+        context = StepContext(0, list(range(16)), torch.ones(16, dtype=torch.bool))
+        return controller.act(2, x_BD, context)
+
+    for explore, expected in ((True, part), (False, 1.0)):
+        got, whole = added(grows, explore), added(plain, explore)
+        assert torch.equal(got.feature_idx_BK, whole.feature_idx_BK)
+        torch.testing.assert_close(got.coefficient_BK, expected * whole.coefficient_BK)
+        torch.testing.assert_close(got.delta_BD, expected * whole.delta_BD)
+        assert bool((whole.delta_BD != 0).any())
+
+
 @pytest.mark.parametrize("bias", [-30.0, 30.0])
 def test_never_taken_it_changes_nothing_and_always_taken_it_is_the_unsteered_model(bias) -> None:
     made, plain = acting(), acting(null_action=False)

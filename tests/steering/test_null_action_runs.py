@@ -161,6 +161,8 @@ def experiment(*overrides: str) -> configs.Experiment:
         (["policy.doses=[0.5,0.5]"], "holds a dose twice"),
         (["policy.null_action=true", "method.stage2=false"], "needs method.stage2=true"),
         (["policy.doses=[0.5,1.0]", "method.stage2=false"], "no preference among them"),
+        (["policy.dose_growth=1.5"], "a share of the updates"),
+        (["policy.dose_growth=0.5", "method.stage2=false"], "over which the dose could grow"),
     ],
 )
 def test_what_cannot_be_is_refused(typed, said) -> None:

@@ -6,8 +6,8 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -275,26 +275,42 @@ def test_a_busy_database_is_asked_again_and_nothing_else_is():
         PatientClient(Server("yes"), time.monotonic() - 1).ask()
 
 
-def test_a_data_set_that_another_process_makes_first_is_taken(folder):
-    """MLflow looks for it, finds none, and is too late with its own."""
+@contextmanager
+def another_is_quicker(database: Path, insert: str) -> Iterator[list[int]]:
+    """The first statement that begins so is done by another connection just before."""
     from sqlalchemy import Engine, event
 
     others: list[int] = []
 
     def quicker(connection, cursor, statement, parameters, context, executemany):
-        if statement.startswith("INSERT INTO datasets") and not others:
-            with closing(sqlite3.connect(folder / "mlflow.db")) as other:
+        if statement.startswith(insert) and not others:
+            with closing(sqlite3.connect(database)) as other:
                 others.append(other.execute(statement, parameters).rowcount)
                 other.commit()
 
     event.listen(Engine, "before_cursor_execute", quicker)
     try:
-        sync(finished_run(config(folder), 0.1))
+        yield others
     finally:
         event.remove(Engine, "before_cursor_execute", quicker)
+
+
+def test_a_data_set_that_another_process_makes_first_is_taken(folder):
+    """MLflow looks for it, finds none, and is too late with its own."""
+    with another_is_quicker(folder / "mlflow.db", "INSERT INTO datasets") as others:
+        sync(finished_run(config(folder), 0.1))
     assert others == [1]
     (child,) = children(resolved_uri(None, folder))
     described = data_set(Record(next(folder.glob("*/*/result.json")).parent))
     assert child.inputs is not None and described is not None
     (used,) = child.inputs.dataset_inputs
     assert used.dataset.digest == described.digest
+
+
+def test_an_experiment_that_another_process_describes_first_is_left_so(folder):
+    """Both find no note there, and both write it."""
+    with another_is_quicker(folder / "mlflow.db", "INSERT INTO experiment_tags") as others:
+        sync(finished_run(config(folder), 0.1))
+    assert others == [1]
+    found = client(resolved_uri(None, folder)).get_experiment_by_name("crl_exp")
+    assert found is not None and "mlflow.note.content" in found.tags

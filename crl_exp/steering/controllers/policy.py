@@ -178,6 +178,9 @@ class PolicyTeam(Team):
         self, made: dict[str, Tensor], held: dict[str, Tensor], decay: float | Tensor
     ) -> Action:
         coefficient_NK = made["coefficient_BK"] * decay
+        if self.explores and self.first.dose_growth:
+            grown = torch.as_tensor(self.progress, device=coefficient_NK.device)
+            coefficient_NK = coefficient_NK * (grown / self.first.dose_growth).clamp(max=1)
         notes: dict[str, Tensor] = {}
         if self.explores:  # what the update computes the distribution from again
             observed = {**made, **held}

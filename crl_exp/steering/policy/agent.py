@@ -76,6 +76,7 @@ class LayerAgent(nn.Module):
         self.sae = [sae]  # in a list: its weights are frozen and not part of the checkpoint
         self.k, self.critic_kind, self.seed = config.k, config.critic, setting.seed
         self.combine, self.actions = config.combine, Actions.of(config, n_features)
+        self.dose_growth = config.dose_growth
         self.norm_mean, self.norm_std = statistics.norm_mean, max(statistics.norm_std, 1e-6)
         self.encode: Encoder | None = None
         self.pipeline = copy.deepcopy(pipeline)
@@ -151,7 +152,7 @@ class LayerAgent(nn.Module):
         allowed = self.allowed_C.cpu().numpy().tobytes() if self.reads_acts else None
         return (
             self.sae[0].same, self.k, self.combine, self.actions, self.critic_kind, self.norm_mean,
-            self.norm_std, allowed, self.online is None, repr(self.policy), repr(self.critic),
+            self.norm_std, self.dose_growth, allowed, self.online is None, repr(self.policy), repr(self.critic),
             self.pipeline.setting(),
             tuple((name, t.shape, t.dtype) for name, t in self.state_dict().items()),
         )  # fmt: skip

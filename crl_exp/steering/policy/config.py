@@ -43,6 +43,10 @@ class PolicyConfig:
         odds are the initial bias of that logit.
     doses: multiples of the coefficient (`coefficient=…`), such as [.1, .25, .5]; each feature at
         each dose is an action. Empty: one dose, the coefficient itself.
+    dose_growth: the share of the training's updates over which the rollouts' additions grow from
+        nothing to what they are, linearly: at update u of U (from 0) they are multiplied by
+        min(1, u / (dose_growth · U)). Validation and evaluation have the whole dose. 0: whole from
+        the first update.
     """
 
     policy_depth: int
@@ -56,6 +60,7 @@ class PolicyConfig:
     null_action: bool = False
     null_start: float = NULL_START
     doses: list[float] = field(default_factory=list)
+    dose_growth: float = 0.0
 
     def faults(self) -> list[str]:
         found = []
@@ -75,6 +80,11 @@ class PolicyConfig:
                 f"policy.null_start={self.null_start}: must be between 0 and 1, and neither of "
                 "them (what is never tried, or always, can't be learned); such as "
                 "policy.null_start=0.5"
+            )
+        if not 0 <= self.dose_growth <= 1:
+            found.append(
+                f"policy.dose_growth={self.dose_growth}: a share of the updates, between 0 and 1; "
+                "such as policy.dose_growth=0.5"
             )
         return found + self._dose_faults()
 
@@ -100,6 +110,11 @@ class PolicyConfig:
             found.append(
                 f"policy.doses={self.doses} needs method.stage2=true: an untrained policy has no "
                 "preference among them; set policy.doses=[] and coefficient.multiplier"
+            )
+        if self.dose_growth:
+            found.append(
+                f"policy.dose_growth={self.dose_growth} needs method.stage2=true: there are no "
+                "updates over which the dose could grow; set policy.dose_growth=0"
             )
         return found
 
