@@ -115,9 +115,7 @@ def test_a_token_left_alone_keeps_its_residual_to_the_last_bit() -> None:
     assert (action.delta_BD[alone_B].norm(dim=1) == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("progress", "part"), [(0.0, 0.0), (0.1, 0.25), (0.4, 1.0), (0.9, 1.0)]
-)
+@pytest.mark.parametrize(("progress", "part"), [(0.0, 0.0), (0.1, 0.25), (0.4, 1.0), (0.9, 1.0)])
 def test_the_dose_grows_in_rollouts_and_is_whole_in_an_evaluation(progress, part) -> None:
     """The same features are drawn, at a part of the dose; over .4 of the updates."""
     grows, plain = acting(k=2, dose_growth=0.4), acting(k=2)
