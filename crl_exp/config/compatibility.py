@@ -203,6 +203,10 @@ ADDED: tuple[Added, ...] = (
     Added("task", "JsonLines", "function", None),
     Added("task", "JsonLines", "function_source", None),
     Added("task", "JsonLines", "judge", NO_JUDGE, same=unjudged),
+    Added("tracking", "", "target", "mlflow"),
+    Added("tracking", "", "project", "crl_exp"),
+    Added("tracking", "", "entity", None),
+    Added("tracking", "", "mode", "offline"),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 
