@@ -48,12 +48,13 @@ class TrackingConfig:
                 found.append(f"tracking.{name}={value:g}: must be positive, e.g. {name}=10")
         if self.uri is not None:
             found += [fault for fault in [uri_fault(self.uri)] if fault]
-        if self.target not in TARGETS:
-            found.append(
-                f"tracking.target={self.target}: must be one of {', '.join(TARGETS)}"
-                f"{did_you_mean(self.target, TARGETS)}"
-            )
-        return found + (self._wandb_faults() if self.target == "wandb" else self._not_wandbs())
+        if self.target == "wandb":
+            return found + self._wandb_faults()
+        if self.target == "mlflow":
+            return found + self._not_wandbs()
+        near = did_you_mean(self.target, TARGETS)
+        names = ", ".join(TARGETS)
+        return [*found, f"tracking.target={self.target}: must be one of {names}{near}"]
 
     def _wandb_faults(self) -> list[str]:
         found = []

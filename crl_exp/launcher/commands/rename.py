@@ -1,8 +1,7 @@
-"""`python -m crl_exp rename SWEEP NEW`: a sweep's folder renamed, and its runs in MLflow. wandb isn't
-told, which is said.
+"""`python -m crl_exp rename SWEEP NEW`: a sweep's folder renamed, and its runs in MLflow.
 
 The folder's name is the sweep's: nothing inside has to be changed for its runs to be found, and
-`sync` tells MLflow whatever name it finds.
+`sync` tells MLflow whatever name it finds. wandb isn't told, which is said.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`python -m crl_exp rm RUN_OR_SWEEP`: run directories removed, and their runs in MLflow. wandb isn't
-told, which is said.
+"""`python -m crl_exp rm RUN_OR_SWEEP`: run directories removed, and their runs in MLflow.
 
 A directory is first noted for MLflow, then moved out of the way as a whole, then removed: cut off
-anywhere, the same line goes on, and the next `sync` tells MLflow what it wasn't told.
+anywhere, the same line goes on, and the next `sync` tells MLflow what it wasn't told. wandb isn't
+told, which is said.
 """
 
 from __future__ import annotations

@@ -87,7 +87,8 @@ class Sender:
         there = sent.get("mode") == "online" or (
             self.mode == "offline" and (self.path / OURS / sent.get("folder", "-")).is_dir()
         )
-        return there and sent.get("signature") == signature(Record(self.path))
+        same_run = sent.get("id") == self._run_id()
+        return there and same_run and sent.get("signature") == signature(Record(self.path))
 
     def send_new(self) -> None:
         """Write what is new since this sender's last call; all there is, the first time."""
@@ -111,8 +112,12 @@ class Sender:
         """After a fault nobody knows what came through: the next call writes it all again."""
         self._session, self._reading = None, Reading()
 
+    def _run_id(self) -> str:
+        """wandb's: another one where the run was started from nothing since."""
+        return f"{self.path.name}-{life(self.path)[:8]}"
+
     def _begun(self) -> Session:
-        run_id = f"{self.path.name}-{life(self.path)[:8]}"
+        run_id = self._run_id()
         Noted(self.path, self.place).begin(run_id)
         # The run directory has all that they hold: `wandb sync` must not find two of one id.
         for folder in (self.path / OURS).glob("*run-*"):

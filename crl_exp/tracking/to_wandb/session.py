@@ -76,7 +76,7 @@ class Session:
         self._defined: set[str] = set()
         self._run = _begun(record, place, run_id, mode, finish_seconds)
         for axis in (UPDATE, LAYER, READING):
-            self._run.define_metric(axis, hidden=True, summary="last" if axis == UPDATE else "none")
+            self._run.define_metric(axis, hidden=True, summary=_summary(axis))
 
     @property
     def folder(self) -> Path:
@@ -95,9 +95,8 @@ class Session:
         if name in self._defined:
             return
         self._defined.add(name)
-        # The last layer's figure in a list of runs would pass for the run's.
-        summary = "last" if axis_of(name) == UPDATE else "none"
-        self._run.define_metric(_escaped(name), step_metric=axis_of(name), summary=summary)
+        axis = axis_of(name)
+        self._run.define_metric(_escaped(name), step_metric=axis, summary=_summary(axis))
 
     def finish(self, record: Record) -> None:
         """Log what a run has at its end, and end wandb's. record: read since the run ended."""
@@ -114,6 +113,12 @@ class Session:
             summary["error"] = str(error)[:1000]
         self._run.summary.update(summary)
         self._run.finish(exit_code=0 if record.state == "done" else 1)
+
+
+def _summary(axis: str) -> str | None:
+    """Of metrics on an axis, what wandb's list of runs has: None: the last. The last layer's figure
+    would pass for the run's."""
+    return None if axis == UPDATE else "none"
 
 
 def _escaped(name: str) -> str:
