@@ -78,7 +78,7 @@ def _values(items: Any) -> dict[str, Any]:
 
 def records(path: Path) -> Iterator[Any]:
     """A log that was cut off gives those that are whole."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2 as protocol
 
     data = path.read_bytes()
     assert data[:4] == b":W&B"
@@ -95,6 +95,6 @@ def records(path: Path) -> Iterator[Any]:
         at += START + length
         parts = part if kind in (WHOLE, FIRST) else parts + part
         if kind in (WHOLE, LAST):
-            made = Record()
+            made: Any = protocol.Record()  # type: ignore[attr-defined]
             made.ParseFromString(parts)
             yield made

@@ -28,6 +28,7 @@ from crl_exp.tracking.sync import main as sync_command
 from crl_exp.tracking.to_wandb.follower import Follower
 from crl_exp.tracking.to_wandb.rows import signature
 from tests.config.test_foreign_text import CONTROLS
+from tests.helpers.mlflow_reading import free_port
 from tests.helpers.synthetic import config, figures, finish, finished_run, result
 from tests.helpers.wandb_reading import Written
 from tests.tracking.test_samples import answered
@@ -309,3 +310,19 @@ def test_a_state_is_in_the_record_of_what_was_sent(tmp_path):
     assert signature(Record(run.path)) != before
     run.set_status("done")
     assert signature(Record(run.path)) == before
+
+
+def test_a_server_that_is_away_harms_no_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "0.5")
+    run = RunDirectory(to_wandb(tmp_path, mode="online"))
+    online = TrackingConfig(**{**SECTION, "mode": "online"})
+    with Tracker(run, online) as tracker, run.opened():
+        tracker.start()
+        wait_until(lambda: caplog.records)
+        run.log(1, {"reward": 0.25})
+    assert run.status()["state"] == "done"
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert "(wandb, steer, online)" in said and f"crl_exp sync {run.path}" in said
+    assert "signature" not in json.loads((run.path / "wandb.json").read_text())[0]
