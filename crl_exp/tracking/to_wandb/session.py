@@ -1,7 +1,7 @@
 """One run of wandb's, from its beginning to its end: the one module that calls wandb.
 
 wandb records nothing here by itself: no console, code, git state or load of the machine (the run
-directory has these), no telemetry, and offline nothing leaves the machine.
+directory has these), it reports no errors of its own, and offline nothing leaves the machine.
 """
 
 from __future__ import annotations
