@@ -19,6 +19,8 @@ from omegaconf import OmegaConf
 
 from crl_exp.config.errors import UserError
 from crl_exp.launcher.commands import rename, rm
+from crl_exp.launcher.doctor import storage
+from crl_exp.report.command import where_all_are
 from crl_exp.runs.directory import RunDirectory, write_json
 from crl_exp.runs.records import Record
 from crl_exp.tracking import live as module
@@ -31,6 +33,7 @@ from tests.config.test_foreign_text import CONTROLS
 from tests.helpers.mlflow_reading import free_port
 from tests.helpers.synthetic import config, figures, finish, finished_run, result
 from tests.helpers.wandb_reading import Written
+from tests.launcher.test_doctor import subject, the, told
 from tests.tracking.test_samples import answered
 
 SECTION = {
@@ -300,6 +303,25 @@ def test_nothing_imports_wandb_that_does_not_send_to_it():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_a_report_names_the_line_that_uploads(tmp_path):
+    assert where_all_are(SECTION, tmp_path) == (f"wandb sync {tmp_path}/*/wandb", "wandb")
+    online, _ = where_all_are({**SECTION, "mode": "online"}, tmp_path)
+    assert online == f"python -m crl_exp sync {tmp_path}"
+
+
+def test_doctor_says_whether_there_is_a_login(tmp_path):
+    assert the(told(storage.wandb, subject("tracking=none", tmp_path=tmp_path)), "wandb") == (
+        "skipped"
+    )
+    asked = ("tracking=wandb", "tracking.project=steer")
+    offline, online = (
+        subject(*asked, *more, tmp_path=tmp_path) for more in ((), ("tracking.mode=online",))
+    )
+    assert the(told(storage.wandb, offline), "wandb, steer, offline") == "ok"
+    assert the(told(storage.wandb, online), "wandb login") == "warning"
+    assert the(told(storage.mlflow, online), "runs go to wandb") == "skipped"
 
 
 def test_a_state_is_in_the_record_of_what_was_sent(tmp_path):

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from crl_exp.config.paths import BESIDE
+from crl_exp.config.paths import BESIDE, SHIPPED
 
 
 class Follower:
@@ -20,7 +20,9 @@ class Follower:
     """
 
     def __init__(self, run: Path, warn: Callable[[str], None]):
-        path = os.pathsep.join([str(BESIDE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # A checkout needn't be installed; what is installed must not come before Python's own.
+        paths = [None if SHIPPED.is_dir() else str(BESIDE), os.environ.get("PYTHONPATH")]
+        path = os.pathsep.join(filter(None, paths))
         # Of a session of its own: an interrupt at the terminal is the run's, which tells it.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "crl_exp.tracking.to_wandb.follow", str(run)],
