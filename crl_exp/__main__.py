@@ -46,7 +46,7 @@ COMMANDS = {
         "crl_exp.launcher.doctor.command",
         "whether this machine and its cluster can run what is typed",
     ),
-    "sync": ("crl_exp.tracking.sync", "bring MLflow up to date with the run directories"),
+    "sync": ("crl_exp.tracking.sync", "bring MLflow or wandb up to date with the runs"),
     "report": ("crl_exp.report.command", "tables and figures of a finished sweep"),
     "compare": (
         "crl_exp.report.console.compare",

@@ -204,6 +204,10 @@ ADDED: tuple[Added, ...] = (
     Added("task", "JsonLines", "function_source", None),
     Added("task", "JsonLines", "judge", NO_JUDGE, same=unjudged),
     Added("policy", "", "dose_growth", 0.0),
+    Added("tracking", "", "target", "mlflow"),
+    Added("tracking", "", "project", "crl_exp"),
+    Added("tracking", "", "entity", None),
+    Added("tracking", "", "mode", "offline"),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

@@ -6,7 +6,9 @@ import argparse
 import logging
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -45,6 +47,7 @@ from crl_exp.runs.answers import has_answers
 from crl_exp.runs.records import Record, find_records, find_sweep, typed_for
 from crl_exp.tracking.report import attach_report
 from crl_exp.tracking.sending.client import resolved_uri
+from crl_exp.tracking.to_wandb.target import sync_line, wandb_target
 
 log = logging.getLogger(__name__)
 CHANGED = {
@@ -161,9 +164,7 @@ def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:
     which = ",".join(map(str, layers)) or "8,18"
     names = f"sweep_name={sweep.first.sweep} task={config['task']['name']}"
     launch = " ".join(["python launch.py -m", names, *map(shlex.quote, typed_for_all(folder))])
-    tracking = config["tracking"]
-    uri = resolved_uri(tracking["uri"], folder.parent)
-    see = f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    see, where = where_all_are(config["tracking"], folder)
     if not sweep.rows:
         kind = config["experiment"]["name"]
         return [
@@ -174,7 +175,7 @@ def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:
         f"{launch} layers.layer={which} seed=3,4": "more seeds; finished runs are not run again",
         f"{launch} layers.layer={which} mask=active": "another option beside it",
         f"{launch} layers.layer={which} resume=force": "again from the start",
-        see if tracking["enabled"] else f"python -m crl_exp sync {folder}": "all runs in MLflow",
+        see: f"all runs in {where}",
     }
     if (row := read_row(sweep)) is not None and has_answers(row.runs[0]):
         place = folder if folder.parent == Path("outputs") else row.runs[0].path.parent
@@ -185,9 +186,22 @@ def next_lines(sweep: SweepComparison, folder: Path) -> list[str]:
     return [f"{line:<{width}}  # {why}" for line, why in lines.items()]
 
 
+def where_all_are(tracking: Mapping[str, Any], folder: Path) -> tuple[str, str]:
+    """What to type to see a sweep's runs side by side, and where that is."""
+    if not tracking["enabled"]:
+        return f"python -m crl_exp sync {folder}", "MLflow"
+    if (place := wandb_target(tracking)) is not None:
+        online = place.mode == "online"
+        return f"python -m crl_exp sync {folder}" if online else sync_line([folder]), "wandb"
+    uri = resolved_uri(tracking["uri"], folder.parent)
+    see = f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    return see, "MLflow"
+
+
 def attach(records: list[Record], folder: Path) -> None:
-    """Log the report wherever the sweep's runs are logged."""
+    """Log the report wherever the sweep's runs are logged; wandb isn't given it."""
     sections = [record.config["tracking"] for record in records]
+    sections = [section for section in sections if wandb_target(section) is None]
     places = {(section["uri"], section["experiment"]): section for section in sections}
     for section in places.values():
         count = attach_report(folder, section)

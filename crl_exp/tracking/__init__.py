@@ -1,5 +1,7 @@
-"""Run directories brought to MLflow, before, during and after a run, as often as one likes.
+"""Run directories brought to MLflow or wandb, before, during and after a run, as often as one
+likes.
 
-`content` says what MLflow is given, `upload` sends what wasn't sent yet, `sync` is the command,
-`live` the thread of a run. MLflow may be away: nothing of a run hangs on it.
+`sending` brings them to MLflow: `content` says what it is given, `upload` sends what wasn't sent
+yet. `to_wandb` brings them to wandb. `sync` is the command, `live` what a run holds. Either may be
+away: nothing of a run hangs on it.
 """

@@ -1,4 +1,5 @@
-"""A run's own thread that keeps MLflow up to date while the run is going on.
+"""A run's own thread that keeps MLflow up to date while the run is going on, or its process beside
+it that does so for wandb.
 
 The journal in the run directory is the queue: it is written first, and the thread sends what is new
 of it. A server that is away, slow or wrong costs the run nothing but a warning.
@@ -14,18 +15,18 @@ from types import TracebackType
 
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import Record
-from crl_exp.tracking.config import TrackingConfig
+from crl_exp.tracking.config import LONGEST_PAUSE_SECONDS, SHARE, TrackingConfig
 from crl_exp.tracking.sending.client import import_mlflow, outside_faults, plain
 from crl_exp.tracking.sending.target import MlflowTarget
 from crl_exp.tracking.sending.upload import Reading, Uploader
 from crl_exp.tracking.system_metrics import SystemMonitor
+from crl_exp.tracking.to_wandb.follower import Follower
+from crl_exp.tracking.to_wandb.target import WandbTarget
 
 log = logging.getLogger(__name__)
 # A finished run waits no longer than this for MLflow, and less where it didn't answer before.
 PATIENCE_SECONDS, SHORT_PATIENCE_SECONDS = 30.0, 5.0
-LONGEST_PAUSE_SECONDS = 300.0
-# Sending takes at most this share of one core, and so many points at once.
-SHARE, POINTS_AT_ONCE = 0.1, 5000
+POINTS_AT_ONCE = 5000
 
 
 class Tracker:
@@ -37,6 +38,7 @@ class Tracker:
     def __init__(self, run: RunDirectory, config: TrackingConfig):
         self.path, self.config = run.path.absolute(), config
         self.place = MlflowTarget(config.uri, config.experiment, self.path.parent.parent)
+        self._follower: Follower | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._monitor: SystemMonitor | None = None
@@ -56,6 +58,9 @@ class Tracker:
         if self.config.system_seconds is not None:
             self._monitor = SystemMonitor(self.path / "system.jsonl", self.config.system_seconds)
             self._monitor.start()
+        if self.config.target == "wandb":
+            self._follow()
+            return
         try:
             import_mlflow()
         except ImportError as error:
@@ -72,11 +77,13 @@ class Tracker:
     ) -> None:
         if self._monitor is not None:
             self._monitor.stop()
-        if self._thread is None:
-            return
         # A run that was told to end (a SystemExit) has no more than its warning's seconds.
         hurried = self._faults or (kind is not None and issubclass(kind, SystemExit))
         patience = SHORT_PATIENCE_SECONDS if hurried else PATIENCE_SECONDS
+        if self._follower is not None and (why := self._follower.end(patience)):
+            log.warning("%s", self._wandb.refused(self.path, why))
+        if self._thread is None:
+            return
         self._deadline = time.monotonic() + patience
         if self._uploader is not None:
             self._uploader.client.deadline = self._deadline
@@ -84,6 +91,16 @@ class Tracker:
         self._thread.join(patience)
         if self._thread.is_alive():
             self._warn(TimeoutError(f"it took longer than {patience:g} s at the run's end"))
+
+    @property
+    def _wandb(self) -> WandbTarget:
+        return WandbTarget(self.config.project, self.config.entity, self.config.mode)
+
+    def _follow(self) -> None:
+        try:
+            self._follower = Follower(self.path, lambda line: log.warning("%s", line))
+        except OSError as error:
+            log.warning("%s", self._wandb.refused(self.path, plain(error)))
 
     def _loop(self) -> None:
         ending, pause = False, 0.0

@@ -19,10 +19,10 @@ def attach_report(folder: Path, config: Mapping[str, Any]) -> int | None:
     """Log the files of `folder`/report to the parent run of the sweep in `folder`.
 
     config: a run's section `tracking`. A file that MLflow has as it is now isn't sent again.
-    Returns how many were sent; None where tracking is off, and where MLflow doesn't have the sweep
-    or doesn't take them, which is warned of: the report itself is on disk.
+    Returns how many were sent; None where runs aren't sent to MLflow, and where MLflow doesn't have
+    the sweep or doesn't take them, which is warned of: the report itself is on disk.
     """
-    if not config["enabled"]:
+    if not config["enabled"] or config.get("target", "mlflow") != "mlflow":
         return None
     folder = folder.absolute()
     place = MlflowTarget(config["uri"], config["experiment"], folder.parent)

@@ -1,4 +1,4 @@
-"""MLflow, fed from run directories: before, during and after a run, and at any time by
+"""MLflow or wandb, fed from run directories: before, during and after a run, and at any time by
 `python -m crl_exp sync`.
 
 The run directory is the truth. A tracking server that is away, slow or wrong never ends a run.
@@ -23,6 +23,7 @@ from crl_exp.tracking.sending.mlflow_runs import RemovedError
 from crl_exp.tracking.sending.removal import is_due, send_removals
 from crl_exp.tracking.sending.target import MlflowTarget, place_of
 from crl_exp.tracking.sending.upload import Uploader
+from crl_exp.tracking.to_wandb.target import WandbTarget, wandb_target
 
 log = logging.getLogger(__name__)
 # A submission waits no longer than this for MLflow; runs not announced by then announce themselves.
@@ -47,8 +48,8 @@ def announce(records: list[Record], config: TrackingConfig) -> None:
     it starts.
     """
     waiting = [r for r in records if r.state == "queued" and r.config["resume"] != "force"]
-    if not config.enabled or not waiting:
-        return
+    if not config.enabled or not waiting or config.target != "mlflow":
+        return  # wandb has no runs that are to come
     sweep, code = waiting[0].path.parent, code_state()
     code.write_diff(sweep)
 
@@ -102,12 +103,13 @@ def main(argv: list[str]) -> int:
     """`python -m crl_exp sync PATH [--uri URI]`. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m crl_exp sync",
-        description="Bring MLflow up to date with run directories, without duplicates.",
+        description="Bring MLflow, or wandb where tracking=wandb, up to date with run directories, "
+        "without duplicates.",
     )
     parser.add_argument(
         "path", type=Path, help="a sweep's name, outputs/SWEEP, outputs/SWEEP/RUN_KEY or outputs"
     )
-    parser.add_argument("--uri", help="instead of the runs' own tracking.uri")
+    parser.add_argument("--uri", help="an MLflow, instead of where the runs' own configs say")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     arguments = parser.parse_args(argv)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # here no run is kept waiting
@@ -149,11 +151,17 @@ def send_all(records: Sequence[Record], uri: str | None = None) -> list[str]:
 
     Raises `UserError` with what went wrong.
     """
-    groups: dict[MlflowTarget, list[Record]] = {}
+    groups: dict[MlflowTarget | WandbTarget, list[Record]] = {}
     for record in records:
-        groups.setdefault(place_of(record, uri), []).append(record)
+        to_wandb = None if uri else wandb_target(record.config["tracking"])
+        groups.setdefault(to_wandb or place_of(record, uri), []).append(record)
     told = []
     for place, group in groups.items():
+        if isinstance(place, WandbTarget):
+            from crl_exp.tracking.to_wandb.sending import send_to_wandb  # pyarrow
+
+            told += send_to_wandb(group, place, print)
+            continue
         if fault := send(group, place):
             raise UserError(fault)
         told.append(f"{len(group)} runs up to date in {place.resolved}")

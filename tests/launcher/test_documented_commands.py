@@ -97,6 +97,7 @@ NOT_RUN = {
     "hf auth login": "an account",
     "pip install hydra-optuna-sweeper": "an index",
     "pip install 'mlflow[auth]'": "an index",
+    "pip install 'crl_exp[wandb]'": "an index",
     "pip install --no-deps steering-vectors==0.12.2": "an index",
     "apt-get install munge slurmctld slurmd slurm-client": "root",
     "squeue -r": "SLURM's own",

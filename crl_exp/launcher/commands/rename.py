@@ -1,7 +1,7 @@
 """`python -m crl_exp rename SWEEP NEW`: a sweep's folder renamed, and its runs in MLflow.
 
 The folder's name is the sweep's: nothing inside has to be changed for its runs to be found, and
-`sync` tells MLflow whatever name it finds.
+`sync` tells MLflow whatever name it finds. wandb isn't told, which is said.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from crl_exp.config.paths import check_sweep
 from crl_exp.launcher.commands.rm import is_sweep, refuse_at_work
 from crl_exp.launcher.sweep_file import SweepFile, locked
 from crl_exp.runs.records import Record, find_sweep
-from crl_exp.tracking.sending.sent import SENT
+from crl_exp.tracking.sending.sent import SENT, WANDB_SENT
 from crl_exp.tracking.sync import send_all
+from crl_exp.tracking.to_wandb.target import wandb_target
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +36,13 @@ def main(argv: list[str]) -> int:
     print(f"{folder} is {target} now")
     if (target / "report").exists():
         print(f"its report still has the old name: `python -m crl_exp report {target}`")
+    if n_in_wandb := len(list(target.glob(f"*/{WANDB_SENT}"))):
+        print(
+            f"{n_in_wandb} runs were sent to wandb in the group {folder.name}: "
+            f"`python -m crl_exp sync {target}` sends them again, in the new one"
+        )
     told = [Record(path.parent) for path in sorted(target.glob(f"*/{SENT}"))]
+    told = [one for one in told if wandb_target(one.config["tracking"]) is None]
     try:
         for line in send_all(told):
             print(line)

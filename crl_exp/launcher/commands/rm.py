@@ -1,7 +1,8 @@
 """`python -m crl_exp rm RUN_OR_SWEEP`: run directories removed, and their runs in MLflow.
 
 A directory is first noted for MLflow, then moved out of the way as a whole, then removed: cut off
-anywhere, the same line goes on, and the next `sync` tells MLflow what it wasn't told.
+anywhere, the same line goes on, and the next `sync` tells MLflow what it wasn't told. wandb isn't
+told, which is said.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from crl_exp.runs.directory import SWEEP_CONFIG
 from crl_exp.runs.records import RUN_KEY, Record, find_records
 from crl_exp.runs.status import RunStatus
 from crl_exp.tracking.sending.removal import send_removals, take_away
+from crl_exp.tracking.sending.sent import WANDB_SENT
 
 TRASH = ".removed"
 """In the output folder: what is being removed; no sweep's name begins with a dot."""
@@ -59,11 +61,17 @@ def main(argv: list[str]) -> int:
     if not arguments.yes and not agreed(chosen):
         print("nothing was removed")
         return 1
+    n_in_wandb = sum((record.path / WANDB_SENT).exists() for record in chosen.records)
     remove(chosen)
     print(f"removed {chosen.folder}")
     n_deleted, faults = send_removals(chosen.sweep.parent)
     if n_deleted:
         print(f"{n_deleted} runs deleted in MLflow (there they can be restored until `mlflow gc`)")
+    if n_in_wandb:
+        print(
+            f"{n_in_wandb} runs were sent to wandb, which isn't told: what was uploaded there is "
+            "deleted on its own pages"
+        )
     for fault in faults:
         print(fault)
     return 0

@@ -37,6 +37,7 @@ CHECKS: dict[str, Check] = {
     "files": storage.files,
     "hub": storage.hub,
     "MLflow": storage.mlflow,
+    "wandb": storage.wandb,
 }
 """Each by what it looks at, in the order in which they are told."""
 MOST = 200

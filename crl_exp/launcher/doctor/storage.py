@@ -9,6 +9,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from crl_exp.config.errors import UserError
@@ -27,8 +28,9 @@ from crl_exp.launcher.doctor.mounts import MEMORY, existing, free_bytes, is_netw
 from crl_exp.models.config import ASSET_PREFIX
 from crl_exp.models.sizes import BYTES, CARDS, cached_model, hub_cache
 from crl_exp.saes.config import TINY_PREFIX
-from crl_exp.tracking.config import uri_fault
+from crl_exp.tracking.config import uri_fault, wandb_missing
 from crl_exp.tracking.sending.client import resolved_uri
+from crl_exp.tracking.to_wandb.target import wandb_target
 
 GIB = 2**30
 LEAST_BYTES = GIB // 2
@@ -208,12 +210,42 @@ def mlflow(subject: Subject) -> Iterator[Finding]:
         if not config.tracking.enabled:
             yield skipped("tracking.enabled=false; `python -m crl_exp sync` can send runs later")
             continue
+        if config.tracking.target != "mlflow":
+            yield skipped(f"runs go to {config.tracking.target}")
+            continue
         given = None if config.tracking.uri is None else str(config.tracking.uri)
         if given is not None and (fault := uri_fault(given)):
             yield failed(fault, "see docs/mlflow.md")
             continue
         uri = resolved_uri(given, subject.output_dir)
         yield _server(uri) if uri.startswith("http") else _database(uri, subject)
+
+
+def wandb(subject: Subject) -> Iterator[Finding]:
+    """Whether it is installed, and logged in where it is to upload. The server isn't asked."""
+    places = [wandb_target(config.tracking) for config in subject.distinct("tracking")]
+    wanted = [place for place in places if place is not None]
+    if not wanted:
+        yield skipped("tracking isn't wandb")
+        return
+    if fault := wandb_missing():
+        yield failed(fault, "")
+        return
+    for place in wanted:
+        if place.mode == "offline":
+            yield ok(f"{version('wandb')}, {place.resolved}: `wandb sync` uploads what was written")
+        elif why := _why_no_login():
+            advice = "`wandb login`, or set WANDB_API_KEY; runs are written offline without it"
+            yield warning(f"{place.resolved}: {why}", advice)
+        else:
+            yield ok(f"{version('wandb')}, {place.resolved}: there is a login")
+
+
+def _why_no_login() -> str | None:
+    from crl_exp.tracking.to_wandb.session import import_wandb, why_no_login  # pyarrow
+
+    import_wandb()
+    return why_no_login()
 
 
 def _database(uri: str, subject: Subject) -> Finding:

@@ -152,8 +152,8 @@ class LayerAgent(nn.Module):
         allowed = self.allowed_C.cpu().numpy().tobytes() if self.reads_acts else None
         return (
             self.sae[0].same, self.k, self.combine, self.actions, self.critic_kind, self.norm_mean,
-            self.norm_std, self.dose_growth, allowed, self.online is None, repr(self.policy), repr(self.critic),
-            self.pipeline.setting(),
+            self.norm_std, self.dose_growth, allowed, self.online is None, repr(self.policy),
+            repr(self.critic), self.pipeline.setting(),
             tuple((name, t.shape, t.dtype) for name, t in self.state_dict().items()),
         )  # fmt: skip
 

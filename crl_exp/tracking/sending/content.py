@@ -34,6 +34,8 @@ STATUS = {
 }
 """State of a run directory to MLflow's status of a run."""
 UNFINISHED = ("SCHEDULED", "RUNNING")
+BY_LAYER = "by_layer/"
+"""Metrics whose step is a layer, so that they come in any order and begin at -1, the embedding."""
 # MLflow's own limits of a param's name and value.
 PARAM_CHARS, NAME_CHARS = 6000, 250
 WHOLE_PARAMS = "long_params.json"

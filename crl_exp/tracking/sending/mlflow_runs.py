@@ -76,7 +76,7 @@ class Runs:
 
         Raises `RemovedError` where it is no run's and no sweep's folder any more.
         """
-        with _sending(folder):
+        with sending(folder):
             yield Sent(folder, self.recorded_uri, self.experiment)
 
     def forget(self) -> None:
@@ -196,15 +196,16 @@ class Runs:
 
 
 @contextmanager
-def _sending(folder: Path) -> Iterator[None]:
+def sending(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Hold what was sent from a run directory or a sweep's folder.
 
-    Raises `RemovedError` where it is neither (any more), and leaves nothing there.
+    name: of the lock in it. Raises `RemovedError` where it is neither (any more), and leaves
+    nothing there.
     """
     gone = RemovedError(f"{folder} was removed or renamed meanwhile")
     if not _holds_runs(folder):
         raise gone
-    lock = folder / LOCK
+    lock = folder / name
     with FileLock(lock, timeout=LOCK_SECONDS):
         if _holds_runs(folder):
             yield

@@ -23,7 +23,7 @@ from crl_exp.tracking.sending.client import (
     outside_faults,
     plain,
 )
-from crl_exp.tracking.sending.sent import LOCK, SENT
+from crl_exp.tracking.sending.sent import LOCK, SENT, WANDB_LOCK
 from crl_exp.tracking.sending.target import MlflowTarget
 
 REMOVALS = ".mlflow_removals.json"
@@ -58,7 +58,8 @@ def _removals(output_dir: Path) -> Iterator[list[dict[str, Any]]]:
 def take_away(folder: Path, output_dir: Path, into: Path) -> None:
     """Move a run directory, or a sweep's folder, into another folder, noted for MLflow. Whoever
     sends from it is waited for, and finds nothing there afterwards."""
-    with FileLock(folder / LOCK, timeout=LOCK_SECONDS):
+    locks = [FileLock(folder / name, timeout=LOCK_SECONDS) for name in (LOCK, WANDB_LOCK)]
+    with locks[0], locks[1]:
         _note(folder, output_dir)
         os.rename(folder, into / folder.name)
 

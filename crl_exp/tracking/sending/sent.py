@@ -18,6 +18,8 @@ from crl_exp.runs.records import Record
 SENT = "mlflow.json"
 LOCK = ".mlflow.lock"
 """Beside it: held by who sends from the folder, or removes it."""
+WANDB_SENT, WANDB_LOCK = "wandb.json", ".wandb.lock"
+"""Likewise of what was written for wandb."""
 AGAIN_SENT = "the run is sent to MLflow again, as a new one"
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from crl_exp.runs.records import Record
 from crl_exp.tracking.sending.content import (
     ARTIFACTS,
+    BY_LAYER,
     SWEEP_ARTIFACTS,
     UNFINISHED,
     WHOLE_PARAMS,
@@ -42,9 +43,6 @@ from crl_exp.tracking.sending.sent import Sent, Tail, digest
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
-
-BY_LAYER = "by_layer/"
-"""Metrics whose step is a layer, so that they come in any order and begin at -1, the embedding."""
 
 
 class ArtifactError(OSError):
