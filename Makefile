@@ -24,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
 .PHONY: help setup assets demo demo-refusal report status logs retry cancel prefetch test test-fast \
-	check format format-check lint types docs bench mlflow sync clean
+	check format format-check lint types docs bench bench-compare mlflow sync clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -109,6 +109,9 @@ types: setup ## the type checker
 
 bench: assets ## measure speed and memory
 	$(BIN)/python -m crl_exp bench
+
+bench-compare: assets ## measure speed by another commit's code as well (BASE=HEAD~1 ONLY="update startup")
+	$(BIN)/python -m crl_exp bench --against $(or $(BASE),HEAD~1) $(if $(ONLY),--only $(ONLY))
 
 mlflow: setup ## compare runs in the browser, on loopback (PORT=5000); docs/mlflow.md
 	@mkdir -p "$(MLFLOW_DIR)"

@@ -44,6 +44,11 @@ NOT_RUN = {
     "python -m crl_exp bench": f"{LONG}; test_bench.py has its parts",
     "python -m crl_exp bench --only update": f"{LONG}; test_bench.py",
     "python -m crl_exp bench --only startup commands": f"{LONG}; test_bench.py",
+    "python -m crl_exp bench --against HEAD~1 --only update startup": (
+        f"{LONG}; test_bench_against.py"
+    ),
+    'make bench-compare BASE=HEAD~1 ONLY="update startup"': f"{LONG}; test_bench_against.py",
+    "python -m crl_exp bench --history": "what is kept; test_bench_against.py",
     "python -m crl_exp.launcher.bench.finished_runs outputs/SWEEP/RUN_KEY outputs/n500 500": (
         "test_finished_runs.py makes some"
     ),

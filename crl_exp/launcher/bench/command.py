@@ -24,6 +24,7 @@ from rich.table import Table
 
 from crl_exp.config.errors import UserError
 from crl_exp.experiments.run import peak_memory_bytes
+from crl_exp.launcher.bench import against, history
 from crl_exp.launcher.bench.rows import GROUPS, Calls, Figure, Group, memory_child
 from crl_exp.launcher.bench.subject import SCALE, SUBJECTS, Subject
 from crl_exp.runs.code_state import code_state
@@ -137,6 +138,22 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         help="make the whole runs N times smaller than the goals name, in prompts and updates "
         "(default %(default)s; 1: takes minutes a run)",
     )  # fmt: skip
+    parser.add_argument(
+        "--against", metavar="COMMIT",
+        help="measure another commit's code as well, in turn, and print seconds now / then",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=int, default=against.ROUNDS, metavar="N",
+        help="of --against: how many times each is measured (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep", action="store_true", help="keep what is measured in docs/bench, for --history"
+    )
+    parser.add_argument(
+        "--history",
+        action="store_true",
+        help="print the medians that are kept, and measure nothing",
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
     parser.add_argument("--memory-child", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args(argv)
@@ -145,41 +162,76 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--scale={asked.scale}: must be from 1 to 100")
     if unknown := set(asked.only) - known:
         raise UserError(f"no such row: {', '.join(sorted(unknown))}; --list names them")
+    if asked.rounds < 1:
+        raise UserError(f"--rounds={asked.rounds}: must be at least 1")
+    if asked.keep and asked.against:
+        raise UserError("--keep keeps ratios of one commit; leave it out with --against")
     return asked
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print a table, and write the JSON file. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        asked = _arguments(sys.argv[1:] if argv is None else argv)
+        return _asked(_arguments(argv), argv)
     except UserError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
+
+
+def _asked(asked: argparse.Namespace, argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING)
+    name = asked.subject or ("gemma" if torch.cuda.is_available() else "smollm2")
     if asked.list:
         _list()
-        return 0
-    name = asked.subject or ("gemma" if torch.cuda.is_available() else "smollm2")
-    if asked.memory_child is not None:
+    elif asked.history:
+        console.print(history.table(history.measurements()))
+    elif asked.memory_child is not None:
         print(memory_child(Subject(name), asked.memory_child))
-        return 0
+    elif asked.against:
+        _against(asked, name, argv)
+    else:
+        _measure(asked, name, argv)
+    return 0
+
+
+def _measure(asked: argparse.Namespace, name: str, argv: list[str]) -> None:
     started = time.time()
+    kept = [history.place(started)] if asked.keep else []
     found, left_out = run(Subject(name, asked.scale), asked.only)
     console.print(table(found, f"{name} on {machine()}"))
     console.print("--list says what each ratio is of")
-    for row, why in left_out.items():
-        console.print(f"left out: {row}: {why}")
-    told = {
+    told = {**_facts(asked, name, argv, started), "figures": [asdict(m) for m in found]}
+    _write(told, left_out, [asked.out, *kept])
+
+
+def _against(asked: argparse.Namespace, name: str, argv: list[str]) -> None:
+    started, commit = time.time(), against.commit_of(asked.against)
+    console.print(f"measuring {commit[:9]} and what is here, {asked.rounds} times in turn …")
+    arguments = ["--subject", name, "--scale", str(asked.scale)]
+    found, left_out = against.compare(commit, asked.only, arguments, asked.rounds)
+    console.print(against.table(found, commit))
+    told = {**_facts(asked, name, argv, started), "against": commit,
+            "versus": [asdict(one) for one in found]}  # fmt: skip
+    _write(told, left_out, [asked.out])
+
+
+def _facts(asked: argparse.Namespace, name: str, argv: list[str], started: float) -> dict:
+    return {
         "subject": name, "scale": asked.scale, "machine": machine(), "started": started,
         "seconds": time.time() - started, "peak_memory_bytes": peak_memory_bytes(),
-        "command": "python -m crl_exp bench " + " ".join(argv or sys.argv[1:]),
-        **code_state().facts,
-        "figures": [asdict(m) for m in found], "left_out": left_out,
+        "command": "python -m crl_exp bench " + " ".join(argv), **code_state().facts,
     }  # fmt: skip
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    console.print(f"written to {asked.out}")
-    return 0
+
+
+def _write(told: dict, left_out: dict[str, str], paths: list[Path]) -> None:
+    for row, why in left_out.items():
+        console.print(f"left out: {row}: {why}")
+    text = json.dumps({**told, "left_out": left_out}, indent=2, ensure_ascii=False) + "\n"
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        console.print(f"written to {path}")
 
 
 if __name__ == "__main__":
