@@ -455,6 +455,12 @@ def as_compared(plain: dict[str, Any]) -> dict[str, Any]:
     return _with_targets(found, todays_name)
 
 
+def inert(plain: dict[str, Any]) -> set[str]:
+    """Names (`policy.null_start`) of added options that do nothing in a resolved config."""
+    plain = _with_targets(_without_steering(plain), first_name)
+    return {f"{added.section}.{added.key}" for added in ADDED if added.same(plain)}
+
+
 def mended_since(plain: dict[str, Any], key: str, content_key: Callable[[Any], str]) -> list[str]:
     """Faults that a run of this key and resolved config still has, mended since it ran."""
     now = hashed(plain)

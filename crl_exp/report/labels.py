@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from crl_exp.config.compatibility import as_compared, mended_since
+from crl_exp.config.compatibility import ADDED, as_compared, inert, mended_since
 from crl_exp.config.keys import NOT_IN_KEY, content_key, filed_under
 from crl_exp.config.option_names import DICTIONARIES, option_names, typed
 from crl_exp.runs.records import Record, flatten
@@ -36,6 +36,8 @@ NAMES = {
 }
 # Said in the method's name.
 IN_THE_NAME = ("task.shuffle_labels", "method.stage2", "method.name", "sae.dictionary")
+SWITCHES = {f"{added.section}.{added.key}" for added in ADDED if added.meant is False}
+"""Off, they are what every run was before there were such: a plain name is a run's without them."""
 Settings = tuple[tuple[str, str], ...]
 
 
@@ -58,12 +60,16 @@ class Label:
 
 
 def labels(records: list[Record]) -> dict[str, Label]:
-    """By run key. An option goes without saying where more than half of the method's runs have it.
+    """By run key. An option goes without saying where more than half of the method's runs have it,
+    a switch of `SWITCHES` where it is off, and one that does nothing in a run (`inert`) there.
 
     A part (`decay=exponential`) is said even then where one of its own keys (`decay.gamma`) has no
     such usual value.
     """
     options = options_of(records)
+    for record in records:
+        for name in inert(record.config):
+            options[record.key].pop(name, None)
     counts: dict[tuple, Counter[str]] = defaultdict(Counter)
     for mine in options.values():
         for name, value in mine.items():
@@ -73,12 +79,13 @@ def labels(records: list[Record]) -> dict[str, Label]:
         mine = options[record.key]
         seen = {name: counts[_compared_among(name, mine)] for name in mine}
         differ = [name for name in mine if len(seen[name]) > 1]
-        settled = {part for part in differ if _usual(seen[part])}
-        unsettled = {n.partition(".")[0] for n in differ if "." in n and not _usual(seen[n])}
+        usual = {name: _usual(name, seen[name]) for name in differ}
+        settled = {part for part in differ if usual[part]}
+        unsettled = {n.partition(".")[0] for n in differ if "." in n and not usual[n]}
         said = [
             name
             for name in differ
-            if json.dumps(mine[name]) != _usual(seen[name]) or name in settled & unsettled
+            if json.dumps(mine[name]) != usual[name] or name in settled & unsettled
         ]
         found[record.key] = Label(
             _name(record),
@@ -88,8 +95,11 @@ def labels(records: list[Record]) -> dict[str, Label]:
     return found
 
 
-def _usual(counts: Counter[str]) -> str | None:
-    """The value of more than half of the runs."""
+def _usual(name: str, counts: Counter[str]) -> str | None:
+    """The value of more than half of the runs; of a switch: off, where any run has it so."""
+    off = json.dumps(False)
+    if name in SWITCHES and off in counts:
+        return off
     (value, count) = counts.most_common(1)[0]
     return value if 2 * count > counts.total() else None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from crl_exp.report.comparison.rows import SweepComparison, compare_runs
 from crl_exp.report.figures import by_labels as label_figure
 from crl_exp.report.figures.by_labels import label_lines
 from crl_exp.report.figures.heat_map import grids
-from crl_exp.report.figures.style import wrapped
+from crl_exp.report.figures.style import legend_below, style, wrapped
 from crl_exp.report.figures.training import floors
 from crl_exp.runs.records import find_records
 from tests.helpers.synthetic import config, finished_run
@@ -70,6 +71,29 @@ def test_long_labels_are_broken_between_words():
     lines = wrapped(label, 24, indent="").split("\n")
     assert lines == ["CRL order=[activation,", "fusion,noise,mask]"]
     assert wrapped(label, 80) == label
+
+
+def test_a_plain_name_is_that_of_a_run_without_the_switch(tmp_path):
+    """However many have it on."""
+    for changes in ({"null_action": False}, *({"null_start": p} for p in (0.1, 0.5, 0.9))):
+        more = option("policy", "mlp", **{"null_action": True, **changes})
+        for seed in (0, 1):
+            finished_run(config(tmp_path, seed=seed, more=more), 0.1)
+    assert families(tmp_path)[0] == "CRL"
+    (plain,) = [row for row in compared(tmp_path).rows if row.family == "CRL"]
+    assert not plain.runs[0].config["policy"]["null_action"]
+
+
+def test_a_legend_leaves_room_for_the_panels(tmp_path):
+    with style():
+        figure, axes = plt.subplots(1, 1, figsize=(3.5, 2.0), squeeze=False)
+        for i in range(8):
+            axes[0, 0].plot([0, 1], label=f"a method with options that take two lines, number {i}")
+        legend_below(figure, axes, columns=1)
+        figure.canvas.draw()  # a warning where nothing is left, which the tests' settings raise
+        below, panel = figure.legends[0].get_window_extent(), axes[0, 0].get_tightbbox()
+    assert panel is not None and panel.y0 >= below.y1 - 1 and panel.height / figure.dpi > 1.2
+    plt.close(figure)
 
 
 def test_each_activation_is_named(tmp_path):

@@ -130,7 +130,11 @@ def _layer_points(
     axis: Axes, rows: list[Row], name: str | None, shift: float, looks: tuple[str, str]
 ) -> None:
     """One family: means with intervals, and every seed as a small dot."""
+    from matplotlib.transforms import ScaledTranslation
+
     colour, marker = looks
+    # As far beside their mean in every figure, whatever the axis spans.
+    beside = axis.transData + ScaledTranslation(4.5 / 72, 0, axis.figure.dpi_scale_trans)
     x = np.array([row.layers[0] for row in rows]) + shift
     mean = np.array([mean_in_points(row, name) for row in rows])
     ends = np.array([in_points(row.interval(name), name) for row in rows])
@@ -144,8 +148,10 @@ def _layer_points(
     for at, row in zip(x, rows, strict=True):
         if len(row.runs) > 1:
             seeds = sign_of(name) * 100 * row.values("delta", name)
-            beside = np.full(len(seeds), at + 0.02 * np.ptp(axis.get_xlim()))
-            axis.plot(beside, seeds, "o", color=colour, markersize=2.2, markeredgewidth=0)
+            axis.plot(
+                np.full(len(seeds), at), seeds, "o", color=colour, markersize=2.2,
+                markeredgewidth=0, transform=beside,
+            )  # fmt: skip
 
 
 def by_option(sweep: SweepComparison, paths: tuple[Path, ...]) -> bool:

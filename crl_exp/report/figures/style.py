@@ -21,6 +21,7 @@ COLUMN_INCHES = 3.5  # a column of a two-column paper
 PAGE_INCHES = 7.0
 MANY = 9  # names in a legend; with more a figure by layer is as wide as the page
 LEGEND_CHARACTERS = 42  # that fit it
+LEAST_PANEL_INCHES = 1.2  # title and ticks included
 # Okabe and Ito's palette, which colour-blind readers tell apart; black is kept for axes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -126,7 +127,8 @@ def wrapped(label: str, characters: int = LEGEND_CHARACTERS, indent: str = "  ")
 
 
 def legend_below(figure: Figure, axes: np.ndarray, columns: int) -> None:
-    """One legend for all panels; points before lines."""
+    """One legend for all panels; points before lines. A figure that it would leave too little of
+    grows by what is missing."""
     from matplotlib.lines import Line2D
 
     found: dict[str, Any] = {}
@@ -137,7 +139,11 @@ def legend_below(figure: Figure, axes: np.ndarray, columns: int) -> None:
     ordered = sorted(found.items(), key=lambda item: isinstance(item[1], Line2D))
     labels = [wrapped(label) for label, _ in ordered]
     handles = [handle for _, handle in ordered]
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+    legend = figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+    height = legend.get_window_extent().height / figure.dpi
+    figure.set_figheight(
+        max(figure.get_figheight(), height + LEAST_PANEL_INCHES * axes.shape[0] + 0.4)
+    )
 
 
 def save(figure: Figure, paths: tuple[Path, ...]) -> bool:
