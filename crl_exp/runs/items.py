@@ -46,6 +46,14 @@ TEXTS = pa.schema(
 )
 """More columns, not in files of earlier versions: the user's turn as the task has it, the right
 answer (null where items have none), and what was answered, unsteered and steered."""
+LIKELIHOODS = pa.schema(
+    [
+        ("log_likelihood_baseline", pa.float64()),
+        ("log_likelihood_steered", pa.float64()),
+    ]
+)
+"""More columns, of free text alone and not in files of earlier versions: each answer's mean
+log-probability a token under the unsteered model, in nats; null on validation."""
 BATCH_ROWS = 500_000
 KEPT = 2048
 """Runs whose items a process keeps: each has them asked for more than once."""
@@ -59,13 +67,16 @@ class NoItemsError(UserError):
 class ItemRewards:
     """Rewards of a split's items, unsteered and steered [I], in the order of evaluation.
 
-    groups: of each item; None where the run was made before they were written.
+    groups: of each item; None where the run was made before they were written. likelihood: how much
+    more likely the unsteered model finds the steered answer than its own [I], nats a token; None
+    where the file doesn't have it.
     """
 
     ids: tuple[str, ...]
     baseline: np.ndarray
     steered: np.ndarray
     groups: tuple[str, ...] | None = None
+    likelihood: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -86,19 +97,25 @@ def items_table(
     changed: Sequence[bool],
     groups: Sequence[str],
     texts: ItemTexts | None = None,
+    likelihoods: tuple[Sequence[float | None], Sequence[float | None]] | None = None,
 ) -> pa.Table:
-    """A split's part of items.parquet. texts: None in files as earlier versions wrote them."""
+    """A split's part of items.parquet. texts: None in files as earlier versions wrote them.
+    likelihoods: of the unsteered and the steered answers; None where the output is restricted."""
     columns: dict[str, list[Any]] = {
         "item_id": list(ids), "split": [split] * len(ids), "reward_baseline": list(baseline),
         "reward_steered": list(steered), "changed": [bool(one) for one in changed],
         "group": list(groups),
     }  # fmt: skip
-    if texts is None:
-        return pa.table(columns, schema=ITEMS)
-    given = (texts.prompts, texts.targets, texts.baseline, texts.steered)
-    for name, values in zip(TEXTS.names, given, strict=True):
-        columns[name] = [None if value is None else storable(value) for value in values]
-    return pa.table(columns, schema=pa.schema([*ITEMS, *TEXTS]))
+    fields = [*ITEMS]
+    if texts is not None:
+        fields += TEXTS
+        given = (texts.prompts, texts.targets, texts.baseline, texts.steered)
+        for name, values in zip(TEXTS.names, given, strict=True):
+            columns[name] = [None if value is None else storable(value) for value in values]
+    if likelihoods is not None:
+        fields += LIKELIHOODS
+        columns |= dict(zip(LIKELIHOODS.names, map(list, likelihoods), strict=True))
+    return pa.table(columns, schema=pa.schema(fields))
 
 
 def storable(text: str) -> str:
@@ -168,7 +185,7 @@ def _all_items(path: Path, _written: int) -> dict[str, ItemRewards]:
     columns = ["item_id", "split", "reward_baseline", "reward_steered"]
     try:
         with pq.ParquetFile(path) as file:
-            table = file.read([*columns, GROUP], use_threads=False)
+            table = file.read([*columns, GROUP, *LIKELIHOODS.names], use_threads=False)
     except (pa.ArrowInvalid, OSError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); resume=force runs it again") from error
     missing = [name for name in columns if name not in table.column_names]
@@ -209,7 +226,16 @@ def _rewards(table: pa.Table, id_column: str) -> ItemRewards:
     was, now = (table[f"reward_{name}"].to_numpy() for name in ("baseline", "steered"))
     groups = _one(tuple(table[GROUP].to_pylist())) if GROUP in table.column_names else None
     ids = _one(tuple(table[id_column].to_pylist()))
-    return ItemRewards(ids, was.astype(np.float64), now.astype(np.float64), groups)
+    return ItemRewards(
+        ids, was.astype(np.float64), now.astype(np.float64), groups, _likelihood(table)
+    )
+
+
+def _likelihood(table: pa.Table) -> np.ndarray | None:
+    if not set(LIKELIHOODS.names) <= set(table.column_names):
+        return None
+    was, now = (table[name] for name in LIKELIHOODS.names)
+    return None if was.null_count or now.null_count else now.to_numpy() - was.to_numpy()
 
 
 @lru_cache(maxsize=64)
@@ -240,7 +266,10 @@ def aligned(runs: Sequence[tuple[Record, ItemRewards]], split: str) -> list[Item
             )
         at = [place[item] for item in wanted.ids]
         groups = None if rewards.groups is None else tuple(rewards.groups[i] for i in at)
-        found.append(ItemRewards(wanted.ids, rewards.baseline[at], rewards.steered[at], groups))
+        likelihood = None if rewards.likelihood is None else rewards.likelihood[at]
+        found.append(
+            ItemRewards(wanted.ids, rewards.baseline[at], rewards.steered[at], groups, likelihood)
+        )
     return found
 
 
@@ -268,6 +297,16 @@ def rewards_of_seeds(runs: Sequence[Record], split: str) -> SeedRewards:
         np.stack([np.mean([same[i].steered for i in own], axis=0) for own in units]),
         next((one.groups for one in same if one.groups is not None), None),
     )
+
+
+def likelihood_of_seeds(runs: Sequence[Record], split: str) -> np.ndarray | None:
+    """Differences of log-likelihood of the same items [S, I], lines as in `rewards_of_seeds`; None
+    where a run's file doesn't have them. Raises as that does."""
+    same = [one.likelihood for one in aligned([(r, item_rewards(r, split)) for r in runs], split)]
+    known = [likelihood for likelihood in same if likelihood is not None]
+    if len(known) < len(same):
+        return None
+    return np.stack([np.mean([known[i] for i in own], axis=0) for own in _independent(runs)])
 
 
 def _independent(runs: Sequence[Record]) -> list[list[int]]:

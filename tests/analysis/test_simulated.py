@@ -43,11 +43,9 @@ def test_the_interval_of_a_figure_of_features_does(n_seeds, n):
 
 @pytest.mark.parametrize("n", ITEMS)
 @pytest.mark.parametrize("n_seeds", SEEDS)
-def test_the_interval_of_the_log_likelihood_is_never_too_narrow(n_seeds, n):
-    """The items' values aren't kept by seed: up to .99 with several seeds."""
+def test_the_interval_of_the_log_likelihood_does(n_seeds, n):
     for deviation in (0.0, 0.05):
-        got = simulated.quality_coverage(deviation, n_seeds, n, 700)
-        assert 0.93 <= got <= (0.98 if n_seeds == 1 else 0.995), deviation
+        assert 0.93 <= simulated.quality_coverage(deviation, n_seeds, n, 700) <= 0.98, deviation
 
 
 @pytest.mark.parametrize("seeds", [(3, 1), (3, 3), (5, 3)])

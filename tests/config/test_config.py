@@ -301,6 +301,7 @@ def test_crl_as_its_paper_has_it():
     parts = {name: made[name]._target_.split(".")[-1] for name in ("coefficient", "mask", "noise")}
     assert parts == {"coefficient": "Constant", "mask": "Generation", "noise": "EpsilonGreedy"}
     assert (made.coefficient.value, made.coefficient.multiplier, made.noise.epsilon) == (1, 1, 0.01)
+    assert made.noise.schedule == "constant"  # docs/choices.md: which one the draft has isn't known
     assert (made.policy.policy_depth, made.policy.critic_depth) == (0, 0)
     assert made.algorithm.normalize_advantage is False
     typed = composed(["method=crl_published", "policy=mlp", "mask=none"])
@@ -308,6 +309,26 @@ def test_crl_as_its_paper_has_it():
         "NoMask"
     )
     assert (typed.coefficient, typed.noise) == (made.coefficient, made.noise)
+
+
+def test_the_refusal_sweep_has_every_method_for_free_text():
+    """A list is no method of its own; the others need a right answer among options."""
+    there = {
+        word.partition("=")[2]
+        for point in sweep_points("refusal_methods")
+        for word in point
+        if word.startswith("method=")
+    }
+    every = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")}
+    assert every - there == {"listed", "probe", "bag_of_words"}
+
+
+def test_the_first_rung_of_harmbench_is_asked_as_the_logs_were():
+    first = quickly_composed(sweep_points("harmbench_parity")[0])
+    task, layers = first.task, first.layers
+    assert (layers.first, layers.last) == (1, 25)
+    assert (task.n_train, task.n_validation, task.n_test) == (108, 12, 280)
+    assert task.chat_template is False and task.choices is None
 
 
 POLICY = ["policy.hidden", "policy.policy_depth"]

@@ -24,7 +24,7 @@ from crl_exp.experiments.run import run_experiment
 from crl_exp.launcher.bench import command as bench
 from crl_exp.launcher.command_line import check_alone
 from crl_exp.launcher.commands.typed import typed_sweep
-from crl_exp.launcher.planning.plan import HERE, check, compose_points
+from crl_exp.launcher.planning.plan import HERE, Point, check, compose_points
 from crl_exp.launcher.settings import make_settings
 from crl_exp.launcher.sweep_file import SweepFile
 from tests.helpers import hub_data
@@ -222,8 +222,41 @@ def test_a_launch(command, home):
     if why:
         return
     check(points)
-    result = run_experiment(points[0].config, skip_finished=True)
-    assert result is not None and result["n"] >= 1
+    # tests/config/test_config.py runs the points of ready sweeps.
+    for point in points[:1] if "+sweep=" in command else that_differ(points):
+        result = run_experiment(point.config, skip_finished=True)
+        assert result is not None and result["n"] >= 1
+
+
+def that_differ(points: list[Point]) -> list[Point]:
+    """Of the points that differ in seed and layers alone, the first."""
+    found: dict[str, Point] = {}
+    for point in points:
+        plain: Any = OmegaConf.to_container(point.config, resolve=True)
+        rest = {key: value for key, value in plain.items() if key not in ("seed", "layers")}
+        found.setdefault(json.dumps(rest, sort_keys=True, default=str), point)
+    return list(found.values())
+
+
+FREE_TEXT = ["task=tiny", "task.choices=null", "task.max_new_tokens=3"]
+QUESTIONS = [
+    command
+    for command in LAUNCHES
+    if command in (ROOT / "docs" / "questions.md").read_text() and "task=one_sentence" in command
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", QUESTIONS)
+def test_a_question_about_fetched_texts_runs_on_made_up_ones(command, home):
+    overrides = [word for word in overrides_of(command, home) if word != "task=one_sentence"]
+    with typed_sweep([*overrides, *FREE_TEXT]) as (loader, master, jobs):
+        points = that_differ(compose_points(loader, master, jobs, HERE))
+    check(points)
+    assert len(points) > 1
+    for point in points:
+        result = run_experiment(point.config, skip_finished=True)
+        assert result is not None and result["n"] >= 1
 
 
 @pytest.fixture

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from crl_exp.analysis.statistics import crossed
 from crl_exp.config import kept
-from crl_exp.experiments.kinds.evaluation import evaluate_split
+from crl_exp.experiments.kinds.evaluation import evaluate, evaluate_split
 from crl_exp.generation.controller import Unsteered
 from crl_exp.report.comparison.rows import compare_runs
 from crl_exp.report.console import terminal as tables
@@ -15,12 +19,16 @@ from crl_exp.report.parts import compare_parts
 from crl_exp.report.tables import csv as table_csv
 from crl_exp.report.tables import latex as table_latex
 from crl_exp.report.tables.further import further_tables
+from crl_exp.report.tables.quality import of_runs, quality_of
+from crl_exp.runs.directory import write_json
+from crl_exp.runs.items import LIKELIHOODS
 from crl_exp.runs.records import find_records
 from crl_exp.tracking.sending import content as tracking_content
-from tests.helpers.synthetic import config, finished_run
+from tests.helpers.synthetic import config, finished_run, run_of_items
 from tests.helpers.tiny_run import lab_of
 from tests.steering.test_parity import TASK
 
+pc = pyarrow.compute
 KEYS = [f"log_likelihood_{name}" for name in ("baseline", "steered", "delta", "delta_ci95")]
 
 
@@ -48,7 +56,7 @@ def test_quality_is_what_a_plain_pass_gives(common, monkeypatch):
     workspace.lm.tokenizer.eos_token = "w8"  # one that this random model says now and then
     try:
         controller = workspace.exp.method.prepare(workspace)
-        figures, steered = evaluate_split(workspace, controller, "test")
+        figures, steered, likelihoods = evaluate_split(workspace, controller, "test")
         prompts = workspace.prompts("test").prompts
         lengths = {len(tokens) for tokens in steered.generation.tokens}
         assert len(lengths) > 1, "no answer ended by itself"
@@ -58,6 +66,9 @@ def test_quality_is_what_a_plain_pass_gives(common, monkeypatch):
         )
     finally:
         workspace.lm.tokenizer.eos_token = "<eos>"
+    assert likelihoods.was_I is not None and likelihoods.now_I is not None
+    np.testing.assert_allclose(likelihoods.was_I.numpy(), was, atol=1e-4)
+    np.testing.assert_allclose(likelihoods.now_I.numpy(), now, atol=1e-4)
     assert figures[KEYS[0]] == pytest.approx(was.mean(), abs=1e-4)
     assert figures[KEYS[1]] == pytest.approx(now.mean(), abs=1e-4)
     assert figures[KEYS[2]] == pytest.approx((now - was).mean(), abs=1e-4)
@@ -70,14 +81,14 @@ def test_quality_is_what_a_plain_pass_gives(common, monkeypatch):
 
 def test_the_unsteered_model_against_itself_is_zero(common):
     workspace = lab_of(common, TASK)
-    figures, _ = evaluate_split(workspace, Unsteered(), "test")
+    figures, *_ = evaluate_split(workspace, Unsteered(), "test")
     assert figures[KEYS[2]] == 0 and figures[KEYS[3]] == [0, 0] and figures[KEYS[0]] < 0
 
 
 def test_it_is_null_for_choices_and_on_validation(common):
-    figures, _ = evaluate_split(lab_of(common), Unsteered(), "test")
+    figures, *_ = evaluate_split(lab_of(common), Unsteered(), "test")
     assert [figures[key] for key in KEYS] == [None] * 4
-    figures, _ = evaluate_split(lab_of(common, TASK), Unsteered(), "validation")
+    figures, *_ = evaluate_split(lab_of(common, TASK), Unsteered(), "validation")
     assert [figures[key] for key in KEYS] == [None] * 4
 
 
@@ -115,6 +126,55 @@ def test_the_report_sets_it_beside_the_reward(tmp_path):
     row = dict(zip(head.split(","), line.split(","), strict=True))
     assert float(row["log_likelihood_delta"]) == pytest.approx(-0.3)
     assert float(row["log_likelihood_delta_low"]) == pytest.approx(-1.5716, abs=1e-3)
+
+
+def of_items(folder, seed: int, delta_I: np.ndarray) -> None:
+    """A finished run whose items have these differences, in an order of its own."""
+    ids = [f"item{i}" for i in range(len(delta_I))]
+    run = run_of_items(config(folder, seed=seed), [0] * len(ids), [1] * len(ids), ids=ids)
+    path = run.path / "items.parquet"
+    table = pq.read_table(path)
+    columns = (np.full(len(ids), -1.0), -1.0 + delta_I)
+    for name, values in zip(LIKELIHOODS.names, columns, strict=True):
+        table = table.append_column(name, pa.array(values))
+    pq.write_table(table.take(list(range(seed, len(ids))) + list(range(seed))), path)
+    half = 1.96 * float(delta_I.std(ddof=1)) / len(ids) ** 0.5
+    mean = float(delta_I.mean())
+    values = [-1.0, -1.0 + mean, mean, [mean - half, mean + half]]
+    write_json(run.result_path, {**(run.result() or {}), **dict(zip(KEYS, values, strict=True))})
+
+
+def test_the_interval_of_several_seeds_pairs_their_items(tmp_path):
+    """What items have alike in both seeds is counted once; single runs can't tell it from noise."""
+    draw = np.random.default_rng(0)
+    alike, noise = draw.normal(0, 0.2, 60), draw.normal(0, 1.0, (2, 60))
+    delta_SI = np.stack([alike + noise[0] - 0.2, alike + noise[1] - 0.21])
+    for seed in (0, 1):
+        of_items(tmp_path, seed, delta_SI[seed])
+    (row,) = compare_runs(find_records(tmp_path / "demo")).rows
+    found = quality_of(row)
+    assert found is not None
+    assert found.interval == pytest.approx(crossed(delta_SI).interval)
+    ends_S2 = np.array([run.result["log_likelihood_delta_ci95"] for run in row.runs])
+    wide = of_runs(delta_SI.mean(axis=1), ends_S2, 60).interval
+    assert found.interval[1] - found.interval[0] < 0.9 * (wide[1] - wide[0])
+
+
+def test_items_of_free_text_are_written_with_it(common, tmp_path):
+    """Null on validation; where the output is restricted there are no such columns."""
+    for task, there in ((TASK, True), (None, False)):
+        workspace = lab_of(common, task) if task else lab_of(common)
+        evaluate(workspace, Unsteered())
+        table = pq.read_table(workspace.run.path / "items.parquet")
+        assert (set(LIKELIHOODS.names) <= set(table.column_names)) is there
+        if there:
+            nulls = {
+                split: table.filter(pc.equal(table["split"], split))[name].null_count
+                for split in ("test", "validation")
+                for name in LIKELIHOODS.names
+            }
+            n = table["split"].to_pylist().count("validation")
+            assert nulls == {"test": 0, "validation": n}
 
 
 def test_one_seed_has_its_own_interval_and_earlier_results_no_table(tmp_path):

@@ -15,7 +15,7 @@ import torch
 
 from crl_exp.analysis.statistics import compare
 from crl_exp.config.files import replacing
-from crl_exp.experiments.kinds.quality import quality
+from crl_exp.experiments.kinds.quality import Quality, quality
 from crl_exp.experiments.workspace import RunWorkspace
 from crl_exp.generation.controller import Unsteered
 from crl_exp.runs.items import ItemTexts, items_table, write_items
@@ -54,8 +54,8 @@ from the unsteered one. The rewards are the item's, unsteered and steered."""
 
 def evaluate_split(
     workspace: RunWorkspace, answerer: Answering, split: str
-) -> tuple[dict[str, Any], Answers]:
-    """Compare on one split. Returns the figures and the steered answers."""
+) -> tuple[dict[str, Any], Answers, Quality]:
+    """Compare on one split. Returns the figures, the steered answers, and their likelihoods."""
     baseline = workspace.baseline(split)
     if isinstance(answerer, Unsteered):
         steered = baseline
@@ -71,8 +71,8 @@ def evaluate_split(
     figures["delta_ci95"] = list(figures["delta_ci95"])
     figures["invalid_baseline"] = baseline.invalid
     figures["invalid_steered"] = steered.invalid
-    figures |= quality(workspace, split, steered, torch.from_numpy(changed))
-    return figures, steered
+    likelihoods = quality(workspace, split, steered, torch.from_numpy(changed))
+    return figures | likelihoods.figures, steered, likelihoods
 
 
 def changed_outputs(baseline: Answers, steered: Answers) -> np.ndarray:
@@ -94,11 +94,11 @@ def evaluate(workspace: RunWorkspace, answerer: Answering) -> tuple[dict[str, An
     items_of: list[pa.Table] = []
     steered: dict[str, Answers] = {}
     for split in ["test", *workspace.splits.extra, "validation"]:
-        figures[split], answers = evaluate_split(workspace, answerer, split)
+        figures[split], answers, likelihoods = evaluate_split(workspace, answerer, split)
         if split == "validation":
             _warn_of_harm(workspace, figures[split])
         steered[split] = answers
-        items_of.append(_items(workspace, split, answers))
+        items_of.append(_items(workspace, split, answers, likelihoods))
         if split != "validation":
             tables.append(_interventions(workspace, split, answers))
         if split == "test":
@@ -146,9 +146,13 @@ def _warn_of_harm(workspace: RunWorkspace, validation: dict[str, Any]) -> None:
         )
 
 
-def _items(workspace: RunWorkspace, split: str, answers: Answers) -> pa.Table:
-    """A split's items with their rewards and answers."""
+def _items(workspace: RunWorkspace, split: str, answers: Answers, likelihoods: Quality) -> pa.Table:
+    """A split's items with their rewards and answers, and how likely these are in free text."""
     baseline, items = workspace.baseline(split), workspace.splits.named()[split]
+    of_each = [
+        [None] * len(items) if read_I is None else read_I.tolist()
+        for read_I in (likelihoods.was_I, likelihoods.now_I)
+    ]
     return items_table(
         split, [item.item_id for item in items], baseline.reward_B.tolist(),
         answers.reward_B.tolist(), changed_outputs(baseline, answers).tolist(),
@@ -157,6 +161,7 @@ def _items(workspace: RunWorkspace, split: str, answers: Answers) -> pa.Table:
             [item.user for item in items], [item.target for item in items],
             baseline.generation.texts, answers.generation.texts,
         ),
+        (of_each[0], of_each[1]) if workspace.options is None else None,
     )  # fmt: skip
 
 

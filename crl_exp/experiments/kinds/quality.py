@@ -8,7 +8,7 @@ so that long and short answers compare. Shapes: B rows, T positions, I items.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,16 @@ from crl_exp.steering.answers import Answers
 NAME = "log_likelihood"
 
 
-def quality(
-    workspace: RunWorkspace, split: str, steered: Answers, changed: Tensor
-) -> dict[str, Any]:
+class Quality(NamedTuple):
+    """figures: for the result. was_I, now_I: of each item's unsteered and steered answer, float64,
+    in nats a token; None where nothing is read."""
+
+    figures: dict[str, Any]
+    was_I: Tensor | None = None
+    now_I: Tensor | None = None
+
+
+def quality(workspace: RunWorkspace, split: str, steered: Answers, changed: Tensor) -> Quality:
     """`log_likelihood_baseline`, `…_steered`, `…_delta` and `…_delta_ci95`, in nats a token: means
     over items of each answer's mean. Null where the output is restricted to options, and on
     validation, where nothing is chosen by it.
@@ -34,7 +41,7 @@ def quality(
     """
     keys = [f"{NAME}_{what}" for what in ("baseline", "steered", "delta", "delta_ci95")]
     if workspace.options is not None or split == "validation":
-        return dict.fromkeys(keys)
+        return Quality(dict.fromkeys(keys))
     key = [*workspace.depends_on(split), split]
     baseline = workspace.baseline(split)
     was_I = shared(NAME, key, lambda: log_likelihood(workspace, split, baseline), keep=16)
@@ -47,7 +54,7 @@ def quality(
     if len(delta_I) > 1:
         half = 1.959964 * float(delta_I.std()) / len(delta_I) ** 0.5
     values = [float(was_I.mean()), float(now_I.mean()), mean, [mean - half, mean + half]]
-    return dict(zip(keys, values, strict=True))
+    return Quality(dict(zip(keys, values, strict=True)), was_I, now_I)
 
 
 @torch.no_grad()

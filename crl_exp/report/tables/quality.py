@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from crl_exp.analysis.statistics import Crossed, Z, crossed_parts
+from crl_exp.analysis.statistics import Crossed, Z, crossed, crossed_parts
 from crl_exp.report.comparison.estimates import split
 from crl_exp.report.comparison.rows import Row, SweepComparison
 from crl_exp.report.tables.cells import FurtherTable, points, row_layers
+from crl_exp.runs.items import NoItemsError, likelihood_of_seeds
 
 KEYS = ("log_likelihood_baseline", "log_likelihood_steered", "log_likelihood_delta")
 TITLE = "Reward against quality: log-likelihood of the answers under the unsteered model"
@@ -47,14 +48,26 @@ def quality_of(row: Row, test_set: str | None = None) -> Quality | None:
     if any(figures.get(key) is None for figures in runs for key in KEYS):
         return None
     baseline, steered, delta = (float(np.mean([one[key] for one in runs])) for key in KEYS)
-    delta_S = np.array([figures[KEYS[2]] for figures in runs])
-    ends_S2 = np.array([figures["log_likelihood_delta_ci95"] for figures in runs])
-    interval = of_runs(delta_S, ends_S2, int(runs[0]["n"])).interval
+    delta_SI = _by_item(row, test_set)
+    if delta_SI is None or len(runs) == 1:
+        delta_S = np.array([figures[KEYS[2]] for figures in runs])
+        ends_S2 = np.array([figures["log_likelihood_delta_ci95"] for figures in runs])
+        interval = of_runs(delta_S, ends_S2, int(runs[0]["n"])).interval
+    else:
+        interval = crossed(delta_SI).interval
     return Quality(baseline, steered, delta, interval)
 
 
+def _by_item(row: Row, test_set: str | None) -> np.ndarray | None:
+    try:
+        return likelihood_of_seeds(row.runs, test_set or "test")
+    except NoItemsError:
+        return None
+
+
 def of_runs(delta_S: np.ndarray, ends_S2: np.ndarray, n: int) -> Crossed:
-    """The mean of what single runs say with an interval each; n: items."""
+    """The mean of what single runs say with an interval each, for runs of before items' values were
+    kept: somewhat too wide. n: items."""
     v_items = float((((ends_S2[:, 1] - ends_S2[:, 0]) / 2) ** 2).mean()) / Z**2
     return crossed_parts(delta_S, v_items, v_items, n)
 
