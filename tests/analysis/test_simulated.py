@@ -12,6 +12,7 @@ from crl_exp.analysis.power import (
     seeds_needed,
     smallest_difference,
 )
+from crl_exp.report.tables import notes
 from tests.helpers import simulated
 from tests.helpers.simulated import DEVIATIONS, ITEMS, SEEDS, World
 
@@ -25,7 +26,14 @@ def test_the_interval_of_a_difference_holds_the_truth_as_often_as_it_says(n_seed
     assert 0.93 <= simulated.delta_coverage(world, n_seeds, n, 700) <= 0.98
 
 
-@pytest.mark.parametrize(("n_seeds", "n", "deviation"), CELLS[::3])
+def test_few_flips_make_the_bootstrap_too_narrow_and_five_do_not():
+    """Below five a report says so."""
+    assert simulated.few_flips_coverage(2, 500) < 0.8
+    for flips in (notes.FEW_FLIPS, 20):
+        assert 0.93 <= simulated.few_flips_coverage(flips, 500) <= 0.98
+
+
+@pytest.mark.parametrize(("n_seeds", "n", "deviation"), CELLS)
 def test_the_interval_of_the_accuracy_does(n_seeds, n, deviation):
     world = World(0.545, 0.6, 0.9, deviation)
     assert 0.93 <= simulated.accuracy_coverage(world, n_seeds, n, 600) <= 0.98

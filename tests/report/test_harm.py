@@ -8,7 +8,10 @@ import pytest
 from crl_exp.config.errors import UserError
 from crl_exp.experiments.kinds.evaluation import _warn_of_harm
 from crl_exp.generation.controller import Unsteered
-from crl_exp.runs.records import Record
+from crl_exp.report.comparison.rows import compare_runs
+from crl_exp.report.tables.notes import notes
+from crl_exp.runs.records import Record, find_records
+from tests.helpers.synthetic import config, run_of_items
 from tests.helpers.tiny_run import lab_of, run_small
 
 SIZES = ["task.n_train=24", "task.n_validation=32", "task.n_test=16"]
@@ -143,3 +146,12 @@ def test_a_result_says_of_its_method_what_a_report_asks(
 def test_shuffled_labels_make_a_control(common):
     result, _ = run_small([*common, "method=corrsteer_s", "task.shuffle_labels=true"])
     assert result["control"] is True
+
+
+@pytest.mark.parametrize(("flips", "said"), [(0, 0), (3, 1), (5, 0)])
+def test_a_row_that_rests_on_hardly_an_item_is_told(tmp_path, flips, said):
+    """There the bootstrap is too narrow: 0 fixed and 3 broken leave 0 out of it, and p is .25."""
+    run_of_items(config(tmp_path), [1] * 60, [0] * flips + [1] * (60 - flips))
+    sweep = compare_runs(find_records(tmp_path / "demo"))
+    found = [note for note in notes(sweep) if "Hardly an answer" in note]
+    assert len(found) == said and all(f"CRL, 18 ({flips})" in note for note in found)

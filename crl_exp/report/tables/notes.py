@@ -11,6 +11,9 @@ from crl_exp.report.comparison.pairs import difference, same_items
 from crl_exp.report.comparison.rows import Row, SweepComparison
 from crl_exp.report.tables.cells import CHOSEN, percent, points, row_layers
 
+FEW_FLIPS = 5
+"""Of fewer items the bootstrap of one seed is too narrow: docs/statistics.md."""
+
 
 def notes(sweep: SweepComparison) -> list[str]:
     """What one must know to read the table."""
@@ -44,6 +47,7 @@ def notes(sweep: SweepComparison) -> list[str]:
     found.append(f"{holm_note(sweep)} SER: broken / (fixed + broken).")
     if sweep.chosen:
         found.append(f"{CHOSEN} the layers that did best on validation; test was not looked at.")
+    found += few_flips(sweep)
     found += warnings(sweep.choices)
     found += harmful(sweep)
     found += [text for text in (doubled(sweep),) if text]
@@ -56,6 +60,20 @@ def notes(sweep: SweepComparison) -> list[str]:
             f"{max(baselines):.4f}): they ran on different hardware or library versions."
         )
     return found
+
+
+def few_flips(sweep: SweepComparison) -> list[str]:
+    """Rows whose interval rests on hardly an item."""
+    few = []
+    for row in sweep.rows:
+        flips = row.mean("fixed") + row.mean("broken")
+        if not row.over_seeds and 0 < flips < FEW_FLIPS:  # never where one is undefined
+            where = f"{row.family}, {row_layers(row)}" if row.layers else row.family
+            few.append(f"{where} ({flips:g})")
+    if not few:
+        return []
+    return [f"Hardly an answer came right or wrong: {'; '.join(few)}. The bootstrap over items is "
+            "too narrow there; go by p."]  # fmt: skip
 
 
 def harmful(sweep: SweepComparison) -> list[str]:
