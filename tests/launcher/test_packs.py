@@ -104,6 +104,10 @@ def test_the_plan_tells_jobs_and_what_is_alone(tmp_path):
     assert "can show, with 8 test items, 1 seed: 44.3 points in four of five cases" in said
     assert "2 points would need 3,925 items with 1 seed" in said
     assert "items, 3 seeds: " in said and "assumed: 20 % of the items change, seeds" in said
+    fewer = [replace(p, settings=replace(p.settings, assumed_change=0.05)) for p in points]
+    said = plan_text(fewer, fewer, states, tmp_path / "s")
+    assert "can show, with 8 test items, 1 seed: 22.1 points" in said  # √(.05/.2) of 44.3
+    assert "assumed: 5 % of the items change" in said
     assert "packed" not in plan_text(packed(1, *typed), points[:0], states, tmp_path / "s")
     assert pack_lines(packs_of(packed(1, *typed))) == []
     assert "there is no other run" in "".join(pack_lines(packs_of(points[:1])))

@@ -69,7 +69,7 @@ def test_options_that_set_runs_of_a_method_apart_are_in_the_name(tmp_path):
             steered(tmp_path, layer, **more)
     names = {name for name in series(tmp_path) if name.endswith("/delta")}
     assert names == {
-        "by_layer/crl fusion.weight=1.0/delta", "by_layer/crl fusion.weight=3.0/delta",
+        "by_layer/crl fusion.weight:1.0/delta", "by_layer/crl fusion.weight:3.0/delta",
         "by_layer/crl shuffled labels/delta",
     }  # fmt: skip
 
@@ -104,6 +104,42 @@ def test_a_run_that_chose_its_layer_is_no_point(tmp_path):
             text.replace("layers.Single", "layers.BestOnValidation")
         )
     assert series(tmp_path)["by_layer/crl/delta"] == {8: 0.05, 18: 0.05}
+
+
+WORDINGS: dict[str, dict[str, Any]] = {
+    name: {
+        "task.wording": name,
+        "task.question": f"{name}? In one word, with = and %.\n\n{{text}} " * 9,
+    }
+    for name in ("plain", "a/b")
+}
+
+
+def test_a_name_is_of_what_is_short_where_a_text_differs_too(tmp_path):
+    for layer in (8, 18):
+        for more in WORDINGS.values():
+            steered(tmp_path, layer, **more)
+    names = {name for name in series(tmp_path) if name.endswith("/delta")}
+    assert names == {
+        "by_layer/crl task.wording:plain/delta", "by_layer/crl task.wording:a_b/delta"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", [[{"fusion.weight": w} for w in (1.0, 3.0)], [*WORDINGS.values()]]
+)
+def test_mlflow_takes_names_with_options(tmp_path, options):
+    """It refuses the equals sign and all that follows in the request, so the whole run."""
+    mlflow_reading.with_database(tmp_path)
+    uri = resolved_uri(None, tmp_path)
+    for layer in (8, 18):
+        for more in options:
+            mlflow_reading.sync(steered(tmp_path, layer, fixed=layer // 2, **more))
+    (parent,) = [r for r in mlflow_reading.runs(uri) if "mlflow.parentRunId" not in r.data.tags]
+    names = sorted(name for name in parent.data.metrics if name.endswith("/delta"))
+    assert len(names) == 2 and all(
+        len(mlflow_reading.history(uri, parent.info.run_id, name)) == 2 for name in names
+    )
 
 
 def test_mlflow_has_them_in_the_sweeps_run_once(tmp_path):

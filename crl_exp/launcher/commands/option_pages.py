@@ -57,10 +57,10 @@ HEADER = f"""# Options
 {MADE}
 
 An option is chosen by `GROUP=NAME`, a value in it set by `GROUP.KEY=VALUE`; the default of each
-group is in bold. (`method=crl`, the default, takes `coefficient=relative` unless `coefficient=` is
-typed; all other methods take the bold one.) *Reported* is what the method's author said of the
-option (numbers are accuracies in %), nothing measured here. CRL is arXiv 2602.10437, CorrSteer
-arXiv 2508.12535.
+group is in bold. (`method=crl`, the default, and `attribution` take `coefficient=relative` unless
+`coefficient=` is typed, `crl_published` takes `unit`; all other methods take the bold one.)
+*Reported* is what the method's author said of the option (numbers are accuracies in %), nothing
+measured here. CRL is arXiv 2602.10437, CorrSteer arXiv 2508.12535.
 
 The four stages of the logits (fusion, noise, activation, mask) run in the order of the list
 `order`, by default `[fusion, noise, activation, mask]`; any of the 24 orders can be set. Stages

@@ -21,6 +21,8 @@ from crl_exp.tracking.sending.content import Point, by_layer_points, control_wor
 
 LONGEST = 120
 """Characters of a series' name that are made of options."""
+SENTENCE = 60
+"""Longer than this an option's value is a text."""
 
 
 def sweep_points(records: Sequence[Record]) -> list[Point]:
@@ -71,7 +73,8 @@ def _named(groups: dict[str, dict[int, list[Record]]]) -> dict[str, dict[int, li
     for base, keys in of_name.items():
         for key in keys:
             options = " ".join(_differing(flat[key], [flat[other] for other in keys]))
-            name = re.sub(r"[^\w.\- :=]", "_", f"{base} {options[:LONGEST]}".strip())
+            # What MLflow takes in a metric's name, less the slash, which makes groups.
+            name = re.sub(r"[^\w.\- :]", "_", f"{base} {options[:LONGEST]}".strip())
             named[name if name not in named else f"{name} {key}"] = groups[key]
     return named
 
@@ -81,14 +84,16 @@ def _base(record: Record) -> str:
 
 
 def _differing(mine: dict[str, Any], all_of_them: list[dict[str, Any]]) -> list[str]:
+    """`KEY:VALUE`; a sentence (a question's wording) only where nothing shorter differs."""
     skipped = (*NOT_IN_KEY, "seed", "layers")
-    return [
-        f"{key}={value}".replace("/", "_")
+    found = [
+        f"{key}:{value}"
         for key, value in mine.items()
         if key.partition(".")[0] not in skipped
         and not key.endswith("_target_")
         and len({json.dumps(other.get(key)) for other in all_of_them}) > 1
     ]
+    return [option for option in found if len(option) <= SENTENCE] or found
 
 
 def _written(run: Record) -> int:
