@@ -25,6 +25,8 @@ from crl_exp.launcher.command_line import explain, people_errors, register
 from crl_exp.launcher.commands.typed import typed_sweep
 from crl_exp.runs.directory import run_key
 from crl_exp.runs.records import flatten
+from crl_exp.steering.feature_lists import read_list
+from crl_exp.steering.methods.listed import other_sae
 from hydra_plugins.crl_exp_sweeper.grids import GridSweeper
 from tests.helpers import forking
 from tests.helpers.tiny_run import CONF, ROOT, composed, quickly_composed, run_small
@@ -329,6 +331,17 @@ def test_the_first_rung_of_harmbench_is_asked_as_the_logs_were():
     assert (layers.first, layers.last) == (1, 25)
     assert (task.n_train, task.n_validation, task.n_test) == (108, 12, 280)
     assert task.chat_template is False and task.choices is None
+
+
+def test_the_shipped_lists_belong_to_the_saes_of_their_sweep():
+    """Weights are gated, so that no run would tell."""
+    listed = [p for p in sweep_points("harmbench_lists") if "method=listed" in p]
+    assert len(listed) == 3
+    for point in listed:
+        exp = configs.experiment(quickly_composed(point))
+        found = read_list(exp.method.path, exp.method.which)
+        assert found.sae and other_sae(found, exp) == [] and found.faults() == []
+        assert found.layers == list(range(exp.layers.first, exp.layers.last + 1))
 
 
 POLICY = ["policy.hidden", "policy.policy_depth"]

@@ -9,9 +9,12 @@ from crl_exp.__main__ import main
 from crl_exp.analysis.statistics import compare, crossed_difference
 from crl_exp.report.comparison.rows import compare_runs
 from crl_exp.report.tables.notes import notes
+from crl_exp.report.tables.same_features import same_feature_tables
 from crl_exp.runs.directory import write_json
 from crl_exp.runs.records import find_records
+from crl_exp.steering.feature_lists import read_list
 from tests.helpers.synthetic import config, finished_run, run_of_items
+from tests.helpers.tiny_run import ROOT
 
 DRAW = np.random.default_rng(0)
 WAS = DRAW.integers(0, 2, 400).astype(float)
@@ -219,3 +222,30 @@ def test_a_split_that_isn_t_there_is_named(sweep, capsys):
     folder, _ = sweep
     told = refused(capsys, folder, "demo:CRL@18", "demo:CRL@8", "--split", "bening")
     assert "--split bening" in told and "validation" in told
+
+
+def test_a_report_counts_the_shipped_lists_features(tmp_path, capsys):
+    """Two logs on HarmBench: the same feature at 18 of 25 layers."""
+    lists = ROOT / "assets" / "feature_lists" / "harmbench_lists.csv"
+    layers = tuple(range(1, 26))
+    for name, now in (("corrsteer", FIXED), ("crl", CRL[0])):
+        more = {"method.path": str(lists), "method.which": name}
+        run = run_of_items(config(tmp_path, "listed", layers, more=more), WAS, now)
+        steered_by(
+            run, **{f"l{one.layer}": one.feature for one in read_list(str(lists), name).features}
+        )
+    (table,) = same_feature_tables(compare_runs(find_records(tmp_path / "demo")))
+    ((_, _, same, others),) = table.lines
+    assert same == "18 of 25 layers" and others.endswith("; and 4 more")
+    ours, theirs = find_records(tmp_path / "demo")
+    told = said(capsys, tmp_path, f"demo/{ours.key}", f"demo/{theirs.key}")
+    assert "the same feature at 18 of 25 layers; others" in told
+
+
+def test_rows_of_one_layer_each_are_a_methods_together_and_controls_are_left_out(tmp_path):
+    for method in ("corrsteer_s", "attribution", "random"):
+        for layer in (8, 18):
+            run = run_of_items(config(tmp_path, method, (layer,)), WAS, FIXED)
+            steered_by(run, **{f"l{layer}": 3 if layer == 8 else len(method)})
+    (table,) = same_feature_tables(compare_runs(find_records(tmp_path / "demo")))
+    assert [line[:3] for line in table.lines] == [["CorrSteer-S", "attribution", "2 of 2 layers"]]

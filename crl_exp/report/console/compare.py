@@ -19,9 +19,10 @@ from crl_exp.report.comparison.pairs import Difference, difference, right_shares
 from crl_exp.report.comparison.rows import Row
 from crl_exp.report.row_names import find_rows
 from crl_exp.report.tables.cells import p_text, points
+from crl_exp.report.tables.same_features import shared_features
 from crl_exp.report.wordings import FORMS, TEXTS
 from crl_exp.runs.items import item_rewards
-from crl_exp.runs.records import Record, rows_of_run
+from crl_exp.runs.records import Record
 
 ITEMS_SHOWN = 10
 WORDING = tuple(f"{key}:" for key in (*TEXTS, *FORMS))
@@ -115,36 +116,6 @@ def text(
     if len(items) > n_items:
         lines.append(f"  and {len(items) - n_items} more: --items {len(items)}")
     return lines
-
-
-def shared_features(ours: Row, theirs: Row) -> list[str]:
-    """At how many layers two rows steer by the same features, one line; none where they share no
-    layer. Of a policy it is the feature that it added at the most tokens; of several seeds the
-    first's is taken.
-    """
-    mine, their = (_features_by_layer(row.runs[0]) for row in (ours, theirs))
-    if not (both := sorted(mine.keys() & their.keys())):
-        return []
-    same = [layer for layer in both if mine[layer] == their[layer]]
-    seeds = "" if len(ours.runs) == len(theirs.runs) == 1 else " (of each row's first seed)"
-    others = [
-        f"{layer}: {_listed(mine[layer])}, {_listed(their[layer])}"
-        for layer in both
-        if layer not in same
-    ]
-    told = f"; others, A and B: {'; '.join(others)}" if same and others else ""
-    return [f"the same feature at {len(same)} of {len(both)} layers{seeds}{told}"]
-
-
-def _features_by_layer(run: Record) -> dict[int, set[int]]:
-    found: dict[int, set[int]] = {}
-    for layer, feature, _ in rows_of_run(run.features):
-        found.setdefault(int(layer), set()).add(int(feature))
-    return found
-
-
-def _listed(features: set[int]) -> str:
-    return "+".join(map(str, sorted(features)))
 
 
 def _test(found: Difference) -> str:

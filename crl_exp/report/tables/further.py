@@ -11,6 +11,7 @@ from crl_exp.report.tables.ladder import ladder_tables
 from crl_exp.report.tables.left_alone import left_alone_tables
 from crl_exp.report.tables.pairs import pair_tables
 from crl_exp.report.tables.quality import quality_tables
+from crl_exp.report.tables.same_features import same_feature_tables
 
 
 def further_tables(sweep: SweepComparison) -> list[FurtherTable]:
@@ -23,5 +24,6 @@ def further_tables(sweep: SweepComparison) -> list[FurtherTable]:
 def _further(sweep: SweepComparison) -> list[FurtherTable]:
     return [
         *analysis_tables(sweep), *group_tables(sweep), *ladder_tables(sweep), *pair_tables(sweep),
-        *quality_tables(sweep), *left_alone_tables(sweep), *fit_tables(sweep),
+        *same_feature_tables(sweep), *quality_tables(sweep), *left_alone_tables(sweep),
+        *fit_tables(sweep),
     ]  # fmt: skip
