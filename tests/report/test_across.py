@@ -19,6 +19,7 @@ from crl_exp.report.across.tables import tables_of
 from crl_exp.report.across.write import folder_name
 from crl_exp.report.comparison.rows import holm
 from crl_exp.runs.directory import RunDirectory, write_json
+from crl_exp.runs.result import Figure, Result
 from tests.helpers.synthetic import config, finished_run, run_of_items
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
@@ -79,7 +80,7 @@ def test_rows_are_paired_over_items_and_the_seeds_of_both(two, capsys):
     alone = lines["few", "CRL", "8"]
     assert alone["difference"] == "" and alone["alone_because"] == "B: not at these layers there"
     told = " ".join(capsys.readouterr().out.split())
-    assert "differs: algorithm.n_updates: A 20; B 80 (crl, corrsteer_s)" in told
+    assert "differs: algorithm.n_updates: A 20; B 80 (corrsteer_s, crl)" in told
     low, high = (100 * end for end in expected.interval)
     assert f"{100 * expected.mean:+.1f} [{low:.1f}, {high:.1f}]" in told
     assert "only in A: CRL @ 8, sentiment, tiny" in told
@@ -89,13 +90,12 @@ def test_rows_are_paired_over_items_and_the_seeds_of_both(two, capsys):
 def test_its_folder_is_its_own_and_made_again_is_the_same(two, capsys):
     assert main(["report", "few", "--output-dir", str(two)]) == 0
     own = {path: path.read_bytes() for path in (two / "few" / "report").iterdir()}
+    inside, reports = two / "comparisons" / "few+many", []
     for _ in range(2):
         assert main(["report", "few", "many", "--output-dir", str(two)]) == 0
-        there = {path.name: path.read_bytes() for path in
-                 (two / "comparisons" / "few+many").iterdir() if path.is_file()}  # fmt: skip
-        before, there = locals().get("there_before", there), there
-        there_before = before
-        assert there == there_before
+        reports.append({p.name: p.read_bytes() for p in inside.iterdir() if p.is_file()})
+    there = reports[0]
+    assert reports[1] == there
     assert set(there) == {"table.csv", "table.md", "table.tex", "report.html", "sweeps.png",
                           "sweeps.pdf"}  # fmt: skip
     assert {path: path.read_bytes() for path in own} == own
@@ -108,7 +108,7 @@ def test_a_comparison_is_no_sweep(two, capsys):
     assert main(["report", "few", "many", "--output-dir", str(two)]) == 0
     capsys.readouterr()
     inside = two / "comparisons" / "few+many"
-    for command in ("status", "report", "rm"):
+    for command in ("status", "report", "rm", "retry"):
         for name in ("comparisons", str(inside)):
             assert main([command, name, "--output-dir", str(two)]) == 1
             assert "no run in" in (told := capsys.readouterr().err) or "no sweep" in told
@@ -141,7 +141,7 @@ def test_runs_of_both_are_counted_once(two, capsys):
         run_of_items(made(two, "more", seed=seed, algorithm__n_updates=20), WAS, now)
     run_of_items(made(two, "more", "corrsteer_s", algorithm__n_updates=20), WAS, ONE[0])
     found = compare_sweeps([two / "few", two / "more"])
-    crl, fixed = (one for one in found.together)
+    fixed, crl = found.together
     assert crl.rows[1].seeds == [3] and crl.rows[0].seeds == [0, 1, 2]
     assert fixed.same == (1,) and not fixed.pairs
     assert len(found.twice) == 4 and len(found.pairs) == 1
@@ -154,22 +154,25 @@ def test_runs_of_both_are_counted_once(two, capsys):
     assert "the runs of A" in told
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [("task.question", "Is it good? {text}", "task.question"), ("task.n_test", 300, "task.n_test"),
-     ("task.split_seed", 5, "task.split_seed")],
-)  # fmt: skip
-def test_rows_that_were_asked_something_else_are_set_apart_by_name(two, key, value, said):
+def test_rows_that_were_asked_in_other_words_are_set_apart_by_name(two):
     more = {"algorithm__n_updates": 20}
-    run_of_items(made(two, "odd", **more, **{key.replace(".", "__"): value}), WAS, SEEDS[1][0])
-    run_of_items(made(two, "odd", "corrsteer_s", **more), WAS, ONE[1])
+    run_of_items(made(two, "odd", task__question="Is it? {text}", **more), WAS, SEEDS[1][0])
+    run_of_items(made(two, "odd", "corrsteer_s", seed=1, **more), WAS, ONE[1])
     found = compare_sweeps([two / "few", two / "odd"])
     assert [one.label for one in found.together] == ["CorrSteer-S"]
     (odd,) = (one for one in found.alone if one.first == 1)
-    assert said in odd.why[0] and odd.rows[1].runs[0].key not in odd.why[0]
+    assert "task.question" in odd.why[0] and odd.rows[1].runs[0].key not in odd.why[0]
     (table,) = (one for one in tables_of(found) if one.slug == "alone")
     text = "\n".join("\n".join(line) for line in table.lines)
     assert "asked something else: " in text and "B: asked something else there: " in text
+
+
+@pytest.mark.parametrize(("key", "value"), [("n_test", 300), ("split_seed", 5)])
+def test_a_sweep_over_another_split_is_refused_by_name(two, capsys, key, value):
+    for method, now in (("crl", SEEDS[1][0]), ("corrsteer_s", ONE[1])):
+        run_of_items(made(two, "odd", method, **{f"task__{key}": value}), WAS, now)
+    told = refused(capsys, two, "few", "odd")
+    assert "CRL @ 18 of odd: asked something else: task." + key in told
 
 
 def test_other_items_under_the_same_config_are_set_apart_with_counts(two):
@@ -252,10 +255,14 @@ def test_sweeps_with_nothing_in_common_are_refused_with_reasons(two, capsys):
 
 
 def test_analyses_alone_are_refused(two, capsys):
-    run = run_of_items(made(two, "reads", experiment={"name": "probing"}), WAS, ONE[0])
-    result = {k: v for k, v in (run.result() or {}).items() if k not in ("delta", "validation")}
-    figures = {"primary": "x", "figures": {"x": {"value": 0.5}}, "kind": "probing", "by_layer": {}}
-    write_json(run.result_path, {**result, **figures})
+    kind = {"_target_": "crl_exp.experiments.kinds.probing.Probing", "name": "counting"}
+    run = RunDirectory(made(two, "reads", experiment=kind))
+    with run.opened():
+        found = Result("counting", "words", {"words": Figure(0.25, 0.2, 0.3, 40)}, said=["few"])
+        same = {"run_key": run.key, "sweep": "reads", "method": "counting", "label": "counted",
+                "control": False, "model": "tiny", "task": "sentiment", "layers": [18], "seed": 0,
+                "n": 300, "scorer": "exact choice", "data_digest": "0123456789abcdef"}  # fmt: skip
+        write_json(run.result_path, {**same, **found.plain()})
     assert "are analyses, which answer no item" in refused(capsys, two, "few", "reads")
 
 
