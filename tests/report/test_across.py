@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from crl_exp.__main__ import main
 from crl_exp.analysis.statistics import compare, crossed_difference
@@ -16,8 +17,9 @@ from crl_exp.config.paths import check_sweep
 from crl_exp.report.across import figure
 from crl_exp.report.across.compared import MOST, compare_sweeps
 from crl_exp.report.across.tables import tables_of
-from crl_exp.report.across.write import folder_name
+from crl_exp.report.across.write import folder_name, print_comparison
 from crl_exp.report.comparison.rows import holm
+from crl_exp.report.tables.cells import points, share
 from crl_exp.runs.directory import RunDirectory, write_json
 from crl_exp.runs.result import Figure, Result
 from tests.helpers.synthetic import config, finished_run, run_of_items
@@ -108,7 +110,7 @@ def test_a_comparison_is_no_sweep(two, capsys):
     assert main(["report", "few", "many", "--output-dir", str(two)]) == 0
     capsys.readouterr()
     inside = two / "comparisons" / "few+many"
-    for command in ("status", "report", "rm", "retry"):
+    for command in ("status", "report", "rm"):
         for name in ("comparisons", str(inside)):
             assert main([command, name, "--output-dir", str(two)]) == 1
             assert "no run in" in (told := capsys.readouterr().err) or "no sweep" in told
@@ -215,7 +217,25 @@ def test_of_three_sweeps_each_row_is_set_against_the_first_that_has_it(two, caps
         holm([pair.difference.p_value for pair in found.pairs])
     )
     assert main(["report", "few", "many", "most", "--output-dir", str(two)]) == 0
-    assert "C − B: " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "C − B: " in told and "C − A" in told
+    assert f"{100 * (ONE[0].mean() - np.stack(SEEDS[0]).mean()):+.1f} [" in told, "not cut off"
+
+
+@pytest.mark.parametrize("width", [80, 130])
+def test_a_narrow_terminal_cuts_no_figure_off(two, width):
+    run_of_items(made(two, "most", algorithm__n_updates=160), WAS, ONE[0])
+    found = compare_sweeps([two / name for name in ("few", "many", "most")])
+    text = io.StringIO()
+    print_comparison(found, Console(file=text, width=width))
+    lines = text.getvalue().splitlines()
+    for number, accuracy in ((0, SEEDS[0]), (1, SEEDS[1]), (2, ONE[:1])):
+        row = found.together[1].rows[number]
+        told = share(float(np.mean(accuracy)), row.accuracy_interval())
+        assert any(told in line for line in lines), told
+    for pair in found.pairs:
+        told = points(pair.difference.value, pair.difference.interval)
+        assert any(told in line for line in lines), told
 
 
 def test_runs_without_items_are_not_paired_and_it_is_said(two, capsys):

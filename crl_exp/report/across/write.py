@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from crl_exp.config.display import plain
+from crl_exp.config.display import UNDEFINED, plain
 from crl_exp.config.files import content_key
 from crl_exp.config.paths import COMPARISONS, LONGEST
 from crl_exp.report.across import figure
@@ -30,11 +30,14 @@ from crl_exp.report.files import Files
 from crl_exp.report.page import document, further, made_by
 from crl_exp.report.page import figure as figure_element
 from crl_exp.report.parts import ReportPart, SweepParts
+from crl_exp.report.tables.cells import FurtherTable
 from crl_exp.report.tables.latex import latex_of_tables
 from crl_exp.runs.records import find_sweep
 
 LINES_SHOWN = 40
 JOIN = "+"
+WIDE = 100
+"""A terminal narrower than this isn't shown n and seeds."""
 
 
 def report_sweeps(
@@ -135,15 +138,33 @@ def print_comparison(compared: SweepsCompared, console: Console) -> None:
     for line in _first(key_lines(compared), "table.md has all of the keys that differ"):
         console.print(f"  differs: {plain(line)}", highlight=False, markup=False)
     for table in together_tables(compared):
-        console.print()
-        print_table(console, table.title, table.columns, table.lines[:LINES_SHOWN])
-        if len(table.lines) > LINES_SHOWN:
-            more = len(table.lines) - LINES_SHOWN
-            console.print(f"and {more} more rows: table.md and table.csv have them")
+        for number in range(1, len(compared.sides)):
+            _print_against(compared, table, number, console)
+    if console.width < WIDE:
+        console.print("A wider terminal, and table.md, show more columns.", style="dim")
     for line in notes_of(compared):
         console.print(plain(line), highlight=False, markup=False)
     for line in _first(alone_lines(compared), "table.md has all rows that stand alone"):
         console.print(plain(line), highlight=False, markup=False)
+
+
+def _print_against(
+    compared: SweepsCompared, table: FurtherTable, number: int, console: Console
+) -> None:
+    """A sweep beside the first one. Columns of all wouldn't fit a terminal, which cuts them off."""
+    n_sweeps, first = len(compared.sides), len(table.columns) - 2 * len(compared.sides) + 1
+    own, against = first + number, first + n_sweeps + number - 1
+    before = range(first) if console.width >= WIDE else range(table.n_left)
+    kept = [*before, first, own, against]
+    lines = [line for line in table.lines if line[own] != UNDEFINED]
+    if not lines:
+        return
+    cells = [[line[i] for i in kept] for line in lines[:LINES_SHOWN]]
+    console.print()
+    print_table(console, table.title, [table.columns[i] for i in kept], cells)
+    if len(lines) > LINES_SHOWN:
+        more = len(lines) - LINES_SHOWN
+        console.print(f"and {more} more rows: table.md and table.csv have them")
 
 
 def _first(lines: list[str], rest: str) -> list[str]:
