@@ -47,7 +47,10 @@ COMMANDS = {
         "whether this machine and its cluster can run what is typed",
     ),
     "sync": ("crl_exp.tracking.sync", "bring MLflow or wandb up to date with the runs"),
-    "report": ("crl_exp.report.command", "tables and figures of a finished sweep"),
+    "report": (
+        "crl_exp.report.command",
+        "tables and figures of a sweep; of several, against each other",
+    ),
     "compare": (
         "crl_exp.report.console.compare",
         "two runs, or rows of a report, on the same items",

@@ -14,8 +14,10 @@ SHIPPED = Path(__file__).resolve().parent / "shipped"
 """What a wheel carries besides modules (setup.py); no checkout has it."""
 REPO = SHIPPED if SHIPPED.is_dir() else BESIDE
 """The checkout (`conf/`, shipped assets), or the folder that has the same in a wheel."""
-IN_THE_OUTPUT_FOLDER = ("shared", "mlartifacts", "mlflow.db")
-"""What lies beside the sweeps: stage 1's store, MLflow's own file and artifacts."""
+COMPARISONS = "comparisons"
+IN_THE_OUTPUT_FOLDER = ("shared", COMPARISONS, "mlartifacts", "mlflow.db")
+"""What lies beside the sweeps: stage 1's store, reports on several sweeps, MLflow's own file and
+artifacts."""
 LONGEST = 200  # bytes; file systems take 255, and lock files are a little longer
 
 

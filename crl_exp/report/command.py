@@ -1,4 +1,5 @@
-"""`python -m crl_exp report SWEEP`: what a sweep found, as a table, CSV and figures."""
+"""`python -m crl_exp report SWEEP`: what a sweep found, as a table, CSV and figures. Of several
+sweeps: what they have in common, set against each other (`report.across`)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from crl_exp.report.across.write import report_sweeps
 from crl_exp.report.comparison.feature_credit import (
     ITEM_COLUMNS,
     FeatureCredit,
@@ -211,12 +213,15 @@ def attach(records: list[Record], folder: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`python -m crl_exp report SWEEP_OR_DIR [--output-dir DIR]`. Returns the exit code."""
+    """`python -m crl_exp report SWEEP_OR_DIR… [--output-dir DIR]`. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m crl_exp report",
-        description="Compare a sweep's runs: table, CSV and figures in outputs/SWEEP/report/.",
+        description="Compare a sweep's runs: table, CSV and figures in outputs/SWEEP/report/. Of "
+        "several sweeps: their rows against each other, in outputs/comparisons/A+B/.",
     )
-    parser.add_argument("sweep", help="name of a sweep in the output folder, or its folder")
+    parser.add_argument(
+        "sweep", nargs="+", help="name of a sweep in the output folder, or its folder; or several"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     parser.add_argument(
         "--by", metavar="KEY", action="append", default=[],
@@ -226,12 +231,14 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     log.setLevel(logging.INFO)
-    folder = find_sweep(arguments.sweep, arguments.output_dir)
-    records = find_records(folder)
-    parts = compare_parts(records, tuple(arguments.by))
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
+    if len(arguments.sweep) > 1:
+        return report_sweeps(arguments.sweep, arguments.output_dir, tuple(arguments.by), console)
+    folder = find_sweep(arguments.sweep[0], arguments.output_dir)
+    records = find_records(folder)
+    parts = compare_parts(records, tuple(arguments.by))
     # The files first: whatever a terminal can't show, they are whole.
     written = write_report(parts, folder / "report")
     tables.print_parts(parts, console)

@@ -40,8 +40,10 @@ class Drawn:
     """What an earlier report drew into `folder`. To be made before anything is drawn, and `save`d
     once all is."""
 
-    def __init__(self, folder: Path, parts: SweepParts):
-        self.folder, self.path = folder, folder.parent / KEPT
+    def __init__(self, folder: Path, parts: SweepParts, home: Path | None = None):
+        """home: where what was drawn is noted; by default the sweep's folder, which `folder` is
+        in."""
+        self.folder, self.path = folder, (home or folder.parent) / KEPT
         self.parts = parts
         self.known = self._read()
         self.now: dict[str, dict[str, Any]] = {}

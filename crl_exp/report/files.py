@@ -17,7 +17,7 @@ TEXTS = (
 )  # fmt: skip
 FIGURE_NAMES = (
     "ladder", "by_layer", "by_option", "by_labels", "heat_map", "training", "overlap", "diversity",
-    "correlation", "analyses", "overview",
+    "correlation", "analyses", "overview", "sweeps",
 )  # fmt: skip
 SUFFIXES = (".png", ".pdf")  # for the screen and for a paper
 

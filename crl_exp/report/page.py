@@ -19,6 +19,7 @@ from crl_exp.report.tables.cells import (
     FEATURE_NOTE,
     OVERVIEW_NOTE,
     RUN_COLUMNS,
+    FurtherTable,
     feature_cells,
     main_cells,
     matrix,
@@ -61,6 +62,9 @@ CAPTIONS = {
     "right: share of its additions that were of such features, and of CorrSteer's own feature.",
     "diversity": "Distinct features that the policy used on the test items, and the entropy of "
     "their use. A dashed interval is over seeds alone: a run kept no interventions.parquet.",
+    "sweeps": "Rows that are the same but for what sets the sweeps apart. Left: accuracy in each, "
+    "with 95 % intervals; small dots are seeds. Right: the difference to the first sweep that has "
+    "the row, paired item by item. Hollow: controls.",
     "correlation": "Correlation in stage 1 with the reward, or with what warmup.contrast names: of "
     "the features found there, and of those that the policy added.",
 }
@@ -69,19 +73,24 @@ CAPTIONS = {
 def page(parts: SweepParts, figures: dict[str, list[Path]], credits: dict[str, list]) -> str:
     """The page. figures, credits: by the folder of a part (`` for what is of all parts)."""
     body = [f"<h1>{escape(parts.name)}</h1>", f'<p class="about">{_about(parts)}</p>',
-            *_made_by(parts)]  # fmt: skip
+            *made_by(parts)]  # fmt: skip
     if parts.several:
         body += _overview(parts, figures.get("", []))
     for part in parts.parts:
         body += _section(part, figures[part.folder], credits[part.folder], parts.several)
     body += _not_finished(parts.unfinished)
+    return document(parts.name, body)
+
+
+def document(name: str, body: Sequence[str]) -> str:
+    """A whole page of these elements."""
     style, script = (
         (ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
     )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(parts.name)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(name)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + f"\n</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
     )
@@ -102,18 +111,19 @@ def _about(parts: SweepParts) -> str:
     return escape(f"{told}; scored by {scorers}{code}.")
 
 
-def _made_by(parts: SweepParts) -> list[str]:
-    """The command that made the sweep, as it was launched the last time."""
+def made_by(parts: SweepParts, lead: str = "") -> list[str]:
+    """The command that made the sweep, as it was launched the last time. lead: before it."""
     some = parts.parts[0].sweep.first.path.parent
     asked = typed_for(some, launcher=True)
     # where MLflow is may hold a password, and changes no result
     typed = [shlex.quote(plain(x)) for x in asked if not x.lstrip("+").startswith("tracking.uri=")]
     if not asked:
         return [
-            '<p class="about">Its runs were started one by one; each config.yaml says what by.</p>'
+            f'<p class="about">{escape(lead)}Its runs were started one by one; each config.yaml '
+            "says what by.</p>"
         ]
     made = escape(" ".join(["python launch.py -m", *typed]))
-    return [f'<p class="about">Launched last by <code>{made}</code></p>']
+    return [f'<p class="about">{escape(lead)}Launched last by <code>{made}</code></p>']
 
 
 def _overview(parts: SweepParts, figures: list[Path]) -> list[str]:
@@ -149,17 +159,17 @@ def _section(
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         found += [f"<h3>{escape(set_title(sweep))}</h3>", table(set_columns(sweep), cells, 2)]
-    found += _further(sweep)
+    found += further(further_tables(sweep))
     found += ['<div class="figures">', *map(figure, figures), "</div>"]
     found += examples(sweep)
     found += _features(credits) + _runs(sweep) + _not_finished(sweep.unfinished)
     return ["<section>", *found, "</section>"]
 
 
-def _further(sweep: SweepComparison) -> list[str]:
+def further(tables: Sequence[FurtherTable]) -> list[str]:
     found = []
-    for more in further_tables(sweep):
-        found += [f"<h3>{escape(more.title)}</h3>", table(more.columns, more.lines, n_left=2)]
+    for more in tables:
+        found += [f"<h3>{escape(more.title)}</h3>", table(more.columns, more.lines, more.n_left)]
         found += [f"<p class=note>{escape(line)}</p>" for line in more.notes]
     return found
 

@@ -143,6 +143,7 @@ STANDS_FOR = {
     "NAME": SWEEP,
     "SWEEP": SWEEP,
     "probing": SWEEP,
+    "OTHER": "another",
     **dict.fromkeys(["n10", "n100", "n500", "n1000"], SWEEP),
     "single": SWEEP,
     "tiny/single": SWEEP,
@@ -351,13 +352,16 @@ def test_the_list_of_benches(capsys):
 
 @pytest.fixture(scope="module")
 def outputs(home) -> tuple[Path, str]:
-    """A folder `outputs` with a finished sweep that was submitted, and the key of a run."""
+    """A folder `outputs` with a finished sweep that was submitted, and the key of a run. Beside it
+    another one, of another seed."""
     folder = home / "work" / "outputs"
-    with typed_sweep(tiny(folder, "method=none,corrsteer_s", f"sweep_name={SWEEP}")) as typed:
-        loader, master, jobs = typed
-        points = compose_points(loader, master, jobs, HERE)
-    for point in points:
-        run_experiment(point.config, skip_finished=True)
+    for name, asked in (("another", ["method=corrsteer_s", "seed=1"]),
+                        (SWEEP, ["method=none,corrsteer_s"])):  # fmt: skip
+        with typed_sweep(tiny(folder, *asked, f"sweep_name={name}")) as typed:
+            loader, master, jobs = typed
+            points = compose_points(loader, master, jobs, HERE)
+        for point in points:
+            run_experiment(point.config, skip_finished=True)
     keys = [point.key for point in points]
     part = {"job": None, "workers": [], "settings": vars(settings("local_processes")),
             "runs": keys, "packs": [[key] for key in keys]}  # fmt: skip
@@ -386,4 +390,6 @@ def test_the_commands(outputs, quick_reports, monkeypatch, capsys):
         assert program.main(line) == 0, (line, capsys.readouterr())
     assert (folder / SWEEP / "report" / "table.md").exists()
     assert {path: path.read_bytes() for path in before} == before, "finished runs stay as they were"
-    shutil.rmtree(folder / SWEEP / "report")
+    assert (folder / "comparisons" / f"{SWEEP}+another" / "table.md").exists()
+    for made in (folder / SWEEP / "report", folder / "comparisons"):
+        shutil.rmtree(made)

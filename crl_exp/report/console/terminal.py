@@ -20,6 +20,7 @@ from crl_exp.report.tables.cells import (
     FEATURE_NOTE,
     OVERVIEW_NOTE,
     RUN_COLUMNS,
+    FurtherTable,
     feature_cells,
     main_cells,
     matrix,
@@ -46,15 +47,14 @@ def markdown(sweep: SweepComparison, level: int = 1) -> str:
     """The report as Markdown: the table, its notes, test sets, single runs, unfinished runs."""
     head = "#" * level
     rows = [main_cells(sweep, row) for row in sweep.rows]
-    parts = [f"{head} {_as_text(title(sweep))}"]
+    parts = [f"{head} {as_text(title(sweep))}"]
     parts += [_markdown_table(COLUMNS, rows)] if rows else []
     best = headline(sweep)
     parts += ([best] if best else []) + notes(sweep)
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         parts += [f"{head}# {set_title(sweep)}", _markdown_table(set_columns(sweep), cells)]
-    for more in further_tables(sweep):
-        parts += [f"{head}# {more.title}", _markdown_table(more.columns, more.lines), *more.notes]
+    parts += further_markdown(further_tables(sweep), level + 1)
     runs = [run_cells(row, run) for row in sweep.rows for run in row.runs]
     if runs:
         parts += [
@@ -63,6 +63,14 @@ def markdown(sweep: SweepComparison, level: int = 1) -> str:
             _markdown_table(RUN_COLUMNS, runs),
         ]
     return "\n\n".join(parts + _not_finished(sweep.unfinished, level + 1)) + "\n"
+
+
+def further_markdown(tables: Sequence[FurtherTable], level: int) -> list[str]:
+    found = []
+    for more in tables:
+        found += [f"{'#' * level} {more.title}", _markdown_table(more.columns, more.lines)]
+        found += more.notes
+    return found
 
 
 def markdown_of_parts(parts: SweepParts) -> str:
@@ -100,7 +108,7 @@ def _linked(credit: FeatureCredit) -> list[str]:
 
 
 def _not_finished(runs: Sequence[Record], level: int) -> list[str]:
-    lines = "\n".join(f"- {_as_text(line)}" for line in unfinished(runs))
+    lines = "\n".join(f"- {as_text(line)}" for line in unfinished(runs))
     return [f"{'#' * level} Not finished", lines] if runs else []
 
 
@@ -110,13 +118,13 @@ def _markdown_table(columns: Sequence[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in safe)
 
 
-def _as_text(text: str) -> str:
+def as_text(text: str) -> str:
     """For Markdown: what begins as an HTML tag is shown, not rendered."""
     return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text)
 
 
 def _markdown_cell(text: str) -> str:
-    return _as_text(text).replace("|", "\\|").replace("\n", "<br>")
+    return as_text(text).replace("|", "\\|").replace("\n", "<br>")
 
 
 def print_parts(parts: SweepParts, console: Console) -> None:

@@ -24,13 +24,14 @@ LAYERS_SHOWN = 2
 
 @dataclass(frozen=True)
 class FurtherTable:
-    """A table below the main one. slug: in a LaTeX label."""
+    """A table below the main one. slug: in a LaTeX label. n_left: columns of text."""
 
     title: str
     slug: str
     columns: tuple[str, ...]
     lines: list[list[str]]
     notes: list[str]
+    n_left: int = 2
 
 
 def layers_text(layers: Sequence[int], between: str = ", ") -> str:

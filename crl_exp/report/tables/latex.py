@@ -10,6 +10,7 @@ from crl_exp.report.parts import SweepParts
 from crl_exp.report.tables.cells import (
     COLUMNS,
     OVERVIEW_NOTE,
+    FurtherTable,
     main_cells,
     matrix,
     overview_cells,
@@ -54,10 +55,20 @@ def latex(sweep: SweepComparison, label: str) -> str:
     if sweep.test_sets:
         cells = [set_cells(sweep, row) for row in sweep.rows]
         found.append(_table(set_columns(sweep), cells, [set_title(sweep) + "."], f"{label}-sets"))
-    for more in further_tables(sweep):
-        caption = [more.title + ".", *more.notes]
-        found.append(_table(more.columns, more.lines, caption, f"{label}-{more.slug}"))
-    return HEAD + "\n".join(found)
+    return HEAD + "\n".join([*found, *_further(further_tables(sweep), label)])
+
+
+def latex_of_tables(tables: Sequence[FurtherTable], label: str) -> str:
+    """label: after `tab:`."""
+    return HEAD + "\n".join(_further(tables, label))
+
+
+def _further(tables: Sequence[FurtherTable], label: str) -> list[str]:
+    return [
+        _table(more.columns, more.lines, [more.title + ".", *more.notes], f"{label}-{more.slug}",
+               more.n_left)
+        for more in tables
+    ]  # fmt: skip
 
 
 def latex_of_parts(parts: SweepParts) -> str:
