@@ -113,6 +113,7 @@ COMPOSED = {
     "task.groups=": "a data set of the hub", "task.choices=null": "a data set of the hub",
     "task=refusal": "data that `make assets` fetches", "task=one_sentence": "likewise",
     "task.scorer=judge": "an endpoint; tests/tasks/test_own_judge.py has one",
+    "task.scorer=preference_model": "a reward model; tests/tasks/test_preference_model.py has one",
     "+sweep=harmbench_parity": HUB, "EleutherAI/": HUB,
     "+sweep=null_action": "data that `make assets` fetches",
     "+sweep=demo_one_sentence": "likewise; its bias is of tokens, which only free text has",
