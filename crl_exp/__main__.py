@@ -56,6 +56,7 @@ COMMANDS = {
         "two runs, or rows of a report, on the same items",
     ),
     "show": ("crl_exp.report.console.show", "a run's answers beside the unsteered ones"),
+    "label": ("crl_exp.launcher.commands.label", "a judge's labels of features, with a test"),
     "train-sae": ("crl_exp.launcher.commands.train_sae", "train SAEs of a model, a layer each"),
     "bench": ("crl_exp.launcher.bench.command", "measure speed and memory, in ratios"),
     "options": (

@@ -112,7 +112,7 @@ def is_steering(experiment: Any) -> bool:
     return experiment is None or experiment.get("_target_") == STEERING["_target_"]
 
 
-_BY_DEGREES = ("token_f1", "function", "judge")
+_BY_DEGREES = ("token_f1", "function", "judge", "preference_model")
 """Scorers whose rewards may lie between 0 and 1."""
 _RIGHT_OR_WRONG = (
     "jsonl", "multiple_choice", "open_questions", "refusal", "refusal_sets", "sentiment", "tiny",
@@ -158,6 +158,16 @@ def unjudged(plain: dict[str, Any]) -> bool:
     return (plain.get("task") or {}).get("scorer", "answer") != "judge"
 
 
+def without_preferences(plain: dict[str, Any]) -> bool:
+    """Whether no preference model scores, however one is described."""
+    return (plain.get("task") or {}).get("scorer", "answer") != "preference_model"
+
+
+NO_PREFERENCE_MODEL = {
+    "path": None, "revision": None, "device": "cpu", "batch_size": 16, "map": "sigmoid",
+    "digest": None,
+}  # fmt: skip
+"""Of runs of before there were such scorers."""
 HOW_A_JUDGE_IS_ASKED = (
     "api_key_from", "timeout_seconds", "tries", "wait_seconds", "parallel",
 )  # fmt: skip
@@ -208,6 +218,7 @@ ADDED: tuple[Added, ...] = (
     Added("tracking", "", "project", "crl_exp"),
     Added("tracking", "", "entity", None),
     Added("tracking", "", "mode", "offline"),
+    Added("task", "JsonLines", "preference_model", NO_PREFERENCE_MODEL, same=without_preferences),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

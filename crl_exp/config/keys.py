@@ -52,7 +52,8 @@ def plain_of(config: DictConfig) -> dict[str, Any]:
 
 def settled(plain: dict[str, Any]) -> dict[str, Any]:
     """A resolved config with what its task finds in files in the place of what asks for it: sizes
-    that are shares of a file, in items, and the digest of a function's source.
+    that are shares of a file, in items, and the digests of a function's source and of a model that
+    scores.
 
     So a key is of what is read, and a frozen config, which has them, needs no file for it.
 
@@ -94,7 +95,14 @@ def _asks_files(task: dict[str, Any]) -> bool:
         return False  # what is missing is told first
     sizes = [task[name] for name in ("n_train", "n_validation", "n_test") if name in task]
     is_open = any(size is None or isinstance(size, float) for size in sizes)
-    return is_open or (SOURCE in task and bool(task.get("function")) and not task[SOURCE])
+    source = SOURCE in task and bool(task.get("function")) and not task[SOURCE]
+    return is_open or source or _asks_a_model(task)
+
+
+def _asks_a_model(task: dict[str, Any]) -> bool:
+    """Whether answers are scored by a model whose files' digest isn't known yet."""
+    model = task.get("preference_model") if task.get("scorer") == "preference_model" else None
+    return isinstance(model, dict) and bool(model.get("path")) and not model.get("digest")
 
 
 def sections_read(plain: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +175,9 @@ def freeze(config: DictConfig, path: Path) -> None:
     write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
-NAMES_A_PLACE = ("model.path", "sae.folder", "task.path", "method.path")
+NAMES_A_PLACE = (
+    "model.path", "sae.folder", "task.path", "method.path", "task.preference_model.path",
+)  # fmt: skip
 """Keys whose relative paths are meant from where the run was launched."""
 
 

@@ -46,6 +46,11 @@ def hub_commits(exp: Experiment, layers: list[int]) -> dict[str, str]:
         asked.append((f"model.path={path}", path, "model", exp.model.revision))
     if with_sae(exp, layers) and exp.sae.folder is None:
         asked.append((f"sae.release={exp.sae.release}", exp.sae.repo_id, "model", None))
+    if getattr(exp.task, "scorer", None) == "preference_model":
+        scorer: Any = getattr(exp.task, "preference_model")  # noqa: B009, of one kind of task
+        if scorer.digest is None:  # of the hub
+            key = f"task.preference_model.path={scorer.path}"
+            asked.append((key, scorer.path, "model", scorer.revision))
     hub_id = getattr(exp.task, "hub_id", None)
     if isinstance(hub_id, str) and getattr(exp.task, "data_files", None) is None:
         revision = getattr(exp.task, "revision", None)
@@ -85,8 +90,10 @@ def class_inputs(exp: Experiment) -> Inputs:
 def scorer_inputs(task: Any) -> Inputs:
     """What lies in the folders of models that score a task's answers; {} where there are none."""
     found: Inputs = {}
-    for name in ("classifier", "cross_encoder"):
+    for name in ("classifier", "cross_encoder", "preference_model"):
         path = getattr(getattr(task, name, None), "path", None)
+        if name == "preference_model" and task.scorer != name:
+            continue
         if isinstance(path, str) and (folder := home(path, f"task.{name}.path")).is_dir():
             key = f"task.{name}.path={path}"
             found[key] = folder_digest(folder, key)

@@ -161,6 +161,7 @@ def _run(exp: Experiment, layers: list[int], run: RunDirectory, place: RunHost) 
         workspace = RunWorkspace(exp, layers, run, place.engine)
         workspace.before_statistics = lambda: place.warming_up(workspace)
         preemption.check()
+        workspace.ready_to_score()
     if commits := hub_commits(exp, layers):
         workspace.note("hub_commits", commits)
     noted = note_data(run, workspace.splits, workspace.lm, workspace.fed)

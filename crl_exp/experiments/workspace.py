@@ -32,6 +32,14 @@ from crl_exp.steering.answers import AnswerBook, Answers, batches
 from crl_exp.steering.controllers.fixed import FixedFeatures
 from crl_exp.steering.feature_statistics.measure import measure_of, warn_of_one_outcome
 from crl_exp.steering.feature_statistics.store import LayerStatistics, shared_statistics, stored_at
+from crl_exp.tasks.base import Item, Score
+
+Scoring = Callable[[Sequence[Item], Sequence[str]], list[Score]]
+
+
+def _none(items: Sequence[Item], texts: Sequence[str]) -> list[Score]:
+    """No rewards yet."""
+    return [Score(0.0) for _ in items]
 
 
 class RunWorkspace(WorkspaceSetup):
@@ -126,20 +134,27 @@ class RunWorkspace(WorkspaceSetup):
         items: Sequence[int] | None = None,
         record: bool = False,
         advance: Callable[[int], None] | None = None,
+        score: Scoring | None = None,
     ) -> Answers:
-        """Answers to these items of a split (all, by default), scored by the task."""
+        """Answers to these items of a split (all, by default), scored by the task or by `score`."""
         there = self.splits.named()[split]
         chosen = range(len(there)) if items is None else items
         generation = generation_of(answerer, self, split, chosen, record, advance)
         asked = [there[i] for i in chosen]
-        return Answers(generation, self.exp.task.score(asked, generation.texts))
+        return Answers(generation, (score or self.exp.task.score)(asked, generation.texts))
 
     def kept_answers(
-        self, name: str, what: str, answerer: Answering, split: str, record: bool = False
+        self,
+        name: str,
+        what: str,
+        answerer: Answering,
+        split: str,
+        record: bool = False,
+        score: Scoring | None = None,
     ) -> Answers:
         """Answers to a whole split, saved under a name as they come and read back from there.
 
-        record: what was added at each token too (`Answers.steered`).
+        record: what was added at each token too (`Answers.steered`). score: in place of the task's.
         """
         book = AnswerBook(self.run.answers / name, self.run.key)
         whole, pace = book.load(), CheckpointTimer(self.exp.checkpoint)
@@ -148,7 +163,7 @@ class RunWorkspace(WorkspaceSetup):
             get_ready(answerer, self, split)
             with self.bar(what, n, first) as advance:
                 for items in batches(first, n, self.exp.engine.items_together):
-                    batch = self.answer(answerer, split, items, record).compact()
+                    batch = self.answer(answerer, split, items, record, score=score).compact()
                     book.add(batch)
                     whole.append(batch)
                     advance(len(items))
@@ -162,10 +177,30 @@ class RunWorkspace(WorkspaceSetup):
         name, what = f"unsteered_{split}", f"unsteered on {split}"
 
         def make() -> Answers:
+            if split == "train" and self.exp.task.against_unsteered:
+                there = self._unsteered_unscored()
+                return Answers(there, self.exp.task.score(self.splits.train, there.texts))
             with self.engine.alone():
                 return self.kept_answers(name, what, Unsteered(), split)
 
         return shared("baseline", key, make, keep=16)
+
+    def ready_to_score(self) -> None:
+        """Show the task what the unsteered model answers to the training items, where rewards are
+        relative to that. Before anything else is answered, so that a run that goes on draws what it
+        would have drawn."""
+        if self.exp.task.against_unsteered:
+            self.exp.task.take_unsteered(self.splits.train, self._unsteered_unscored().texts)
+
+    def _unsteered_unscored(self) -> Generation:
+        """The unsteered model's answers to the training items."""
+
+        def make() -> Generation:
+            name, what = "unscored_train", "unsteered on train"
+            with self.engine.alone():
+                return self.kept_answers(name, what, Unsteered(), "train", score=_none).generation
+
+        return shared("unscored", self.depends_on("train"), make, keep=4)
 
     def depends_on(self, split: str) -> list[Any]:
         """What answers to a split depend on besides the controller."""

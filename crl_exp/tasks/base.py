@@ -159,6 +159,14 @@ class Task:
         """What scoring has to tell, for the result's notes."""
         return {}
 
+    @property
+    def against_unsteered(self) -> bool:
+        """Whether rewards are relative to the unsteered model's answers to the training items."""
+        return False
+
+    def take_unsteered(self, items: Sequence[Item], outputs: Sequence[str]) -> None:
+        """Keep those answers for `score`; called first where `against_unsteered`."""
+
     def why_no_benign(self) -> str:
         """Why no training item is benign, as `warmup.contrast=benign` asks; "" where some are."""
         return f"task={self.name} has no harmful and benign prompts"

@@ -22,10 +22,11 @@ from crl_exp.tasks.own import shares
 from crl_exp.tasks.own.answer_kinds import KINDS, WRITTEN
 from crl_exp.tasks.own.function import FunctionScorer
 from crl_exp.tasks.own.judge import Judge, JudgeConfig
+from crl_exp.tasks.own.preference_model import PreferenceModel, PreferenceScorer, digest_of
 from crl_exp.tasks.scorers.base import Scorer
 from crl_exp.tasks.scorers.choice import ChoiceScorer
 
-SCORERS = ("answer", "function", "judge")
+SCORERS = ("answer", "function", "judge", "preference_model")
 _COUNTED: dict[str, int] = {}
 """Items of a file, by its state and how it is read: once for all points of a sweep."""
 
@@ -43,9 +44,10 @@ class JsonLines(ChoiceTask):
         number (the same number), f1 (the reward is F1 of the words), contains (the answer is in it)
         or regex (the line's answer is a regular expression, which is found in it).
     scorer: answer (the line's, by `answer_kind`), function (`function`, MODULE.FUNCTION, which is
-        called as score(prompts, answers, items) and returns a reward from 0 to 1 for each answer)
-        or judge (a model behind an endpoint, `judge`). Of the last two, lines need no answer, and
-        may have more fields.
+        called as score(prompts, answers, items) and returns a reward from 0 to 1 for each answer),
+        judge (a model behind an endpoint, `judge`) or preference_model (a reward or preference
+        model, `preference_model`). Of the last three, lines need no answer, and may have more
+        fields.
     function_source: digest of the function's file, which is found when a run is composed.
     stop: texts that end a written answer in a plain prompt, where a model goes on with the next
         question by itself. With a chat template the model's own end of turn ends it.
@@ -59,6 +61,7 @@ class JsonLines(ChoiceTask):
     function: str | None
     function_source: str | None
     judge: JudgeConfig
+    preference_model: PreferenceModel
 
     def faults(self) -> list[str]:
         found = super().faults()
@@ -97,6 +100,13 @@ class JsonLines(ChoiceTask):
                     "task.shuffle_labels=true: does nothing to what this judge is asked; put "
                     "{reference} into task.judge.template, or leave the control out"
                 )
+        if self.scorer == "preference_model":
+            found += self.preference_model.faults()
+            if self.shuffle_labels:
+                found.append(
+                    "task.shuffle_labels=true: does nothing to what a preference model reads; "
+                    "leave the control out"
+                )
         if self.scorer != "answer" and self.answer_kind != "choice":
             found.append(
                 f"task.answer_kind={self.answer_kind}: does nothing with task.scorer={self.scorer}"
@@ -114,6 +124,8 @@ class JsonLines(ChoiceTask):
             return FunctionScorer(str(self.function), str(self.function_source))
         if self.scorer == "judge":
             return self.asked_judge
+        if self.scorer == "preference_model":
+            return self.preference
         if self.answer_kind in WRITTEN:
             return WRITTEN[self.answer_kind].scorer
         if not self.choices:
@@ -128,12 +140,28 @@ class JsonLines(ChoiceTask):
         """The judge, which counts its calls."""
         return Judge(self.judge)
 
+    @cached_property
+    def preference(self) -> PreferenceScorer:
+        """The reward model, which counts what it reads."""
+        return PreferenceScorer(self.preference_model)
+
     def load_scorer(self) -> None:
         if self.scorer == "judge":
             self.asked_judge.load()
+        if self.scorer == "preference_model":
+            self.preference.load()
 
     def told(self) -> dict[str, Any]:
+        if self.scorer == "preference_model":
+            return {"preference_model": self.preference.told()}
         return {"judge": dict(self.asked_judge.calls.counts)} if self.scorer == "judge" else {}
+
+    @property
+    def against_unsteered(self) -> bool:
+        return self.scorer == "preference_model" and self.preference_model.map == "rank"
+
+    def take_unsteered(self, items: Sequence[Item], outputs: Sequence[str]) -> None:
+        self.preference.take_unsteered(items, outputs)
 
     @property
     def stop_strings(self) -> list[str]:
@@ -142,28 +170,31 @@ class JsonLines(ChoiceTask):
     @classmethod
     def settled(cls, section: Mapping[str, Any]) -> dict[str, Any]:
         """What of a resolved section is to be found in files, by key: sizes that are shares, or
-        left out, in items, and the digest of a function's source.
+        left out, in items, and the digests of a function's source and of a preference model.
 
         Raises `UserError` as `draw` does.
         """
+        found: dict[str, Any] = {}
         if section.get("function") and not section.get("function_source"):
             key = f"task.function={section['function']}"
             if why := name_fault(str(section["function"])):
                 raise UserError(f"{key}: {why}")
-            source = source_digest(str(section["function"]).rpartition(".")[0], key)
-            return {
-                "function_source": source,
-                **cls.settled({**section, "function_source": source}),
-            }
+            module = str(section["function"]).rpartition(".")[0]
+            found["function_source"] = source_digest(module, key)
+        model = section.get("preference_model") or {}
+        if section.get("scorer") == "preference_model" and model.get("path"):
+            digest = model.get("digest") or digest_of(str(model["path"]))
+            found["preference_model"] = {**model, "digest": digest}
+        section = {**section, **found}
         if not shares.is_open(section):
-            return {}
+            return found
         plain = OmegaConf.create({**section, **dict.fromkeys(shares.LEFT_OUT, 1)})
         made = fill(plain, "task", cls)
         where = f"task.path={made.path}"
         key = content_key([cls.__qualname__, asdict(made), _state(home(made.path, "task.path"))])
         if key not in _COUNTED:
             _COUNTED[key] = len(of_groups(unique(list(made.items())), made.groups, where))
-        return dict(shares.numbers(section, _COUNTED[key], where))
+        return {**found, **shares.numbers(section, _COUNTED[key], where)}
 
     def draw(self) -> Splits:
         """Raises `UserError` where the file is missing, or a line is not as it should be."""

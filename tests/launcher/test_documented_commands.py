@@ -98,6 +98,10 @@ NOT_RUN = {
     "python launch.py --config-dir=docs/examples/own_task task=capitals method=none": (
         "test_own_code.py"
     ),
+    "python -m crl_exp label": "test_label.py",
+    "python -m crl_exp label RUN --feature LAYER/INDEX": "test_label.py",
+    "python -m crl_exp label outputs/SWEEP/RUN_KEY --feature 12/3290 "
+    "--base-url http://HOST:8000/v1 --model NAME": "an endpoint; test_label.py",
     "git apply": "of a diff of one's own",
     "hf auth login": "an account",
     "pip install hydra-optuna-sweeper": "an index",
@@ -118,6 +122,7 @@ COMPOSED = {
     "task.groups=": "a data set of the hub", "task.choices=null": "a data set of the hub",
     "task=refusal": "data that `make assets` fetches", "task=one_sentence": "likewise",
     "task.scorer=judge": "an endpoint; tests/tasks/test_own_judge.py has one",
+    "task.scorer=preference_model": "a reward model; tests/tasks/test_preference_model.py has one",
     "+sweep=harmbench_parity": HUB, "EleutherAI/": HUB,
     "+sweep=null_action": "data that `make assets` fetches",
     "+sweep=demo_one_sentence": "likewise; its bias is of tokens, which only free text has",

@@ -15,7 +15,7 @@ import pytest
 from crl_exp.config.errors import UserError
 from crl_exp.launcher.assets.feature_labels import MIRROR, fetch_labels
 from crl_exp.report.command import main
-from crl_exp.report.feature_labels import kept_at, label_of, labels_of
+from crl_exp.report.feature_labels import JUDGED, kept_at, label_of, labels_of
 from tests.helpers.synthetic import config, finished_run
 from tests.report.test_report_features import LINK, with_features, with_interventions
 
@@ -133,3 +133,17 @@ def test_a_report_shows_labels_where_there_are_some(tmp_path, quick_reports):
     path.write_text("{")
     with pytest.raises(UserError, match=r"18-res\.json is damaged .* remove it"):
         label_of(LINK)
+
+
+def test_a_report_shows_a_judges_label_with_its_score(tmp_path, quick_reports):
+    run = with_interventions(with_features(finished_run(config(tmp_path), 0.1, steps=20)))
+    one = {"label": "praise", "model": "m", "balanced_accuracy": 0.85, "interval": [0.64, 0.95],
+           "n": 20}  # fmt: skip
+    (run.path / JUDGED).write_text(json.dumps({"18/2": one}))
+    assert main([str(tmp_path / "demo")]) == 0
+    lines = csv.DictReader((tmp_path / "demo" / "report" / "features.csv").open())
+    told = "praise (by m; detection 0.85 [0.64, 0.95], n 20, chance .5)"
+    assert {line["feature"]: line["label"] for line in lines} == {"9": "", "2": told}
+    (run.path / JUDGED).write_text("{")
+    with pytest.raises(UserError, match=r"feature_labels\.json is damaged .* remove it"):
+        main([str(tmp_path / "demo")])

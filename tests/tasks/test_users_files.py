@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from crl_exp.config.compatibility import NO_JUDGE
+from crl_exp.config.compatibility import NO_JUDGE, NO_PREFERENCE_MODEL
 from crl_exp.config.errors import UserError
 from crl_exp.saes.config import SAEConfig
 from crl_exp.saes.layer_sae import load_saes
 from crl_exp.tasks.data.rows import Source
 from crl_exp.tasks.jsonl import JsonLines
 from crl_exp.tasks.own.judge import JudgeConfig
+from crl_exp.tasks.own.preference_model import PreferenceModel
 from tests.helpers import tiny
 from tests.helpers.tiny_run import random_sae_weights, run_small, save_sae
 
@@ -28,6 +29,7 @@ def jsonl(path: Path, choices: tuple[str, ...] = ("yes", "no")) -> JsonLines:
         template="{question}", length_normalised=False, choice_prefix="", train_seed=None,
         groups=None, answer_kind="choice", stop=[],
         scorer="answer", function=None, function_source=None, judge=JudgeConfig(**NO_JUDGE),
+        preference_model=PreferenceModel(**NO_PREFERENCE_MODEL),
     )  # fmt: skip
 
 

@@ -174,7 +174,10 @@ def _compose(
 
 def settled_text(found: dict[str, Any]) -> str:
     """In words, what of a config was found in files (`settle`); "" where nothing was."""
-    said = " ".join(f"task.{key}={value}" for key, value in found.items())
+    said = " ".join(
+        f"task.{key}.digest={value['digest']}" if isinstance(value, dict) else f"task.{key}={value}"
+        for key, value in found.items()
+    )
     return f"found in the task's files: {said}" if said else ""
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from crl_exp.report.comparison.feature_use import all_uses
 from crl_exp.report.comparison.rows import Row
-from crl_exp.report.feature_labels import label_of
+from crl_exp.report.feature_labels import judged_label, label_of
 from crl_exp.runs.records import Record
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, unseen by type checkers
@@ -55,8 +55,10 @@ class FeatureCredit:
 
     @property
     def label(self) -> str | None:
-        """What Neuronpedia calls it, where its labels were fetched."""
-        return label_of(self.link)
+        """What Neuronpedia calls it, where its labels were fetched, and a judge, where one was
+        asked."""
+        by_judge = judged_label((run.path for run in self.row.runs), self.layer, self.feature)
+        return "; ".join(filter(None, [label_of(self.link), by_judge])) or None
 
     @property
     def weight(self) -> tuple[int, int]:

@@ -59,7 +59,7 @@ class JudgeConfig:
         found = []
         if not self.model:
             found.append("task.judge.model: is not given; set it to a model of the endpoint")
-        if why := _url_fault(self.base_url or ""):
+        if why := url_fault(self.base_url or ""):
             found.append(f"task.judge.base_url: {why}")
         if self.api_key_from is not None and not _VARIABLE.fullmatch(self.api_key_from):
             # Not shown: it may be the key.
@@ -84,16 +84,21 @@ class JudgeConfig:
         return found
 
 
-def _url_fault(url: str) -> str:
+def url_fault(
+    url: str,
+    example: str = "task.judge.base_url=http://HOST:8000/v1",
+    key_from: str = "task.judge.api_key_from",
+) -> str:
+    """What is wrong with an endpoint's address; "" for nothing."""
     try:
         parts = urlsplit(url)
         named = parts.scheme in ("http", "https") and parts.hostname is not None
     except ValueError:
         return "is no address"
     if not named:
-        return "must be the address of an endpoint, as in task.judge.base_url=http://HOST:8000/v1"
+        return f"must be the address of an endpoint, as in {example}"
     if "@" in parts.netloc or parts.query or parts.fragment:
-        return "must hold no user, password or query; a key is given by task.judge.api_key_from"
+        return f"must hold no user, password or query; a key is given by {key_from}"
     return ""
 
 

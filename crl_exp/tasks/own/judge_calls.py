@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 from filelock import FileLock
@@ -52,12 +52,34 @@ class _Tries(Retry):
         return None if asked is None else min(asked, LONGEST_WAIT)
 
 
+class Named(NamedTuple):
+    """How messages name what is typed: the address, the key's variable, and what to do about
+    replies that can't be read."""
+
+    base_url: str = "task.judge.base_url"
+    key_from: str = "task.judge.api_key_from"
+    advice: str = (
+        "Ask for it plainly in task.judge.template, raise task.judge.max_tokens, or see "
+        "task.judge.reply"
+    )
+
+
+OF_TASKS = Named()
+
+
 class Calls:
     """counts: calls that were made (tries again too), replies found on disk, and tries again."""
 
     def __init__(
-        self, base_url: str, key_from: str | None, timeout: float, tries: int, wait: float
+        self,
+        base_url: str,
+        key_from: str | None,
+        timeout: float,
+        tries: int,
+        wait: float,
+        named: Named = OF_TASKS,
     ):
+        self.named = named
         self.base_url, self.key_from, self.timeout, self.tries = base_url, key_from, timeout, tries
         self.retry = _Tries(
             total=tries - 1, status_forcelist=AGAIN, allowed_methods=None, backoff_factor=wait,
@@ -68,7 +90,7 @@ class Calls:
 
     @property
     def where(self) -> str:
-        return f"task.judge.base_url={self.base_url}"
+        return f"{self.named.base_url}={self.base_url}"
 
     def check(self) -> None:
         """Raises `UserError` where the key isn't set or nothing answers at the endpoint."""
@@ -96,8 +118,7 @@ class Calls:
                     return said
         raise UserError(
             f"{self.where}: {body['model']} gave no reply that can be read in {self.tries} tries; "
-            f"the last was {said[:80]!r}. Ask for it plainly in task.judge.template, raise "
-            "task.judge.max_tokens, or see task.judge.reply"
+            f"the last was {said[:80]!r}. {self.named.advice}"
         )
 
     def _asked(self, body: dict[str, Any]) -> str:
@@ -153,12 +174,12 @@ class Calls:
         key = os.environ.get(self.key_from, "").strip()
         if not key:
             raise UserError(
-                f"task.judge.api_key_from={self.key_from}: there is no such environment variable, "
+                f"{self.named.key_from}={self.key_from}: there is no such environment variable, "
                 "or it is empty; jobs need it too"
             )
         if not key.isascii() or not key.isprintable() or " " in key:
             raise UserError(
-                f"task.judge.api_key_from={self.key_from}: the variable holds a character that no "
+                f"{self.named.key_from}={self.key_from}: the variable holds a character that no "
                 "key has"
             )
         return key

@@ -33,10 +33,11 @@ class ScorerModel:
         return found
 
 
-def load_scorer(model: ScorerModel, where: str, offline: str) -> tuple[Any, Any]:
+def load_scorer(model: ScorerModel, where: str, offline: str, state: str = "") -> tuple[Any, Any]:
     """Model (evaluation mode, on its device) and tokenizer, kept for the next run of the process.
 
     where: the config's section. offline: the override that picks the scorer without a model.
+    state: digest of its files, where it is known; in another one they are loaded anew.
     Raises `UserError` naming both where the model is out of reach or has no classification head,
     and where its device isn't there.
     """
@@ -44,7 +45,7 @@ def load_scorer(model: ScorerModel, where: str, offline: str) -> tuple[Any, Any]
     if found := missing_device(f"{where}.device", model.device):
         raise UserError("\n".join(found))
     try:
-        return _load(model.path, model.revision, model.device)
+        return _load(model.path, model.revision, model.device, state)
     except UserError as error:
         raise UserError(
             f"{where}.path={model.path}: {error}. Give a local folder ({where}.path=/a/folder), "
@@ -53,7 +54,7 @@ def load_scorer(model: ScorerModel, where: str, offline: str) -> tuple[Any, Any]
 
 
 @lru_cache(maxsize=2)
-def _load(path: str, revision: str | None, device: str) -> tuple[Any, Any]:
+def _load(path: str, revision: str | None, device: str, state: str) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
