@@ -208,6 +208,7 @@ ADDED: tuple[Added, ...] = (
     Added("tracking", "", "project", "crl_exp"),
     Added("tracking", "", "entity", None),
     Added("tracking", "", "mode", "offline"),
+    Added("model", "", "device_map", None),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 
