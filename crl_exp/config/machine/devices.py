@@ -37,13 +37,11 @@ def device_map_faults(device_map: Any, device: str) -> list[str]:
         return [f"{key}: must be null, auto, or a mapping such as {{model: 0, lm_head: 1}}"]
     if odd := [one for one in device_map.values() if not MAPPED.fullmatch(str(one))]:
         return [f"{key}: {odd[0]} must be cuda:N, N, cpu or disk"]
-    if (
-        len(set(map(_as_torch_says, device_map.values()))) == 1
-        and "disk" not in device_map.values()
-    ):
+    named = set(map(_as_torch_says, device_map.values()))
+    if len(named) == 1 and "disk" not in named:
         return [
             f"{key} names one device, which is what model.device is for; set "
-            f"model.device={_as_torch_says(next(iter(device_map.values())))} model.device_map=null"
+            f"model.device={named.pop()} model.device_map=null"
         ]
     if device == "mps" or bool(gpus_named(device_map)) != device.startswith("cuda"):
         return [
