@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import dispatch_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
@@ -36,6 +35,7 @@ from tests.helpers import tiny
 from tests.helpers.tiny_run import run_small
 from tests.helpers.tiny_steering import AddVector
 
+dispatch_model = pytest.importorskip("accelerate").dispatch_model
 KINDS = ("llama", "gemma2")
 PROMPTS = tiny.prompts(6)
 OFFLOADED = {
@@ -237,18 +237,19 @@ def test_what_is_ours_stays_on_one_gpu_of_two(kind):
         first, second = torch.device("cuda:0"), torch.device("cuda:1")
         assert lm.devices == [first, second]
         see = {site: partial(steer, site) for site in range(-1, 4)}
-        ids_BT, lengths_B = torch.ones(2, 5, dtype=torch.long), torch.tensor([5, 5])
+        ids_BT, lengths_B = torch.ones(2, 5, dtype=torch.long), torch.full((2,), 5)
         cache = DynamicCache()
         hidden_BTD = forward(lm, ids_BT, lengths_B, cache, see=see)
         assert set(at.values()) == {first} and hidden_BTD.device == first
         where = [first, second, first, second]
         assert [layer.keys.device for layer in cache.layers] == where  # type: ignore[union-attr]
-        for made_BX in (lm.logits(hidden_BTD[:, -1]), lm.logits(hidden_BTD[:, -1], [3, 4])):
+        ids: Any = torch.arange(2, device=second)
+        for made_BX in (lm.logits(hidden_BTD[:, -1]), lm.logits(hidden_BTD[:, -1], ids)):
             assert made_BX.device == first
         kv_L = [torch.zeros(10, 2, 2, 8, device=device) for device in where]
         rows_BT = torch.ones(2, 5, dtype=torch.long, device=first)
         kept = assembled(kv_L, 0, 0, rows_BT, 2, lm.scratch)
         with lm.skipping(0, hidden_BTD[:, -1]):
-            forward(lm, ids_BT[:, :1], torch.tensor([1, 1]), kept, start=4, see=see)
+            forward(lm, ids_BT[:, :1], torch.full((2,), 1), kept, start=4, see=see)
         keep_rows(kept, torch.ones(1, dtype=torch.long, device=first), 1)
         assert [layer.keys.device for layer in kept.layers] == where  # type: ignore[union-attr]
