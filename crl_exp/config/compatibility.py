@@ -219,6 +219,7 @@ ADDED: tuple[Added, ...] = (
     Added("tracking", "", "entity", None),
     Added("tracking", "", "mode", "offline"),
     Added("task", "JsonLines", "preference_model", NO_PREFERENCE_MODEL, same=without_preferences),
+    Added("model", "", "device_map", None),
 )
 """In the order in which they came. Add a line with each new option; never change one."""
 

@@ -21,7 +21,7 @@ from crl_exp.config.sections import Known, build, fill, number_faults, once
 from crl_exp.experiments.base import ExperimentKind, Unread
 from crl_exp.experiments.layers import LayerSet
 from crl_exp.experiments.schema import PRESETS, TYPED, Schema
-from crl_exp.generation.config import EngineConfig
+from crl_exp.generation.config import COMPILED_AND_SPREAD, EngineConfig
 from crl_exp.models.architecture import check_architecture
 from crl_exp.models.config import ModelConfig
 from crl_exp.runs.checkpoints import CheckpointConfig
@@ -217,6 +217,8 @@ def validate(exp: Experiment, known: Known | None = None) -> list[int]:
             ["metadata", model, asdict(exp.sae), layer, k],
             lambda at=layer: exp.sae.metadata_faults(at, config.hidden_size, exp.model.name, k),
         )
+    if exp.model.device_map is not None and exp.reads("engine"):
+        faults += [COMPILED_AND_SPREAD] if exp.engine.decode == "compiled" else []
     faults += [fault for fault in exp.experiment.conflicts(exp) if fault]
     if faults:
         raise UserError("\n".join(faults))

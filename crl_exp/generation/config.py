@@ -9,6 +9,10 @@ from crl_exp.config.errors import did_you_mean
 
 AUTO_ITEMS = 128
 DECODE = ("eager", "compiled")
+COMPILED_AND_SPREAD = (
+    "engine.decode=compiled makes one graph of a model on one device, and model.device_map spreads "
+    "it; set engine.decode=eager, or model.device_map=null"
+)
 
 
 @dataclass

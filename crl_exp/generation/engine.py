@@ -17,7 +17,7 @@ import torch
 from crl_exp.config.errors import UserError
 from crl_exp.generation.compiled.decode import CompiledDecoding
 from crl_exp.generation.compiled.step import Steps
-from crl_exp.generation.config import EngineConfig
+from crl_exp.generation.config import COMPILED_AND_SPREAD, EngineConfig
 from crl_exp.generation.decode import Decoding
 from crl_exp.generation.grouping import JobRows, Teams, start_layer
 from crl_exp.generation.option_decode import OptionDecoding
@@ -65,6 +65,8 @@ class Engine:
         self.lm = lm
         self.config = config
         self.batch_size = BatchSize(config.batch_size)
+        if config.decode == "compiled" and lm.home is not None:
+            raise UserError(COMPILED_AND_SPREAD)
         self.compiled = Steps(lm) if config.decode == "compiled" else None
 
     def read(
@@ -156,7 +158,7 @@ class Engine:
             size = max(1, self.config.batch_size // n_branches)
         else:  # the prompt's row and its branches are there at once
             row *= 1 + n_branches * (several is not None)
-            size = self.batch_size.rows(row, self.lm.device, self.lm.scratch.nbytes)
+            size = self.batch_size.rows(row, self.lm.devices, self.lm.scratch.nbytes)
         starts = [start_layer(job.controller, new_tokens, self.lm.n_layers) for job in jobs]
         enough = ENOUGH_ROWS.get(self.lm.device.type, ENOUGH_ROWS["cuda"])
         self.batch_size.play(batches(lengths, size, starts, enough), play)

@@ -137,7 +137,7 @@ class PromptStore:
         """
         asked = range(len(self.prompts)) if items is None else items
         order = sorted(asked, key=lambda i: (len(self.prompts[i]), i))
-        n_rows = self.size.rows(self.bytes_a_row, self.lm.device)
+        n_rows = self.size.rows(self.bytes_a_row, self.lm.devices)
         starts = range(0, len(order), n_rows)
         self.size.play([order[at : at + n_rows] for at in starts], read)
 
@@ -170,9 +170,9 @@ class PromptStore:
     ) -> None:
         read = keys_values(cache)
         if not self.kv_L:
-            keys = read[0][0]
-            shape = (self.n_tokens, 2, keys.shape[1], keys.shape[3])
-            self.kv_L = [keys.new_empty(shape) for _ in read]
+            self.kv_L = [  # each on its layer's device
+                keys.new_empty(self.n_tokens, 2, keys.shape[1], keys.shape[3]) for keys, _ in read
+            ]
         for index, pair in enumerate(read):
             kv = torch.stack(pair).permute(1, 3, 0, 2, 4)
             self.kv_L[index][: self.prefix] = kv[0, : self.prefix]

@@ -21,6 +21,7 @@ from crl_exp.generation.prompts import PromptBatch
 from crl_exp.generation.results import Generation, cut_at
 from crl_exp.models.batching import bytes_to_decode
 from crl_exp.models.language_model import LanguageModel
+from crl_exp.models.placement import refuse_kept_elsewhere
 from crl_exp.models.sites import hooks
 
 
@@ -68,13 +69,14 @@ def logits(lm: LanguageModel, prompt: PromptBatch, answers: Sequence[Forced]) ->
     query_BT = prompt.position_B[:, None] + step_T
     key_BK = torch.cat([prompt.key_BT, query_BT], dim=1)
     valid_BK = torch.cat([prompt.valid_BT, step_T < n_scored_B[:, None]], dim=1)
-    return lm.model(
+    made_BTV = lm.model(
         input_ids=ids_BT,
         attention_mask=lm.mask(query_BT, key_BK, valid_BK),
         position_ids=query_BT,
         past_key_values=_cache(prompt),
         use_cache=True,
     ).logits
+    return lm.at_home(made_BTV)
 
 
 def _cache(prompt: PromptBatch) -> DynamicCache:
@@ -83,7 +85,8 @@ def _cache(prompt: PromptBatch) -> DynamicCache:
     cache = DynamicCache()
     if prompt.rows.shape[1] > 1:
         for index, kv_N2HE in enumerate(prompt.store.kv_L):
-            keys, values = kv_N2HE[prompt.rows[:, :-1]].permute(2, 0, 3, 1, 4)
+            rows = prompt.rows[:, :-1].to(kv_N2HE.device)
+            keys, values = kv_N2HE[rows].permute(2, 0, 3, 1, 4)
             cache.update(keys, values, index)
     return cache
 
@@ -119,8 +122,10 @@ def gradients(
     """Derivative [S, D] of an objective by a vector that is added to the residual at every position
     of every row, `weight_T` times it at position t; for each site by itself. One backward pass.
 
-    objective: of the logits [B, T, V], a number.
+    objective: of the logits [B, T, V], a number. Raises `UserError` where weights of the model are
+    kept off the GPUs.
     """
+    refuse_kept_elsewhere(lm.model, lm.name, "method=attribution")
     sites = range(-1, lm.n_layers)
     zero_SD = torch.zeros(len(sites), lm.d_model, dtype=lm.dtype, device=lm.device)
     added_SD = zero_SD.requires_grad_()

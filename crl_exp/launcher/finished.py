@@ -192,7 +192,7 @@ class FinishedRun:
 def load_run(path: str | Path, device: str | None = None) -> FinishedRun:
     """A finished run from its folder, `outputs/SWEEP/RUN_KEY`; nothing is written there.
 
-    device: in place of the one that it ran on (`model.device`).
+    device: in place of the one that it ran on (`model.device`), or of those (`model.device_map`).
     Raises `UserError` for a folder that is no run or isn't finished, and for one of another version
     of crl_exp that this one doesn't understand.
     """
@@ -207,7 +207,7 @@ def load_run(path: str | Path, device: str | None = None) -> FinishedRun:
         features = read_json(folder / "features.json", "it can't be read") or {}
         here = anchored(config, folder)
         if device is not None:
-            here.model.device = device
+            here.model.device, here.model.device_map = device, None
         exp = configs.experiment(here)
     return FinishedRun(folder, config, result, features, exp)
 

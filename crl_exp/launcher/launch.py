@@ -16,7 +16,7 @@ from crl_exp.launcher.jobs import slurm_jobs
 from crl_exp.launcher.jobs.states import is_started, states_of
 from crl_exp.launcher.jobs.submit import Start, abandon_unreleased, submit
 from crl_exp.launcher.planning.estimate import estimate
-from crl_exp.launcher.planning.memory import memory_lines
+from crl_exp.launcher.planning.memory import gpu_lines, memory_lines
 from crl_exp.launcher.planning.packs import pack_lines, packs_of
 from crl_exp.launcher.planning.plan import (
     Point,
@@ -79,6 +79,7 @@ def launch(
             if states[point.key][0] == "done" and point not in starting:
                 point.run.renumber()
         print(plan_text(list(unique.values()), starting, states, folder))
+        print(*(f"  {line}\n" for line in gpu_lines(resources(starting))), sep="", end="")
         if getattr(settings, "mem", None) == AUTO:
             print(*(f"  {line}" for line in memory_lines(resources(starting))), sep="\n")
         if cautions:

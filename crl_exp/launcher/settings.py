@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -23,7 +23,9 @@ MEMORY = re.compile(r"\d+(\.\d+)?[KMGT]?B?", re.IGNORECASE)
 class LaunchSettings:
     """What both launchers are told.
 
-    gpus: of each job; null: one where model.device is a CUDA device, else none.
+    gpus: of each job; null: one where model.device is a CUDA device, else none; with
+        model.device_map as many as it names, or as the model needs (`planning.memory`).
+    gpu_gib: memory of one GPU of the jobs' nodes, GiB: what that need is held against.
     pack: runs that one job holds at most; it runs them together (`experiments.packing`). Only runs
         of the same model, SAEs, task, engine and launcher settings share one.
     setup: shell lines that are run before Python, such as `module load cuda`.
@@ -43,11 +45,14 @@ class LaunchSettings:
     extend: bool
     assumed_change: float
     assumed_seed_deviation: float
+    gpu_gib: float | None = field(default=None, kw_only=True)
 
     def faults(self) -> list[str]:
         found = []
         if self.gpus is not None and self.gpus < 0:
             found.append(f"hydra.launcher.gpus={self.gpus}: must be 0 or more, or null")
+        if self.gpu_gib is not None and not self.gpu_gib > 0:
+            found.append(f"hydra.launcher.gpu_gib={self.gpu_gib}: must be above 0, or null")
         if self.pack < 1:
             found.append(f"hydra.launcher.pack={self.pack}: must be at least 1, one run a job")
         if not 0 < self.assumed_change <= 1:

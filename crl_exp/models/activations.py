@@ -71,7 +71,7 @@ def read_activations(
                 found[layer][i, : len(ids[i])] = x_BTD[row, : len(ids[i])]
 
     size = BatchSize(batch_size)
-    n_rows = size.rows(bytes_to_read(lm, longest), lm.device)
+    n_rows = size.rows(bytes_to_read(lm, longest), lm.devices)
     order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))  # little padding
     size.play([order[at : at + n_rows] for at in range(0, len(order), n_rows)], read)
     return found
@@ -156,10 +156,10 @@ def forward(
     key_BK = torch.arange(start + width, device=device).expand(n_rows, -1)
     valid_BK = key_BK < (start + lengths_B.to(device))[:, None]
     with hooks(lm, see or {}):
-        return lm.decoder(
+        return lm.at_home(lm.decoder(
             input_ids=ids_BT.to(device), attention_mask=lm.mask(query_BQ, key_BK, valid_BK),
             position_ids=query_BQ, past_key_values=cache, use_cache=cache is not None,
-        ).last_hidden_state  # fmt: skip
+        ).last_hidden_state)  # fmt: skip
 
 
 def _check_sum(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.models.language_model import LanguageModel
+from crl_exp.models.placement import refuse_kept_elsewhere
 
 NAME = "default"  # peft's, of the one adapter
 
@@ -42,7 +43,7 @@ class Adapter:
     """Adapters of a few decoder layers' weights; off after it is made.
 
     targets: last part of the names of the weights (`q_proj`). Raises `UserError` where a layer has
-    no such weights.
+    no such weights, and where some are kept off the GPUs (`models.placement`).
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Adapter:
     ):
         from peft import LoraConfig, inject_adapter_in_model
 
+        refuse_kept_elsewhere(lm.model, lm.name, "method=lora")
         self.rank, self.places = rank, []
         for layer in layers:
             block = lm.layers[layer]

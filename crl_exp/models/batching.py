@@ -33,11 +33,18 @@ class BatchSize:
         self.asked = asked
         self.most = asked if isinstance(asked, int) else MOST_ROWS
 
-    def rows(self, bytes_a_row: int, device: torch.device, held: int = 0) -> int:
-        """Rows of this size that are planned for a batch. held: bytes of it that are there."""
+    def rows(
+        self, bytes_a_row: int, devices: torch.device | Sequence[torch.device], held: int = 0
+    ) -> int:
+        """Rows of this size that are planned for a batch. held: bytes of it that are there.
+
+        devices: of several, the fullest decides, as if it held whole rows.
+        """
         if isinstance(self.asked, int):
             return self.asked
-        fit = int(MARGIN * (free_bytes(device) + held)) // max(bytes_a_row, 1)
+        devices = [devices] if isinstance(devices, torch.device) else devices
+        free = min(free_bytes(device) for device in devices)
+        fit = int(MARGIN * (free + held)) // max(bytes_a_row, 1)
         return max(1, min(self.most, fit))
 
     def play(self, batches: Iterable[list[Row]], play: Callable[[list[Row]], None]) -> None:

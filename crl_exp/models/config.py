@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from crl_exp.config.errors import UserError, did_you_mean
 from crl_exp.config.files import home
 from crl_exp.config.machine.assets import FETCH, asset_path
-from crl_exp.config.machine.devices import device_faults, missing_device
+from crl_exp.config.machine.devices import (
+    device_faults,
+    device_map_faults,
+    gpus_named,
+    missing_device,
+)
 from crl_exp.config.machine.hub import hub_trouble, own_code
 
 if TYPE_CHECKING:
@@ -46,6 +51,10 @@ class ModelConfig:
     attn_implementation: sdpa, eager or null (transformers' own choice for the architecture).
     quantization: of the weights by bitsandbytes, on an NVIDIA GPU: int8 (LLM.int8, arXiv
         2208.07339), nf4 (QLoRA's 4 bits, arXiv 2305.14314) or null.
+    device_map: null: all of the model on `device`. auto: its layers spread over all GPUs of the
+        node, for a model that doesn't fit on one; or where each part lies, by names of modules:
+        {model.embed_tokens: 0, model.layers: 1, …}, with cuda:N, N, cpu or disk. Then `device` is
+        where SAEs, policies and kept residuals lie.
     chat_template_args: what the tokenizer's chat template is given besides the turns, as it names
         them: {enable_thinking: false} (Qwen3), {date_string: 26 Jul 2024} (Llama 3.2, whose
         template else prints the day of the run).
@@ -59,6 +68,7 @@ class ModelConfig:
     attn_implementation: str | None
     quantization: str | None
     chat_template_args: dict[str, Any]
+    device_map: Any = None  # a name or a mapping: OmegaConf has no such union
 
     def local_path(self) -> str:
         """Resolve `asset:` and `tiny:` names. Raises `UserError` where the asset is missing."""
@@ -73,6 +83,7 @@ class ModelConfig:
     def faults(self) -> list[str]:
         """What can be said to be wrong before anything is loaded."""
         found = device_faults("model.device", self.device)
+        found += device_map_faults(self.device_map, self.device)
         ours = self.path.startswith((ASSET_PREFIX, TINY_PREFIX))
         if self.revision is not None and (ours or home(self.path, "model.path").is_dir()):
             found.append(
@@ -106,6 +117,14 @@ class ModelConfig:
         """What this machine lacks; asked where the model is loaded, as a login node has no GPU."""
         found = []
         found += missing_device("model.device", self.device)
+        if isinstance(self.device_map, dict):
+            for device in gpus_named(self.device_map):
+                found += missing_device("model.device_map", device)
+        if self.device_map is not None and importlib.util.find_spec("accelerate") is None:
+            found.append(
+                f"model.device_map={self.device_map}: accelerate is not installed; "
+                "`pip install 'crl-exp[device_map]'`, or set model.device_map=null"
+            )
         if self.quantization and importlib.util.find_spec("bitsandbytes") is None:
             found.append(
                 f"model.quantization={self.quantization}: bitsandbytes is not installed; "

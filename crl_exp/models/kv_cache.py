@@ -44,7 +44,7 @@ class RoomyLayer(DynamicLayer):
 
     def keep(self, index_R: Tensor, first_token: int) -> None:
         """Only these rows stay, and of the tokens those from `first_token` on."""
-        self.held = self.held[:, index_R, :, first_token:]
+        self.held = self.held[:, index_R.to(self.held.device), :, first_token:]
         self.n_tokens -= first_token
         self._show()
 
@@ -111,7 +111,8 @@ class Scratch:
             return kv_N2HE.index_select(0, row_M)
         shape = (len(row_M), *kv_N2HE.shape[1:])
         there, needed = self.flat.get(layer), math.prod(shape)
-        if there is None or there.numel() < needed or there.dtype != kv_N2HE.dtype:
+        like = there is not None and (there.dtype, there.device) == (kv_N2HE.dtype, kv_N2HE.device)
+        if there is None or not like or there.numel() < needed:
             self.flat.pop(layer, None)  # before there is another
             self.flat[layer] = there = kv_N2HE.new_empty(needed)
         return torch.index_select(kv_N2HE, 0, row_M, out=there[:needed].view(shape))
@@ -134,7 +135,7 @@ def assembled(
         n_tokens = rows.shape[1] - (index >= with_last)
         # What lies in the room is written over; gathered along, nothing has to be copied again.
         tokens = torch.cat([rows[:, :n_tokens], rows[:, :1].expand(-1, room)], dim=1)
-        kv = scratch.gathered(index, kv_N2HE, tokens.reshape(-1))
+        kv = scratch.gathered(index, kv_N2HE, tokens.reshape(-1).to(kv_N2HE.device))
         kv = kv.view(*tokens.shape, *kv.shape[1:]).permute(2, 0, 3, 1, 4)
         cache.layers.append(RoomyLayer(kv, n_tokens))
     return cache

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from crl_exp.config.errors import UserError
+from crl_exp.models import placement
 from crl_exp.models.architecture import find_layers, one_rotation
 from crl_exp.models.choice import options_of
 from crl_exp.models.config import ModelConfig, cannot_load
@@ -26,11 +27,16 @@ from crl_exp.models.sites import See, Site, hook
 
 
 class LanguageModel:
-    """A frozen causal language model with handles on its decoder layers."""
+    """A frozen causal language model with handles on its decoder layers.
+
+    home: the device of all that is ours where the model is spread (`models.placement`); None where
+        it isn't. device: of a spread model, where home is asked for; null: where its embeddings
+        compute.
+    """
 
     def __init__(
         self, model: nn.Module, tokenizer, name: str,
-        chat_template_args: Mapping[str, Any] | None = None,
+        chat_template_args: Mapping[str, Any] | None = None, device: str | None = None,
     ):  # fmt: skip
         self.layers = find_layers(model)
         self.model = model.eval().requires_grad_(False)
@@ -39,6 +45,7 @@ class LanguageModel:
         self.chat_template_args = dict(chat_template_args or {})
         self._fingerprint: str | None = None
         self.scratch = Scratch()
+        self.home = placement.home_of(model, device)
         self.in_tuple = False  # whether layers hand their output on in a tuple; `hook` sees it
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
         config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -69,7 +76,15 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where the model is; of a spread one, home."""
+        return self.home or next(self.model.parameters()).device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """All that it computes on, home first."""
+        if self.home is None:
+            return [self.device]
+        return list(dict.fromkeys([self.home, *map(placement.computes_on, self.layers)]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +96,7 @@ class LanguageModel:
         Their bits are summed, as whole numbers: the same in any order, so on any machine.
         """
         if self._fingerprint is None:  # the weights are frozen
-            sums = [int(_bits(p).sum(dtype=torch.int64)) for p in self.model.parameters()]
+            sums = [int(_bits(p).sum(dtype=torch.int64)) for p in placement.all_weights(self.model)]
             self._fingerprint = hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
         return self._fingerprint
 
@@ -151,10 +166,17 @@ class LanguageModel:
         """
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         if token_ids is None:
-            return head(hidden_BD)
-        rows = torch.as_tensor(token_ids, device=hidden_BD.device)
-        bias = None if head.bias is None else head.bias[rows]
-        return nn.functional.linear(hidden_BD, head.weight[rows], bias)
+            return self.at_home(head(hidden_BD))
+        with placement.fetched(head):
+            weight_VD = head.weight
+            rows = torch.as_tensor(token_ids, device=weight_VD.device)
+            bias = None if head.bias is None else head.bias[rows]
+            there_BD = hidden_BD.to(weight_VD.device)
+            return self.at_home(nn.functional.linear(there_BD, weight_VD[rows], bias))
+
+    def at_home(self, x: Tensor) -> Tensor:
+        """The same where all that is ours lies."""
+        return x if self.home is None else x.to(self.home)
 
     def log_probs(self, hidden_BD: Tensor) -> Tensor:
         """log p of every token [B, V], float32, as the model itself gives it."""
@@ -184,13 +206,17 @@ class LanguageModel:
             return
         put_in = (residual if residual.ndim == 3 else residual[:, None]).to(self.dtype)
         given = (put_in,) if self.in_tuple else put_in
-        for layer in self.layers[: top + 1]:
+        # A spread model's layer has a `forward` of its own, in which accelerate's hook is.
+        own = {layer: vars(layer).get("forward") for layer in self.layers[: top + 1]}
+        for layer in own:
             layer.forward = lambda *_, **__: given  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for layer in self.layers[: top + 1]:
+            for layer, forward in own.items():
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
 
 def _bits(weights: Tensor) -> Tensor:
@@ -216,6 +242,8 @@ def load_model(config: ModelConfig) -> LanguageModel:
             "quantization_config": config.quantization_config(),
             "device_map": {"": config.device},
         }
+    if config.device_map is not None:
+        how["device_map"] = config.device_map
     try:
         # False, not missing: transformers would ask on the terminal whether to run a folder's code.
         plain = {"revision": config.revision, "trust_remote_code": False}
@@ -230,6 +258,9 @@ def load_model(config: ModelConfig) -> LanguageModel:
         )
     except (OSError, ValueError, ImportError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(cannot_load(config, path, error)) from error
-    if not config.quantization:
+    if not config.quantization and not placement.dispatched(model):
         model = model.to(config.device)  # type: ignore[arg-type]
-    return LanguageModel(model, tokenizer, config.name, config.chat_template_args)
+    lm = LanguageModel(model, tokenizer, config.name, config.chat_template_args, config.device)
+    if lm.home is not None:
+        placement.tell(config.name, model, lm.layers)
+    return lm

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -35,11 +36,13 @@ class Layered(Protocol):
     """A `LanguageModel`, as far as its sites go.
 
     in_tuple: whether layers hand their output on in a tuple; noted whenever a hook is called.
+    home: the device that residuals are shown on, where layers lie on several; None: on one.
     """
 
     name: str
     layers: list[nn.Module]
     in_tuple: bool
+    home: torch.device | None
 
 
 def named_site(layer: int, name: str) -> Site:
@@ -48,10 +51,13 @@ def named_site(layer: int, name: str) -> Site:
 
 
 def hook(lm: Layered, site: Site, see: See) -> RemovableHandle:
-    """Show `see` what is at a site, from now on until the handle is removed.
+    """Show `see` what is at a site, from now on until the handle is removed; of a spread model on
+    `home`, and what it returns goes on where the layer computes.
 
     Raises `UserError` where it isn't known what a layer of this architecture adds.
     """
+    if lm.home is not None:
+        see = _at_home(see, lm.home)
     if isinstance(site, tuple):
         layer, name = site
         return _adding(lm, layer, name).register_forward_hook(_after(see))
@@ -75,6 +81,19 @@ def hooks(lm: Layered, see: Mapping[Any, See]) -> Iterator[None]:
         for site, one in see.items():
             stack.callback(hook(lm, site, one).remove)
         yield
+
+
+def _at_home(see: See, home: torch.device) -> See:
+    """See on one device what is on any; what wasn't changed isn't copied back."""
+
+    def shown(x_BTD: Tensor) -> Tensor | None:
+        here_BTD = x_BTD.to(home)
+        seen_BTD = see(here_BTD)
+        if seen_BTD is None:
+            return None
+        return x_BTD if seen_BTD is here_BTD else seen_BTD.to(x_BTD.device)
+
+    return shown
 
 
 def _after(see: See, lm: Layered | None = None) -> Callable[..., Any]:

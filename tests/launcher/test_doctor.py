@@ -131,6 +131,21 @@ def test_a_models_need_is_held_against_the_gpu(programs, tmp_path, free, total, 
     assert the(found, f"takes {need:.1f} GiB at least: 2.61 billion") == state
 
 
+def test_a_spread_models_need_is_held_against_all_gpus(programs, tmp_path):
+    overrides = ("model=gemma2_27b", "sae=none", "model.device_map=auto", "method=none")
+    for n, state in ((1, "warning"), (2, "ok")):
+        put(programs, "nvidia-smi", "\n".join(["echo 'A GPU, 40960, 40000'"] * n))
+        found = told(machine.gpu_memory, subject(*overrides, tmp_path=tmp_path))
+        assert the(found, f"spreads it over {n} GPUs, A GPU the smallest; it takes 2") == state
+
+
+def test_a_spread_model_needs_accelerate(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_installed", lambda name: name != "accelerate")
+    found = told(machine.extras, subject("model.device_map=auto", tmp_path=tmp_path))
+    assert the(found, "crl-exp[device_map]") == "failed"
+    assert "failed" not in told(machine.extras, subject(tmp_path=tmp_path)).values()
+
+
 def test_without_a_gpu_the_need_is_told_and_an_unknown_one_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     gemma = told(machine.gpu_memory, subject(*GEMMA, tmp_path=tmp_path))

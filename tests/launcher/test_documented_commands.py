@@ -117,7 +117,7 @@ NOT_RUN = {
     "export SLURM_CONF=/tmp/slurm-k2x1/slurm.conf": "the shell's own",
 }
 COMPOSED = {
-    "gemma2_2b_it": HUB, "/models/mine": "a GPU, and a model of one's own",
+    "gemma2_2b_it": HUB, "gemma2_27b": HUB, "/models/mine": "a GPU, and a model of one's own",
     "method.path=": "a list, or a run, of one's own", "+sweep=harmbench_lists": HUB,
     "task.groups=": "a data set of the hub", "task.choices=null": "a data set of the hub",
     "task=refusal": "data that `make assets` fetches", "task=one_sentence": "likewise",

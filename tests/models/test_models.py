@@ -124,10 +124,22 @@ def test_capped_attention_is_refused_sdpa(tmp_path):
         ({"quantization": "int4"}, "must be one of int8, nf4 or null"),
         ({"quantization": "nf4"}, "needs an NVIDIA GPU; set model.device=cuda"),
         ({"attn_implementation": "flash_attention_2"}, "builds its own masks"),
+        ({"device_map": "atuo", "device": "cuda"}, "must be null, auto, or a mapping"),
+        ({"device_map": "auto"}, "set model.device=cuda, or model.device_map=null"),
+        ({"device_map": {"model": "gpu", "lm_head": 1}}, "gpu must be cuda:N, N, cpu or disk"),
+        ({"device_map": {"model": 0, "lm_head": "cuda:0"}}, "set model.device=cuda:0"),
+        ({"device_map": {"model": 0, "lm_head": 1}}, "both must be on CUDA GPUs or both on"),
+        ({"device_map": {"model": "cpu", "lm_head": "disk"}, "device": "cuda"}, "both must be on"),
     ],
 )
 def test_bad_values_are_told(changes, said):
     assert any(said in fault for fault in config(**changes).faults())
+
+
+def test_good_maps_are_taken():
+    assert config(device_map="auto", device="cuda").faults() == []
+    assert config(device_map={"model": 0, "lm_head": "cuda:1"}, device="cuda").faults() == []
+    assert config(device_map={"model": "cpu", "lm_head": "disk"}).faults() == []
 
 
 def test_quantisation_is_handed_to_transformers():

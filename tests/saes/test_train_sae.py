@@ -6,6 +6,8 @@ import json
 import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -338,6 +340,14 @@ def test_what_the_docs_type_is_understood(overrides):
         raw = compose("train_sae", overrides=overrides)
     if "out=saes/mine" in overrides:
         assert (raw.layers, raw.out) == ([10], "saes/mine")
+
+
+def test_a_spread_model_is_refused(tmp_path):
+    from crl_exp.launcher.commands.train_sae import run
+
+    config: Any = SimpleNamespace(model=SimpleNamespace(device_map="auto"))
+    with pytest.raises(UserError, match=r"train-sae .* on one device; set model\.device_map=null"):
+        run(config, {}, "train-sae")
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

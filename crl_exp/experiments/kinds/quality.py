@@ -75,7 +75,7 @@ def log_likelihood(
     a_row = teacher_forcing.bytes_a_row(
         lm, max(len(prompts.prompts[i]) for i in order), longest, backward=False
     )
-    fit = workspace.engine.batch_size.rows(a_row, lm.device)
+    fit = workspace.engine.batch_size.rows(a_row, lm.devices)
     size = min(fit, workspace.exp.engine.items_together)
     with workspace.bar(f"log-likelihood on {split}", len(order)) as advance:
 

@@ -171,7 +171,16 @@ def train_all(rows: Residuals, config: TrainSaeConfig, dataset: str) -> dict[int
 
 
 def run(config: TrainSaeConfig, tasks: dict[str, Task], command: str) -> dict[int, dict[str, Any]]:
-    """Train all layers, save them rounded, measure what was saved; returns the figures."""
+    """Train all layers, save them rounded, measure what was saved; returns the figures.
+
+    Raises `UserError` as `check` does, and for a model that is spread over devices.
+    """
+    if config.model.device_map is not None:
+        raise UserError(
+            f"model.device_map={config.model.device_map}: train-sae runs the lower layers of a "
+            "model by themselves, on one device; set model.device_map=null, and "
+            "model.quantization=int8 or nf4 where it doesn't fit"
+        )
     lm = load_model(config.model)
     check(config, lm.n_layers)
     training, held_documents = build_documents(lm, tasks, config.text)

@@ -20,10 +20,13 @@ from crl_exp.launcher.doctor.finding import (
     skipped,
     warning,
 )
-from crl_exp.launcher.planning.memory import GIB, need
+from crl_exp.launcher.planning.memory import GIB, Need, need
 
 OLDEST = (3, 11)
-EXTRAS = {"bitsandbytes": "model.quantization", "accelerate": "model.quantization"}
+EXTRAS = {
+    "bitsandbytes": "model.quantization",
+    "accelerate": "model.quantization and model.device_map",
+}
 """Packages that not everybody needs, and what needs them."""
 INSIDE = "type it in a job too: srun --gpus=1 python -m crl_exp doctor OVERRIDES"
 
@@ -148,20 +151,47 @@ def gpu_memory(subject: Subject) -> Iterator[Finding]:
         if isinstance(found, str):
             yield skipped(f"{told}. No GPU here to hold it against", INSIDE)
             continue
+        if config.model.get("device_map") is not None:
+            yield _spread(told, wanted, found)
+            continue
         least = min(found, key=lambda gpu: gpu.total)
         told += f". {least.name}: {least.free / 1024:.1f} of {least.total / 1024:.1f} GiB free"
         if wanted.gpu > least.total * 2**20:
-            yield failed(told, "set model.quantization=int8 or nf4, fewer layers, or a larger GPU")
+            yield failed(
+                told,
+                "set model.device_map=auto where the node has several, model.quantization=int8 or "
+                "nf4, fewer layers, or a larger GPU",
+            )
         elif wanted.gpu > least.free * 2**20:
             yield warning(told, "somebody else has the rest: nvidia-smi tells who")
         else:
             yield ok(told)
 
 
+def _spread(told: str, wanted: Need, found: list[Gpu]) -> Finding:
+    """A model that is spread over all GPUs here, its SAEs on one of them."""
+    least = min(found, key=lambda gpu: gpu.total)
+    told += f". model.device_map spreads it over {len(found)} GPUs, {least.name} the smallest"
+    takes = wanted.gpus(least.total / 1024)
+    if takes is None:
+        return failed(told, "the SAEs, which lie on one GPU, don't fit there: steer fewer layers")
+    if takes > len(found):
+        return warning(
+            f"{told}; it takes {takes} of these",
+            "the rest of its weights would be kept on the CPU and fetched for every token: take "
+            f"hydra.launcher.gpus={takes}, or model.quantization=int8 or nf4",
+        )
+    return ok(f"{told}; it takes {takes} of these")
+
+
 def extras(subject: Subject) -> Iterator[Finding]:
     """Packages that only some configs need."""
     quantized = bool(subject.values("model", "quantization"))
     missing = [name for name in EXTRAS if not _installed(name)]
+    spread = bool(subject.values("model", "device_map"))
+    if spread and "accelerate" in missing:
+        advice = "pip install 'crl-exp[device_map]' -c constraints.txt"
+        yield failed("model.device_map needs accelerate", advice)
     if quantized and missing:
         advice = "pip install 'crl-exp[quantization]' -c constraints.txt"
         yield failed(f"model.quantization needs {' and '.join(missing)}", advice)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from crl_exp.config.errors import UserError
 from crl_exp.config.files import home
+from crl_exp.config.machine.devices import SPREAD, gpus_named
 from crl_exp.config.option_names import OFF
 from crl_exp.config.paths import here_or_shipped
 from crl_exp.launcher.settings import AUTO, Settings, SlurmSettings
@@ -29,6 +30,8 @@ BESIDE_CPU, BESIDE_GPU_HOST, BESIDE_GPU = 4 * GIB, 8 * GIB, 2 * GIB
 EACH_OF_A_PACK = GIB // 2
 STEP = 4
 """GiB that a job's memory is rounded up to."""
+FILLED = 0.9
+"""Share of a GPU that a spread model's layers and what is kept beside them may take."""
 WIDEST = 32
 """Times d_model: features of SAEs whose width nothing tells."""
 
@@ -48,6 +51,12 @@ class Need:
     def gpu(self) -> int:
         """At least so much of one GPU; batches, keys and values take what is left."""
         return self.weights + self.saes + BESIDE_GPU if self.cuda else 0
+
+    def gpus(self, gib: float) -> int | None:
+        """How many GPUs of so much memory a model takes that is spread evenly over them, each with
+        room for keys and values, the first with all SAEs; None: these fill it already."""
+        room = FILLED * gib * GIB - BESIDE_GPU - self.saes
+        return math.ceil(self.weights / room) if room > 0 else None
 
     def host(self, packed: int) -> int:
         """GiB of a job of so many runs, rounded up."""
@@ -126,6 +135,58 @@ def _n_layers(config: DictConfig, size: Size) -> tuple[int, str]:
         return len(section.among), f"{len(section.among)} layers"
     n = size.n_layers or 64
     return n, f"all {n} layers"
+
+
+def with_gpus(settings: Settings, config: DictConfig) -> Settings:
+    """Settings with the number of GPUs made plain.
+
+    Raises `UserError` where a model is to be spread and nothing tells over how many.
+    """
+    model = config.model
+    plain = settings.for_device(str(model.device))
+    device_map = model.get("device_map")
+    if settings.gpus is not None or not plain.gpus:  # given, as gpus or gres, or none asked for
+        return plain
+    if isinstance(device_map, DictConfig):
+        numbers = [one.rpartition(":")[2] for one in gpus_named(dict(device_map))]
+        return replace(
+            settings, gpus=1 + max((int(n) for n in numbers if n.isdecimal()), default=0)
+        )
+    if device_map != SPREAD:
+        return plain
+    key = f"model.device_map={device_map}"
+    if settings.gpu_gib is None:
+        raise UserError(
+            f"{key}: over how many GPUs? Set hydra.launcher.gpus=2, or the memory of one GPU, such "
+            "as hydra.launcher.gpu_gib=80, and their number is estimated from the model"
+        )
+    found = need(config)
+    if found is None:
+        raise UserError(
+            f"{key}: nothing on this machine tells how large model.path={model.path} is. Fetch it "
+            "first (`python -m crl_exp prefetch …`), or set hydra.launcher.gpus=2"
+        )
+    gpus = found.gpus(settings.gpu_gib)
+    if gpus is None:
+        raise UserError(
+            f"{key}: the SAEs ({found.saes / GIB:.1f} GiB), which lie on one GPU, fill "
+            f"hydra.launcher.gpu_gib={settings.gpu_gib:g} by themselves; steer fewer layers"
+        )
+    return replace(settings, gpus=gpus)
+
+
+def gpu_lines(points: Iterable[tuple[DictConfig, Settings]]) -> list[str]:
+    """How many GPUs jobs of spread models ask for, with where it comes from; for the plan."""
+    told: dict[str, None] = {}
+    for config, settings in points:
+        if config.model.get("device_map") != SPREAD or settings.gpu_gib is None:
+            continue
+        if (found := need(config)) is not None:
+            told[
+                f"model.device_map=auto: {settings.gpus_asked} GPUs of {settings.gpu_gib:g} GiB "
+                f"for each job: {found.told}"
+            ] = None
+    return list(told)
 
 
 def with_memory(settings: Settings, config: DictConfig) -> Settings:

@@ -21,7 +21,7 @@ from crl_exp.experiments.config import Known
 from crl_exp.experiments.inputs import inputs_of
 from crl_exp.experiments.schema import Schema
 from crl_exp.launcher.planning.compose import Composer
-from crl_exp.launcher.planning.memory import with_memory
+from crl_exp.launcher.planning.memory import with_gpus, with_memory
 from crl_exp.launcher.planning.written import check_written
 from crl_exp.launcher.settings import LocalSettings, Settings, SlurmSettings, changed
 from crl_exp.runs.directory import NOT_IN_KEY, RunDirectory, content_key
@@ -158,7 +158,7 @@ def _compose(
             run = RunDirectory(config)
             run.path = run.path.absolute()
             own = changed(settings, resources) if resources else settings
-            own = with_memory(own.for_device(str(config.model.device)), config)
+            own = with_memory(with_gpus(own, config), config)
             point = Point(tuple(job), config, run, own, found)
             if differing := _only_outside(points.setdefault(point.key, point), point):
                 raise UserError(

@@ -17,7 +17,7 @@ NOT_THE_TEST = (
 )  # fmt: skip
 # Keys of models that change how they are run, not which they are.
 NOT_THE_MODEL = (
-    "model.device", "model.attn_implementation", "task.classifier.device",
+    "model.device", "model.device_map", "model.attn_implementation", "task.classifier.device",
     "task.classifier.batch_size", "task.cross_encoder.device", "task.cross_encoder.batch_size",
 )  # fmt: skip
 CHOSEN_ON = ("fed.train", "fed.validation")

@@ -128,7 +128,7 @@ def prompt_tokens(
         )  # fmt: skip
 
     size = engine.batch_size
-    n_rows = size.rows(bytes_to_read(workspace.lm, max(map(len, prompts))), workspace.lm.device)
+    n_rows = size.rows(bytes_to_read(workspace.lm, max(map(len, prompts))), workspace.lm.devices)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     with torch.no_grad():
         size.play([order[at : at + n_rows] for at in range(0, len(order), n_rows)], read)

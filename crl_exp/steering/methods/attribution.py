@@ -209,7 +209,7 @@ def _summed(
     weight_T = torch.tensor([float(workspace.exp.decay.at(t)) for t in range(longest)])
     order = sorted(range(len(answers)), key=lambda i: (len(prompts.prompts[i]), i))
     a_row = teacher_forcing.bytes_a_row(lm, len(prompts.prompts[order[-1]]), longest, backward=True)
-    fit = workspace.engine.batch_size.rows(a_row, lm.device)
+    fit = workspace.engine.batch_size.rows(a_row, lm.devices)
     size = max(1, min(fit, workspace.exp.engine.items_together) // len(answers[0]))
     total_SD = torch.zeros(lm.n_layers + 1, lm.d_model, dtype=torch.float64)
     with workspace.bar("gradients", len(order)) as advance:
