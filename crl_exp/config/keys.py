@@ -22,6 +22,8 @@ NOT_IN_KEY = (
 )  # fmt: skip
 SOURCE = "function_source"
 """Key of a task that has the digest of the source of the function that scores."""
+DOCUMENTS = "documents"
+"""Key of a task that has the digest of what its own tool for data read."""
 RESUME = ("new", "retry", "force")
 EVERY_KIND = ("experiment", "seed", "model", "task", *NOT_IN_KEY)
 """What every kind of experiment reads, or the frame that runs it."""
@@ -52,7 +54,7 @@ def plain_of(config: DictConfig) -> dict[str, Any]:
 
 def settled(plain: dict[str, Any]) -> dict[str, Any]:
     """A resolved config with what its task finds in files in the place of what asks for it: sizes
-    that are shares of a file, in items, and the digest of a function's source.
+    that are shares of a file, in items, the digest of a function's source, and of documents.
 
     So a key is of what is read, and a frozen config, which has them, needs no file for it.
 
@@ -94,6 +96,8 @@ def _asks_files(task: dict[str, Any]) -> bool:
         return False  # what is missing is told first
     sizes = [task[name] for name in ("n_train", "n_validation", "n_test") if name in task]
     is_open = any(size is None or isinstance(size, float) for size in sizes)
+    if DOCUMENTS in task:
+        return is_open or task[DOCUMENTS] is None
     return is_open or (SOURCE in task and bool(task.get("function")) and not task[SOURCE])
 
 
@@ -167,7 +171,7 @@ def freeze(config: DictConfig, path: Path) -> None:
     write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
-NAMES_A_PLACE = ("model.path", "sae.folder", "task.path", "method.path")
+NAMES_A_PLACE = ("model.path", "sae.folder", "task.path", "task.lm_eval_task", "method.path")
 """Keys whose relative paths are meant from where the run was launched."""
 
 

@@ -15,25 +15,61 @@ from typing import Any
 from crl_exp.config.errors import UserError
 from crl_exp.config.keys import content_key
 from crl_exp.generation.model_check import check_log_probs
-from crl_exp.models.choice import Options, options_of, written_apart
+from crl_exp.models.choice import ItemOptions, Options, continued, options_of, written_apart
 from crl_exp.models.language_model import LanguageModel
 from crl_exp.runs.directory import RunDirectory, write_json
 from crl_exp.runs.status import ANEW
-from crl_exp.tasks.base import Splits, Task
+from crl_exp.tasks.base import Item, Splits, Task
 
 HALF_DONE = ("answers", "checkpoint.pt", "checkpoint.prev.pt", "residuals.pt", "residuals.prev.pt")
 """What a run that ended early goes on with; those of its parts lie in folders."""
 
 
-def options_for(task: Task, lm: LanguageModel) -> Options | None:
-    """The options that answers are restricted to. Raises `UserError` where they can't be."""
+def options_for(
+    task: Task, lm: LanguageModel, splits: Splits | None = None
+) -> Options | ItemOptions | None:
+    """The options that answers are restricted to. Raises `UserError` where they can't be.
+
+    splits: whose items may have options of their own.
+    """
+    if task.options_by_item:
+        if splits is None:
+            raise UserError(
+                f"task={task.name}: each item has options of its own, so there are none for other "
+                "prompts"
+            )
+        check_log_probs(lm)
+        return item_options(task, lm, splits)
     texts = task.constrained_to
     if texts is None:
         return None
-    options = options_of(lm.tokenizer, texts, task.by_length, lm.name)
-    if options.longest > 1:
+    options = options_of(lm.tokenizer, texts, task.by_length, lm.name, task.divisors)
+    if options.one_token is None:
         check_log_probs(lm)
     return options
+
+
+def item_options(task: Task, lm: LanguageModel, splits: Splits) -> ItemOptions:
+    """Those of each item. Behind a plain prompt an option's tokens are those that it adds to the
+    prompt, read with it; behind a chat template those of the text alone."""
+    return ItemOptions.made(
+        {
+            name: tuple(_options_of_item(task, lm, item) for item in items)
+            for name, items in splits.named().items()
+        }
+    )
+
+
+def _options_of_item(task: Task, lm: LanguageModel, item: Item) -> Options:
+    divisors = task.divisors_of(item)
+    if task.chat_template:
+        return options_of(lm.tokenizer, item.options, False, lm.name, divisors)
+    n_prompt = len(lm.prompt_ids(item.user, False))
+    ids = [
+        continued(lm.prompt_ids(item.user + text, False), n_prompt, text, lm.name)
+        for text in item.options
+    ]
+    return Options(tuple(ids), False, item.options, tuple(divisors))
 
 
 def joined_to_the_prompt(task: Task, lm: LanguageModel, user: str) -> str | None:
@@ -50,11 +86,11 @@ def joined_to_the_prompt(task: Task, lm: LanguageModel, user: str) -> str | None
 
 
 def look_at(
-    task: Task, lm: LanguageModel, options: Options | None, user: str
+    task: Task, lm: LanguageModel, options: Options | ItemOptions | None, user: str
 ) -> tuple[dict[str, int] | None, str | None]:
     """For the result: tokens of each option where one has several, and a warning."""
     lengths = None
-    if options is not None and options.longest > 1:
+    if isinstance(options, Options) and options.longest > 1:
         texts = task.constrained_to or []
         lengths = {text: len(ids) for text, ids in zip(texts, options.ids, strict=True)}
     return lengths, joined_to_the_prompt(task, lm, user)

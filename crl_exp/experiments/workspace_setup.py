@@ -63,7 +63,7 @@ class WorkspaceSetup:
                 self.warn(warning)
         for warning in self.splits.warnings:
             self.warn(warning)
-        self.options = options_for(exp.task, self.lm)
+        self.options = options_for(exp.task, self.lm, self.splits)
         lengths, warning = look_at(exp.task, self.lm, self.options, self.splits.test[0].user)
         if lengths:
             self.note("option_tokens", lengths)
