@@ -251,7 +251,7 @@ def test_a_run_steers_answers_that_are_one_of_each_items_options(
     config = small(overrides)
     settle(config)
     result = run_experiment(config, False)
-    assert result is not None and result["n"]["test"] == 16
+    assert result is not None and result["n"] == 16
     assert result["notes"]["lm_eval"]["task"] == f"tiny_{kind}"
     assert (RunDirectory(config).path / "items.parquet").is_file()
 
