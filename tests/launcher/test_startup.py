@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.synthetic import config, run_of_items
 from tests.helpers.tiny_run import ROOT
 
-MODELS = ("torch", "transformers", "mlflow", "sae_lens", "datasets", "sklearn", "wandb")
+MODELS = ("torch", "transformers", "mlflow", "sae_lens", "datasets", "sklearn", "wandb", "lm_eval")
 TABLES = ("matplotlib", "scipy", "pyarrow", "pandas", "numpy")
 PROGRAM = """
 import runpy, sys

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -56,15 +55,16 @@ def task_of(overrides: list[str]) -> Task:
 @pytest.fixture(scope="module")
 def theirs(folder) -> dict[str, list[dict[str, Any]]]:
     """lm-eval's own samples of each task, on a tiny random model."""
-    evaluator = importlib.import_module("lm_eval.evaluator")
-    hf = importlib.import_module("lm_eval.models.huggingface")
-    tasks = importlib.import_module("lm_eval.tasks")
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     tokenizer = tiny.tokenizer()
     tokenizer.model_max_length = 128
-    lm = hf.HFLM(pretrained=tiny.model("llama"), tokenizer=tokenizer, device="cpu", batch_size=8)
+    lm = HFLM(pretrained=tiny.model("llama"), tokenizer=tokenizer, device="cpu", batch_size=8)
     found = evaluator.simple_evaluate(
         model=lm, tasks=[f"tiny_{kind}" for kind in MORE], log_samples=True, bootstrap_iters=0,
-        task_manager=tasks.TaskManager(include_path=str(folder), include_defaults=False),
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
     )  # fmt: skip
     return {kind: found["samples"][f"tiny_{kind}"] for kind in MORE}
 
