@@ -75,6 +75,8 @@ def _options_of_item(task: Task, lm: LanguageModel, item: Item) -> Options:
 def joined_to_the_prompt(task: Task, lm: LanguageModel, user: str) -> str | None:
     """A warning where options would follow a plain prompt's last word without a space."""
     texts = task.constrained_to or []
+    if task.divisors is not None:
+        return _read_otherwise(task, lm, texts, user)
     apart = [text for text in texts if written_apart(lm.tokenizer, text)]
     if task.chat_template or not apart or user[-1:].isspace():
         return None
@@ -83,6 +85,23 @@ def joined_to_the_prompt(task: Task, lm: LanguageModel, user: str) -> str | None
         f"before them ({apart[0]!r}): most models begin an answer there with a space. Set "
         "'task.choice_prefix=\" \"' where the task has it"
     )
+
+
+def _read_otherwise(task: Task, lm: LanguageModel, texts: Sequence[str], user: str) -> str | None:
+    """The same of a task whose options and delimiter are another tool's, which takes the tokens
+    that an option adds to its prompt."""
+    if task.chat_template:
+        return None
+    own = options_of(lm.tokenizer, texts, False, lm.name, task.divisors).ids
+    n_prompt = len(lm.prompt_ids(user, False))
+    for text, ids in zip(texts, own, strict=True):
+        if tuple(lm.prompt_ids(user + text, False)[n_prompt:]) != ids:
+            return (
+                f"the option {text!r} is other tokens of {lm.name} behind a prompt that ends in "
+                f"{user[-8:]!r} than by itself, as it is taken here: log-probabilities may differ "
+                "from lm-eval's"
+            )
+    return None
 
 
 def look_at(

@@ -24,7 +24,6 @@ from crl_exp.experiments.workspace_setup import WorkspaceSetup
 from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.generation.engine import Prompts
 from crl_exp.generation.results import Generation, Job
-from crl_exp.models.choice import ItemOptions, Options
 from crl_exp.runs import preemption
 from crl_exp.runs.directory import content_key
 from crl_exp.runs.preemption import CheckpointTimer
@@ -76,10 +75,6 @@ class RunWorkspace(WorkspaceSetup):
         if ids == self._prompt_ids(split)[0]:
             return self.prompts(split)
         return self._read(split, ids)
-
-    def own_options(self, split: str) -> tuple[Options, ...] | None:
-        """The options of each item of a split, where each has its own."""
-        return self.options.of[split] if isinstance(self.options, ItemOptions) else None
 
     def _read(self, split: str, ids: list[list[int]]) -> Prompts:
         with self.bar(f"reading {split} prompts", len(ids)) as advance:

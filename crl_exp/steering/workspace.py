@@ -110,6 +110,10 @@ class Workspace(Protocol):
         """What an answer is restricted to; None: nothing."""
         ...
 
+    def own_options(self, split: str) -> Sequence[Options] | None:
+        """The options of each item of a split, where each has its own."""
+        ...
+
     @property
     def n_tokens(self) -> int:
         """Steered tokens that an answer has at most."""

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from crl_exp.config.errors import UserError
 from crl_exp.config.keys import run_key, settle
 from crl_exp.config.sections import build
-from crl_exp.experiments.fed import options_for
+from crl_exp.experiments.fed import look_at, options_for
 from crl_exp.experiments.run import run_experiment
 from crl_exp.generation.config import EngineConfig
 from crl_exp.generation.controller import Unsteered
@@ -61,12 +61,15 @@ def theirs(folder) -> dict[str, list[dict[str, Any]]]:
 
     tokenizer = tiny.tokenizer()
     tokenizer.model_max_length = 128
-    lm = HFLM(pretrained=tiny.model("llama"), tokenizer=tokenizer, device="cpu", batch_size=8)
+    given: dict[str, Any] = {"pretrained": tiny.model("llama"), "tokenizer": tokenizer}
+    lm = HFLM(**given, device="cpu", batch_size=8)  # type: ignore[call-arg]
     found = evaluator.simple_evaluate(
         model=lm, tasks=[f"tiny_{kind}" for kind in MORE], log_samples=True, bootstrap_iters=0,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
     )  # fmt: skip
-    return {kind: found["samples"][f"tiny_{kind}"] for kind in MORE}
+    assert found is not None
+    samples: Any = found.get("samples")
+    return {kind: samples[f"tiny_{kind}"] for kind in MORE}
 
 
 @pytest.mark.slow
@@ -254,6 +257,33 @@ def test_a_run_steers_answers_that_are_one_of_each_items_options(
     assert result is not None and result["n"] == 16
     assert result["notes"]["lm_eval"]["task"] == f"tiny_{kind}"
     assert (RunDirectory(config).path / "items.parquet").is_file()
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("kind", ["own", "text"])
+def test_shuffled_labels_stay_among_each_items_options(kind, folder):
+    path = folder / f"tiny_{kind}.yaml"
+    plain, shuffled = (
+        task_of(typed(path, f"task.shuffle_labels={on}")).splits() for on in ("false", "true")
+    )
+    assert shuffled.test == plain.test
+    before, after = ([item.target for item in part.train] for part in (plain, shuffled))
+    assert before != after and sorted(map(str, before)) == sorted(map(str, after))
+    for item in shuffled.train if kind == "own" else ():
+        assert int(str(item.target)) < len(item.options)
+
+
+@needs_lm_eval
+def test_options_that_join_the_prompts_last_word_are_told(folder, tmp_path):
+    """The tiny tokenizer reads a word up to the next blank, whatever option it ends in."""
+    lm = tiny.language_model("llama")
+    apart = task_of(typed(folder / "tiny_text.yaml"))
+    joined = task_of(typed(write_yaml(tmp_path, "text", write_data(tmp_path), target_delimiter="")))
+    for task, warns in ((apart, False), (joined, True)):
+        splits = task.splits()
+        options = options_for(task, lm, splits)
+        _, said = look_at(task, lm, options, splits.test[0].user)
+        assert (said is not None and "differ from lm-eval's" in said) == warns
 
 
 @needs_lm_eval
