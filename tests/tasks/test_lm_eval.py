@@ -229,6 +229,38 @@ def test_a_data_set_that_is_a_script_is_refused_and_files_do_in_its_place(tmp_pa
     assert len(task.splits().test) == SIZES["test"]
 
 
+ROWS = {
+    "arc_easy": lambda n: {
+        "question": f"Which is {n}?", "answerKey": "ABCD"[n % 4], "id": str(n),
+        "choices": {"text": [f"one {n}", "two", f"three of {n}", "four"], "label": [*"ABCD"]},
+    },
+    "boolq": lambda n: {"question": f"is it {n}", "passage": f"It is {n}.", "label": n % 2},
+}  # fmt: skip
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("name", ROWS)
+def test_a_task_of_lm_evals_own_runs_on_files_in_the_place_of_its_data(name, tmp_path):
+    files, at = {}, 0
+    for split in ("train", "validation", "test"):
+        path = tmp_path / f"{split}.jsonl"
+        path.write_text("".join(json.dumps(ROWS[name](at + n)) + "\n" for n in range(40)))
+        files[split], at = path, at + 40
+    instead = "{" + ",".join(f"{split}:{path}" for split, path in files.items()) + "}"
+    task = task_of(["task=lm_eval", f"task.lm_eval_task={name}", f"task.data_files={instead}",
+                    "task.n_train=20", "task.n_validation=10"])  # fmt: skip
+    splits = task.splits()
+    assert len(splits.test) == 40, "all that lm-eval evaluates"
+    if name == "boolq":
+        assert task.constrained_to == [" no", " yes"]
+        (one,) = [item for item in splits.test if "It is 41." in item.user]
+        assert one.user == "It is 41.\nQuestion: is it 41?\nAnswer:" and one.target == "yes"
+    else:
+        (one,) = [item for item in splits.test if "Which is 81?" in item.user]
+        assert one.user == "Question: Which is 81?\nAnswer:"
+        assert (one.options, one.target) == ((" one 81", " two", " three of 81", " four"), "1")
+
+
 def test_without_lm_eval_the_command_that_installs_it_is_told(monkeypatch):
     monkeypatch.setattr(finding.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'crl_exp\[lm-eval\]'"):
