@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip -c constraints.txt
 	@echo "installing into $(VENV): a minute or two the first time"
 	@# Python compiles what it imports by itself; compiling every file here takes longer.
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e '.[dev,docs,wandb]' \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e '.[dev,docs,lm-eval,wandb]' \
 		-c constraints.txt
 	@touch $@
 

@@ -22,6 +22,8 @@ NOT_IN_KEY = (
 )  # fmt: skip
 SOURCE = "function_source"
 """Key of a task that has the digest of the source of the function that scores."""
+DOCUMENTS = "documents"
+"""Key of a task that has the digest of what its own tool for data read."""
 RESUME = ("new", "retry", "force")
 EVERY_KIND = ("experiment", "seed", "model", "task", *NOT_IN_KEY)
 """What every kind of experiment reads, or the frame that runs it."""
@@ -52,8 +54,8 @@ def plain_of(config: DictConfig) -> dict[str, Any]:
 
 def settled(plain: dict[str, Any]) -> dict[str, Any]:
     """A resolved config with what its task finds in files in the place of what asks for it: sizes
-    that are shares of a file, in items, and the digests of a function's source and of a model that
-    scores.
+    that are shares of a file, in items, and the digests of a function's source, of a model that
+    scores, and of documents.
 
     So a key is of what is read, and a frozen config, which has them, needs no file for it.
 
@@ -95,6 +97,8 @@ def _asks_files(task: dict[str, Any]) -> bool:
         return False  # what is missing is told first
     sizes = [task[name] for name in ("n_train", "n_validation", "n_test") if name in task]
     is_open = any(size is None or isinstance(size, float) for size in sizes)
+    if DOCUMENTS in task:
+        return is_open or task[DOCUMENTS] is None
     source = SOURCE in task and bool(task.get("function")) and not task[SOURCE]
     return is_open or source or _asks_a_model(task)
 
@@ -176,7 +180,8 @@ def freeze(config: DictConfig, path: Path) -> None:
 
 
 NAMES_A_PLACE = (
-    "model.path", "sae.folder", "task.path", "method.path", "task.preference_model.path",
+    "model.path", "sae.folder", "task.path", "task.lm_eval_task", "method.path",
+    "task.preference_model.path",
 )  # fmt: skip
 """Keys whose relative paths are meant from where the run was launched."""
 

@@ -15,30 +15,68 @@ from typing import Any
 from crl_exp.config.errors import UserError
 from crl_exp.config.keys import content_key
 from crl_exp.generation.model_check import check_log_probs
-from crl_exp.models.choice import Options, options_of, written_apart
+from crl_exp.models.choice import ItemOptions, Options, continued, options_of, written_apart
 from crl_exp.models.language_model import LanguageModel
 from crl_exp.runs.directory import RunDirectory, write_json
 from crl_exp.runs.status import ANEW
-from crl_exp.tasks.base import Splits, Task
+from crl_exp.tasks.base import Item, Splits, Task
 
 HALF_DONE = ("answers", "checkpoint.pt", "checkpoint.prev.pt", "residuals.pt", "residuals.prev.pt")
 """What a run that ended early goes on with; those of its parts lie in folders."""
 
 
-def options_for(task: Task, lm: LanguageModel) -> Options | None:
-    """The options that answers are restricted to. Raises `UserError` where they can't be."""
+def options_for(
+    task: Task, lm: LanguageModel, splits: Splits | None = None
+) -> Options | ItemOptions | None:
+    """The options that answers are restricted to. Raises `UserError` where they can't be.
+
+    splits: whose items may have options of their own.
+    """
+    if task.options_by_item:
+        if splits is None:
+            raise UserError(
+                f"task={task.name}: each item has options of its own, so there are none for other "
+                "prompts"
+            )
+        check_log_probs(lm)
+        return item_options(task, lm, splits)
     texts = task.constrained_to
     if texts is None:
         return None
-    options = options_of(lm.tokenizer, texts, task.by_length, lm.name)
-    if options.longest > 1:
+    options = options_of(lm.tokenizer, texts, task.by_length, lm.name, task.divisors)
+    if options.one_token is None:
         check_log_probs(lm)
     return options
+
+
+def item_options(task: Task, lm: LanguageModel, splits: Splits) -> ItemOptions:
+    """Those of each item. Behind a plain prompt an option's tokens are those that it adds to the
+    prompt, read with it; behind a chat template those of the text alone."""
+    return ItemOptions.made(
+        {
+            name: tuple(_options_of_item(task, lm, item) for item in items)
+            for name, items in splits.named().items()
+        }
+    )
+
+
+def _options_of_item(task: Task, lm: LanguageModel, item: Item) -> Options:
+    divisors = task.divisors_of(item)
+    if task.chat_template:
+        return options_of(lm.tokenizer, item.options, False, lm.name, divisors)
+    n_prompt = len(lm.prompt_ids(item.user, False))
+    ids = [
+        continued(lm.prompt_ids(item.user + text, False), n_prompt, text, lm.name)
+        for text in item.options
+    ]
+    return Options(tuple(ids), False, item.options, tuple(divisors))
 
 
 def joined_to_the_prompt(task: Task, lm: LanguageModel, user: str) -> str | None:
     """A warning where options would follow a plain prompt's last word without a space."""
     texts = task.constrained_to or []
+    if task.divisors is not None:
+        return _read_otherwise(task, lm, texts, user)
     apart = [text for text in texts if written_apart(lm.tokenizer, text)]
     if task.chat_template or not apart or user[-1:].isspace():
         return None
@@ -49,12 +87,29 @@ def joined_to_the_prompt(task: Task, lm: LanguageModel, user: str) -> str | None
     )
 
 
+def _read_otherwise(task: Task, lm: LanguageModel, texts: Sequence[str], user: str) -> str | None:
+    """The same of a task whose options and delimiter are another tool's, which takes the tokens
+    that an option adds to its prompt."""
+    if task.chat_template:
+        return None
+    own = options_of(lm.tokenizer, texts, False, lm.name, task.divisors).ids
+    n_prompt = len(lm.prompt_ids(user, False))
+    for text, ids in zip(texts, own, strict=True):
+        if tuple(lm.prompt_ids(user + text, False)[n_prompt:]) != ids:
+            return (
+                f"the option {text!r} is other tokens of {lm.name} behind a prompt that ends in "
+                f"{user[-8:]!r} than by itself, as it is taken here: log-probabilities may differ "
+                "from lm-eval's"
+            )
+    return None
+
+
 def look_at(
-    task: Task, lm: LanguageModel, options: Options | None, user: str
+    task: Task, lm: LanguageModel, options: Options | ItemOptions | None, user: str
 ) -> tuple[dict[str, int] | None, str | None]:
     """For the result: tokens of each option where one has several, and a warning."""
     lengths = None
-    if options is not None and options.longest > 1:
+    if isinstance(options, Options) and options.longest > 1:
         texts = task.constrained_to or []
         lengths = {text: len(ids) for text, ids in zip(texts, options.ids, strict=True)}
     return lengths, joined_to_the_prompt(task, lm, user)

@@ -19,7 +19,7 @@ from typing import Any
 from crl_exp.generation.engine import Engine, EngineConfig, Prompts
 from crl_exp.generation.prompts import Progress
 from crl_exp.generation.results import Generation, Job
-from crl_exp.models.choice import Options
+from crl_exp.models.choice import ItemOptions, Options
 from crl_exp.models.language_model import LanguageModel
 from crl_exp.runs import preemption
 from crl_exp.runs.checkpoints import rng_state, set_rng_state
@@ -37,7 +37,7 @@ class GenerationRequest:
     prompts: Prompts
     jobs: Sequence[Job]
     max_new_tokens: int
-    choices: Sequence[int] | Options | None
+    choices: Sequence[int] | Options | ItemOptions | None
     record: bool
     stop: Sequence[str]
     answers: list[Generation] | None = None
@@ -47,7 +47,7 @@ class GenerationRequest:
     def kind(self) -> tuple:
         """Questions of one kind can be answered in one call."""
         choices = self.choices
-        if choices is not None and not isinstance(choices, Options):
+        if choices is not None and not isinstance(choices, (Options, ItemOptions)):
             choices = tuple(choices)
         return id(self.prompts), self.max_new_tokens, choices, self.record, tuple(self.stop)
 
@@ -172,7 +172,7 @@ class PackedEngine(Engine):
         prompts: Prompts,
         jobs: Sequence[Job],
         max_new_tokens: int,
-        choices: Sequence[int] | Options | None = None,
+        choices: Sequence[int] | Options | ItemOptions | None = None,
         record: bool = False,
         progress: Progress | None = None,
         stop: Sequence[str] = (),

@@ -76,22 +76,22 @@ class RunWorkspace(WorkspaceSetup):
         """The split's prompts, read when first asked for."""
         ids, _ = self._prompt_ids(split)
         key = [self.engine_key, self.fed(split)]
-        return shared("prompts", key, lambda: self._read(f"reading {split} prompts", ids), keep=6)
+        return shared("prompts", key, lambda: self._read(split, ids), keep=6)
 
     def read(self, split: str, ids: list[list[int]]) -> Prompts:
         """These token ids in place of the split's own prompts; where they are the same, its own."""
         if ids == self._prompt_ids(split)[0]:
             return self.prompts(split)
-        return self._read(f"reading {split} prompts", ids)
+        return self._read(split, ids)
 
-    def _read(self, what: str, ids: list[list[int]]) -> Prompts:
-        with self.bar(what, len(ids)) as advance:
+    def _read(self, split: str, ids: list[list[int]]) -> Prompts:
+        with self.bar(f"reading {split} prompts", len(ids)) as advance:
 
             def progress(n: int) -> None:
                 advance(n)
                 preemption.check()  # prompts are read anew by every attempt
 
-            return self.engine.read(ids, progress)
+            return self.engine.read(ids, progress, self.own_options(split))
 
     def prompts_kept(self, split: str) -> Prompts | None:
         """The split's prompts where they were read and are still there."""

@@ -18,6 +18,7 @@ from crl_exp.experiments.shared import layer_sae, shared_model, shared_splits
 from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.generation.engine import Engine, EngineConfig
 from crl_exp.generation.model_check import checked
+from crl_exp.models.choice import ItemOptions, Options
 from crl_exp.models.language_model import LanguageModel, load_model
 from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.heartbeat import progress_bar
@@ -63,7 +64,7 @@ class WorkspaceSetup:
                 self.warn(warning)
         for warning in self.splits.warnings:
             self.warn(warning)
-        self.options = options_for(exp.task, self.lm)
+        self.options = options_for(exp.task, self.lm, self.splits)
         lengths, warning = look_at(exp.task, self.lm, self.options, self.splits.test[0].user)
         if lengths:
             self.note("option_tokens", lengths)
@@ -86,6 +87,10 @@ class WorkspaceSetup:
     def timed(self, phase: str) -> AbstractContextManager[None]:
         """One of the run's phases: its seconds are noted, and status names it."""
         return self.run.progress.timed(phase)
+
+    def own_options(self, split: str) -> tuple[Options, ...] | None:
+        """The options of each item of a split, where each has its own."""
+        return self.options.of[split] if isinstance(self.options, ItemOptions) else None
 
     @property
     def n_tokens(self) -> int:

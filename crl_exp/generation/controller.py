@@ -85,12 +85,11 @@ class StepContext:
         for notes in self.state.values():
             notes.keep(index_R)
 
-    def branch(self, option_O: Tensor) -> None:
-        """Each row becomes one for each of these options, side by side."""
-        n_rows, n_options = len(self.items), len(option_O)
-        self.alive_B = torch.ones(n_rows, dtype=torch.bool, device=option_O.device)
-        self.keep(torch.arange(n_rows, device=option_O.device).repeat_interleave(n_options))
-        self.option_B = option_O.repeat(n_rows)
+    def branch(self, row_R: Tensor, option_R: Tensor) -> None:
+        """Each row becomes one for each of its options, side by side. row_R: of these rows."""
+        self.alive_B = torch.ones(len(self.items), dtype=torch.bool, device=row_R.device)
+        self.keep(row_R)
+        self.option_B = option_R
 
 
 @dataclass

@@ -24,7 +24,7 @@ from crl_exp.generation.option_decode import OptionDecoding
 from crl_exp.generation.prompts import Progress, PromptBatch, PromptStore
 from crl_exp.generation.results import Generation, Job, cut_at, joined
 from crl_exp.models.batching import BatchSize, batches, bytes_to_decode, bytes_to_keep
-from crl_exp.models.choice import Options
+from crl_exp.models.choice import ItemOptions, Options
 from crl_exp.models.language_model import LanguageModel
 from crl_exp.models.prompt_text import common_prefix
 
@@ -34,10 +34,14 @@ ENOUGH_ROWS = {"cpu": 32, "cuda": 256}
 
 
 class Prompts(Protocol):
-    """A split's prompts, kept or read anew for each batch. prompts: their token ids."""
+    """A split's prompts, kept or read anew for each batch. prompts: their token ids. options: of
+    each one, where each has its own."""
 
     @property
     def prompts(self) -> Sequence[Sequence[int]]: ...
+
+    @property
+    def options(self) -> Sequence[Options] | None: ...
 
     def __len__(self) -> int: ...
 
@@ -47,8 +51,14 @@ class Prompts(Protocol):
 class StreamedPrompts:
     """Prompts too many to keep: each batch is read when it is asked for."""
 
-    def __init__(self, lm: LanguageModel, prompts: Sequence[Sequence[int]], size: BatchSize):
-        self.lm, self.prompts, self.size = lm, prompts, size
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        size: BatchSize,
+        options: Sequence[Options] | None = None,
+    ):
+        self.lm, self.prompts, self.size, self.options = lm, prompts, size, options
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -56,6 +66,12 @@ class StreamedPrompts:
     def batch(self, items: Sequence[int]) -> PromptBatch:
         store = PromptStore(self.lm, [self.prompts[i] for i in items], self.size)
         return store.batch(range(len(items)))
+
+
+def options_at(prompts: Prompts, items: Sequence[int]) -> list[Options]:
+    """The options of these prompts, each of which has its own."""
+    assert prompts.options is not None, "read without their options"
+    return [prompts.options[item] for item in items]
 
 
 class Engine:
@@ -70,9 +86,15 @@ class Engine:
         self.compiled = Steps(lm) if config.decode == "compiled" else None
 
     def read(
-        self, prompts: Sequence[Sequence[int]], progress: Progress | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        progress: Progress | None = None,
+        options: Sequence[Options] | None = None,
     ) -> PromptStore | StreamedPrompts:
-        """Read prompts once and keep them, or stream them where `engine.keep_gib` is too small."""
+        """Read prompts once and keep them, or stream them where `engine.keep_gib` is too small.
+
+        options: of each prompt, where each has its own (`ItemOptions`).
+        """
         longest = max((len(p) for p in prompts), default=0)
         limit = self.lm.max_positions
         if not prompts or min(len(p) for p in prompts) < 1:
@@ -89,8 +111,8 @@ class Engine:
                 "every batch, which is slow; raise engine.keep_gib if there is memory for it",
                 len(prompts), needed, self.config.keep_gib,
             )  # fmt: skip
-            return StreamedPrompts(self.lm, prompts, self.batch_size)
-        return PromptStore(self.lm, prompts, self.batch_size, progress)
+            return StreamedPrompts(self.lm, prompts, self.batch_size, options)
+        return PromptStore(self.lm, prompts, self.batch_size, progress, options)
 
     def _kept_bytes(self, prompts: Sequence[Sequence[int]]) -> int:
         """Memory of the kept prompts: keys and values of each token, one residual a site."""
@@ -111,7 +133,7 @@ class Engine:
         prompts: Prompts,
         jobs: Sequence[Job],
         max_new_tokens: int,
-        choices: Sequence[int] | Options | None = None,
+        choices: Sequence[int] | Options | ItemOptions | None = None,
         record: bool = False,
         progress: Progress | None = None,
         stop: Sequence[str] = (),
@@ -119,8 +141,8 @@ class Engine:
         """Answer every job's items, greedily.
 
         choices: restrict the first token to these ids (then one token is generated), or the answer
-            to these options. Where those have several tokens, a batch has fewer items, so that as
-            many rows as ever go through the model together.
+            to these options, or to those of each prompt. Where those have several tokens, a batch
+            has fewer items, so that as many rows as ever go through the model together.
         record: keep every action (`Generation.steps`).
         stop: texts that end an answer; its text is cut before the first of them.
         Returns one `Generation` a job. What else is in a batch changes an answer's residuals by
@@ -130,10 +152,10 @@ class Engine:
         assert max_new_tokens >= 1
         if any(len(job.items) == 0 for job in jobs):
             raise UserError("nothing to generate: a job has no items")
-        options = choices if isinstance(choices, Options) else None
+        options = choices if isinstance(choices, (Options, ItemOptions)) else None
         if options is not None:
             choices = options.one_token or options
-        several = choices if isinstance(choices, Options) else None
+        several = choices if isinstance(choices, (Options, ItemOptions)) else None
         new_tokens = 1 if choices else max_new_tokens
         if several is not None:
             new_tokens = several.longest
@@ -153,7 +175,7 @@ class Engine:
         row += bytes_to_keep(self.lm, new_tokens, max(layers, default=0))
         # A graph's own cache has room for up to twice as many rows.
         row = row if self.compiled is None else 2 * row
-        n_branches = 1 if several is None else several.n_longer
+        n_branches = 1 if several is None else max(1, several.n_longer)
         if isinstance(self.config.batch_size, int):
             size = max(1, self.config.batch_size // n_branches)
         else:  # the prompt's row and its branches are there at once
@@ -162,14 +184,22 @@ class Engine:
         starts = [start_layer(job.controller, new_tokens, self.lm.n_layers) for job in jobs]
         enough = ENOUGH_ROWS.get(self.lm.device.type, ENOUGH_ROWS["cuda"])
         self.batch_size.play(batches(lengths, size, starts, enough), play)
-        for result in results:
-            result.texts = self._texts(result.tokens, options, stop)
+        for job, result in zip(jobs, results, strict=True):
+            result.texts = self._texts(prompts, job, result.tokens, options, stop)
             result.steps, result.others = joined(result.steps), joined(result.others)
         return results
 
     def _texts(
-        self, answers: list[list[int]], options: Options | None, stop: Sequence[str]
+        self,
+        prompts: Prompts,
+        job: Job,
+        answers: list[list[int]],
+        options: Options | ItemOptions | None,
+        stop: Sequence[str],
     ) -> list[str]:
+        if isinstance(options, ItemOptions):
+            own = options_at(prompts, job.items)
+            return [o.texts_of([ids])[0] for o, ids in zip(own, answers, strict=True)]
         if options is not None and options.texts:
             return options.texts_of(answers)
         texts = self.lm.tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -182,7 +212,7 @@ class Engine:
         rows: list[tuple[int, int]],
         results: list[Generation],
         new_tokens: int,
-        choices: Sequence[int] | Options | None,
+        choices: Sequence[int] | Options | ItemOptions | None,
         record: bool,
         stop: Sequence[str],
         teams: Teams,
@@ -194,12 +224,14 @@ class Engine:
             part = parts.setdefault(index, JobRows(job.controller, [], [], len(job.items)))
             part.items.append(job.items[at])
             part.row_B.append(at)
-        prompt = prompts.batch([item for part in parts.values() for item in part.items])
+        items = [item for part in parts.values() for item in part.items]
+        prompt = prompts.batch(items)
         given = (self.lm, prompt, list(parts.values()), record, stop, teams)
         batch: Decoding
-        if isinstance(choices, Options):
+        if isinstance(choices, (Options, ItemOptions)):
             batch = read_out = OptionDecoding(*given)
-            read_out.choose(choices)
+            each = isinstance(choices, ItemOptions)
+            read_out.choose(options_at(prompts, items) if each else [choices] * len(items))
             for (index, _), others in zip(parts.items(), read_out.others, strict=True):
                 results[index].others += others
         elif self.compiled is None:

@@ -216,19 +216,34 @@ class ControllerGroups:
             at = self.rows[part].stop
         self.groups = [self._fewer(group) for group in self.groups if any(self._sizes(group.parts))]
 
-    def branch(self, option_O: Tensor) -> None:
-        """Each row becomes one for each of these options, side by side."""
-        joint = [group.context for group in self.groups]
-        for context in {id(one): one for one in [*self.contexts, *joint]}.values():
-            context.branch(option_O)
+    def branch(self, row_R: Tensor, option_R: Tensor) -> None:
+        """Each row becomes one for each of its options, side by side. row_R: of the batch, rising;
+        parts and groups that have none left leave."""
+        for group in self.groups:
+            if all(group.context is not own for own in self.contexts):
+                group.context.branch(*_within(group.rows, row_R, option_R))
+        for context, rows in zip(self.contexts, self.rows, strict=True):
+            context.branch(*_within(rows, row_R, option_R))
         at = 0
         for part, context in enumerate(self.contexts):
             self.rows[part] = slice(at, at + len(context.items))
             at = self.rows[part].stop
-        self.groups = [self._fewer(group) for group in self.groups]
+        self.groups = [self._fewer(group) for group in self.groups if any(self._sizes(group.parts))]
 
     def _fewer(self, group: ControllerGroup) -> ControllerGroup:
         who = [index for index in group.parts if self.contexts[index].items]
         team = self.teams.of([self.parts[index].controller for index in who], group.layer)
         rows, sizes = self._rows(who), self._sizes(who)
         return ControllerGroup(group.layer, who, team, rows, sizes, group.context)
+
+
+def _within(rows: slice | Tensor, row_R: Tensor, option_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the branches of a batch those of these of its rows, as positions among them."""
+    if isinstance(rows, slice):
+        own_R = (row_R >= rows.start) & (row_R < rows.stop)
+        return row_R[own_R] - rows.start, option_R[own_R]
+    # The rows of a team may lie apart; its parts keep their order.
+    place_R = (rows[None, :] == row_R[:, None]).long()
+    own_R = place_R.any(dim=1)
+    at_R, order_R = place_R[own_R].argmax(dim=1).sort(stable=True)
+    return at_R, option_R[own_R][order_R]

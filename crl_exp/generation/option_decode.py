@@ -1,7 +1,8 @@
 """One batch of rows answered by one of several options, each read to its end.
 
 The last prompt token goes through the model once, with one act for all options. Then every row
-becomes one for each option of more than one token, the prompt's keys and values behind it, and the
+becomes one for each of its options of more than one token, the prompt's keys and values behind it,
+and the
 option's tokens follow one at a time, steered as in generation. Which option a row takes is known
 when all have been read. Shapes: B rows of the batch, R rows of options still being read, O options,
 V vocabulary.
@@ -33,39 +34,58 @@ class OptionDecoding(Decoding):
 
     def __init__(self, *given: Any, **more: Any):
         super().__init__(*given, **more)
+        self.options_B: Sequence[Options] = ()
         self.others: list[list[Step]] = [[] for _ in self.parts]
         self.option_R: Tensor | None = None  # of each row: the option that it reads; None: all
         self.next_R: Tensor | None = None  # of each row: the token after the one that is fed
         self.read_out: list[list[tuple[Step, Tensor]]] = [[] for _ in self.parts]
 
-    def choose(self, options: Options) -> None:
-        """Answer every row. Raises `UserError` where the model can't take that many tokens."""
-        now = self._begin(options.longest)
+    def choose(self, options_B: Sequence[Options]) -> None:
+        """Answer every row by one of its options; where rows have more or fewer, those that lack
+        score -inf. Raises `UserError` where the model can't take that many tokens."""
+        self.options_B = options_B
+        longest = max(options.longest for options in options_B)
+        now = self._begin(longest)
         device = self.alive_R.device
         logp_BV = self.lm.log_probs(self._forward(0, now)[:, -1])
-        score_BO = logp_BV[:, torch.tensor([ids[0] for ids in options.ids], device=device)]
+        score_BO = self._first_scores(logp_BV)
         del logp_BV
         whole = [replace(one, alive_B=one.alive_B, state={}) for one in self.all_groups.contexts]
-        longer = [o for o, ids in enumerate(options.ids) if len(ids) > 1]
-        self._branch(now, torch.tensor(longer, device=device))
-        for index in range(1, options.longest):
+        if longest > 1:
+            self._branch(now)
+        for index in range(1, longest):
             assert self.option_R is not None
             option = self.option_R.tolist()
-            now.token_R = self._tokens(options, option, index - 1)
-            self.next_R = self._tokens(options, option, index)
+            now.token_R = self._tokens(self.place_R, option, index - 1)
+            self.next_R = self._tokens(self.place_R, option, index)
             logp_RV = self.lm.log_probs(self._forward(index, now)[:, -1])
             row_R = torch.tensor(self.place_R, device=device)
             score_BO[row_R, self.option_R] += logp_RV.gather(1, self.next_R[:, None])[:, 0]
             del logp_RV
-            longer_R = [len(options.ids[o]) > index + 1 for o in option]
+            longer_R = [
+                len(options_B[row].ids[o]) > index + 1
+                for row, o in zip(self.place_R, option, strict=True)
+            ]
             self.alive_R = torch.tensor(longer_R, device=device)
-            if index + 1 < options.longest and not bool(self.alive_R.all()):
+            if index + 1 < longest and not bool(self.alive_R.all()):
                 index_R = self.alive_R.nonzero()[:, 0]
                 now.keep(index_R)
                 self._leave(index_R)
-        if options.length_normalised:
-            score_BO = score_BO / score_BO.new_tensor([len(ids) for ids in options.ids])
-        self._take(options, self._weighed_options(score_BO, whole).argmax(dim=1))
+        n_options = score_BO.shape[1]
+        over_BO = [[*one.over, *[1] * (n_options - len(one.ids))] for one in options_B]
+        score_BO = score_BO / score_BO.new_tensor(over_BO)
+        self._take(self._weighed_options(score_BO, whole).argmax(dim=1))
+
+    def _first_scores(self, logp_BV: Tensor) -> Tensor:
+        """Log-probability [B, O] of each option's first token."""
+        n_options = max(len(options.ids) for options in self.options_B)
+        first_BO = [
+            [ids[0] for ids in one.ids] + [-1] * (n_options - len(one.ids))
+            for one in self.options_B
+        ]
+        first = torch.tensor(first_BO, device=logp_BV.device)
+        score_BO = logp_BV.gather(1, first.clamp(min=0))
+        return score_BO.masked_fill(first < 0, -torch.inf)
 
     def _weighed_options(self, score_BO: Tensor, contexts: Sequence[StepContext]) -> Tensor:
         """The options' scores, after the controllers that have a say in them. contexts: of each
@@ -84,19 +104,29 @@ class OptionDecoding(Decoding):
             weighed_BO[rows] = mine_BO
         return weighed_BO
 
-    def _tokens(self, options: Options, option: Sequence[int], index: int) -> Tensor:
-        return torch.tensor([options.ids[o][index] for o in option], device=self.alive_R.device)
+    def _tokens(self, rows: Sequence[int], option: Sequence[int], index: int) -> Tensor:
+        """A token of an option of each of these rows of the batch."""
+        ids = [self.options_B[row].ids[o][index] for row, o in zip(rows, option, strict=True)]
+        return torch.tensor(ids, device=self.alive_R.device)
 
-    def _branch(self, now: Running, option_O: Tensor) -> None:
-        """Each row becomes one for each of these options, side by side."""
-        n = len(option_O)
-        index_R = torch.arange(len(self.place_R), device=option_O.device).repeat_interleave(n)
-        now.keep(index_R)
-        self.option_R = option_O.repeat(len(self.place_R))
-        self.place_R = [self.place_R[i] for i in index_R.tolist()]
-        self.job_rows = [[row for row in rows for _ in range(n)] for rows in self.job_rows]
-        self.alive_R = self.alive_R[index_R]
-        self.all_groups.branch(option_O)
+    def _branch(self, now: Running) -> None:
+        """Each row becomes one for each of its longer options, side by side."""
+        branches = [
+            (row, option)
+            for row, options in enumerate(self.options_B)
+            for option, ids in enumerate(options.ids)
+            if len(ids) > 1
+        ]
+        self.place_R = [row for row, _ in branches]
+        device = self.alive_R.device
+        row_R = torch.tensor(self.place_R, device=device)
+        self.option_R = torch.tensor([option for _, option in branches], device=device)
+        now.keep(row_R)
+        for part, rows in enumerate(self.all_groups.rows):
+            mine = [row - rows.start for row in self.place_R if rows.start <= row < rows.stop]
+            self.job_rows[part] = [self.job_rows[part][i] for i in mine]
+        self.alive_R = self.alive_R[row_R]
+        self.all_groups.branch(row_R, self.option_R)
 
     def _leave(self, index_R: Tensor) -> None:
         assert self.option_R is not None
@@ -115,15 +145,15 @@ class OptionDecoding(Decoding):
             step.token_B = self.next_R[rows]
             self.read_out[index].append((step, self.option_R[rows]))
 
-    def _take(self, options: Options, option_B: Tensor) -> None:
+    def _take(self, option_B: Tensor) -> None:
         """Give every row the option of highest score, and its acts."""
         taken = option_B.tolist()
-        self.tokens = [list(options.ids[o]) for o in taken]
+        self.tokens = [list(o.ids[at]) for o, at in zip(self.options_B, taken, strict=True)]
         at = 0
         for index, part in enumerate(self.parts):
-            own_B = option_B[at : at + len(part.items)]
-            at += len(part.items)
-            first_B = self._tokens(options, own_B.tolist(), 0)
+            rows = range(at, at + len(part.items))
+            own_B, at = option_B[at : rows.stop], rows.stop
+            first_B = self._tokens(rows, own_B.tolist(), 0)
             for step in self.steps[index]:  # those at the last prompt token
                 step.token_B = first_B
             taken_N = own_B.new_full((part.n_rows,), -1)

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from crl_exp.models.activations import forward, padded
 from crl_exp.models.batching import BatchSize, bytes_to_read
+from crl_exp.models.choice import Options
 from crl_exp.models.kv_cache import assembled, keys_values
 from crl_exp.models.language_model import LanguageModel
 from crl_exp.models.prompt_text import common_prefix
@@ -60,7 +61,10 @@ class PromptBatch:
 
 
 class PromptStore:
-    """Keys and values of every token of a list of prompts, the common prefix held once."""
+    """Keys and values of every token of a list of prompts, the common prefix held once.
+
+    options: of each prompt, where each has its own.
+    """
 
     def __init__(
         self,
@@ -68,8 +72,9 @@ class PromptStore:
         prompts: Sequence[Sequence[int]],
         size: BatchSize,
         progress: Progress | None = None,
+        options: Sequence[Options] | None = None,
     ):
-        self.lm = lm
+        self.lm, self.options = lm, options
         self.prompts = [list(p) for p in prompts]
         self.means: dict[Any, tuple[Tensor, Tensor]] = {}  # `crl_exp.generation.prompt_features`'s
         self.prefix = common_prefix(self.prompts)

@@ -26,7 +26,7 @@ from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.generation.engine import Engine
 from crl_exp.generation.model_check import checked
 from crl_exp.generation.results import Job
-from crl_exp.models.choice import Options
+from crl_exp.models.choice import ItemOptions, Options
 from crl_exp.models.language_model import LanguageModel, load_model
 from crl_exp.runs.checkpoints import read_state
 from crl_exp.runs.inputs import INPUTS, sae_digest
@@ -129,7 +129,7 @@ class FinishedRun:
         return Engine(self.lm, self.exp.engine)
 
     @cached_property
-    def options(self) -> Options | None:
+    def options(self) -> Options | ItemOptions | None:
         return options_for(self.task, self.lm)
 
     @property

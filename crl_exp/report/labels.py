@@ -38,6 +38,8 @@ NAMES = {
 IN_THE_NAME = ("task.shuffle_labels", "method.stage2", "method.name", "sae.dictionary")
 SWITCHES = {f"{added.section}.{added.key}" for added in ADDED if added.meant is False}
 """Off, they are what every run was before there were such: a plain name is a run's without them."""
+# Draws of training items are put together; the others follow from what was typed.
+NEVER_SAID = ("task.train_seed", "task.documents", "task.choice_prefix")
 Settings = tuple[tuple[str, str], ...]
 
 
@@ -136,7 +138,7 @@ def options_of(
     records: list[Record], leave_out: tuple[str, ...] = IN_THE_NAME
 ) -> dict[str, dict[str, Any]]:
     """By run key: what of a config may set runs of one method apart. A part goes by its name."""
-    skipped = (*NOT_IN_KEY, "seed", "layers")  # and task.train_seed: draws are put together
+    skipped = (*NOT_IN_KEY, "seed", "layers")
     kept = {
         record.key: {k: v for k, v in as_compared(record.config).items() if k not in skipped}
         for record in records
@@ -148,7 +150,7 @@ def options_of(
             name: value
             for name, value in flatten(sections).items()
             if not name.endswith("_target_")
-            and name not in (*leave_out, "method.name", "experiment.name", "task.train_seed")
+            and name not in (*leave_out, "method.name", "experiment.name", *NEVER_SAID)
         }
         found[key] = {"method": filed_under(sections), **names, **values}
     return found

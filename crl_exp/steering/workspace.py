@@ -18,7 +18,7 @@ from crl_exp.generation.config import EngineConfig
 from crl_exp.generation.controller import Controller
 from crl_exp.generation.engine import Engine, Prompts
 from crl_exp.generation.results import Generation
-from crl_exp.models.choice import Options
+from crl_exp.models.choice import ItemOptions, Options
 from crl_exp.models.config import ModelConfig
 from crl_exp.models.language_model import LanguageModel
 from crl_exp.runs.checkpoints import CheckpointConfig
@@ -106,8 +106,12 @@ class Workspace(Protocol):
     @property
     def splits(self) -> Splits: ...
     @property
-    def options(self) -> Options | None:
+    def options(self) -> Options | ItemOptions | None:
         """What an answer is restricted to; None: nothing."""
+        ...
+
+    def own_options(self, split: str) -> Sequence[Options] | None:
+        """The options of each item of a split, where each has its own."""
         ...
 
     @property

@@ -186,6 +186,27 @@ class Task:
         return False
 
     @property
+    def options_by_item(self) -> bool:
+        """Whether the answer is one of options that each item has for itself (`Item.options`)."""
+        return False
+
+    @property
+    def divisors(self) -> list[int] | None:
+        """What the log-probability of each of `constrained_to` is divided by before they are
+        compared; `None`: as `by_length` says."""
+        return None
+
+    def divisors_of(self, item: Item) -> list[int]:
+        """The same of an item's own options."""
+        return [1] * len(item.options)
+
+    def why_no_options(self) -> str:
+        """Why there are no options that all items share; "" where there are."""
+        if self.options_by_item:
+            return f"task={self.name} has other options for each item"
+        return "" if self.constrained_to else f"task={self.name} is answered in free text"
+
+    @property
     def stop_strings(self) -> list[str]:
         """Texts that end an answer; they and what follows are no part of it."""
         return []

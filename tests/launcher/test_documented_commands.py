@@ -27,9 +27,11 @@ from crl_exp.launcher.commands.typed import typed_sweep
 from crl_exp.launcher.planning.plan import HERE, Point, check, compose_points
 from crl_exp.launcher.settings import make_settings
 from crl_exp.launcher.sweep_file import SweepFile
+from crl_exp.tasks.harness import finding
 from tests.helpers import hub_data
 from tests.helpers.documented import FENCED, documented, words
 from tests.helpers.launching import settings, tiny
+from tests.helpers.lm_eval_tasks import write_data, write_yaml
 from tests.helpers.tiny_run import ROOT, write_task
 
 CACHE = os.environ.get("CRL_EXP_CACHE")
@@ -107,6 +109,14 @@ NOT_RUN = {
     "pip install hydra-optuna-sweeper": "an index",
     "pip install 'mlflow[auth]'": "an index",
     "pip install 'crl_exp[wandb]'": "an index",
+    "pip install 'crl_exp[lm-eval]'": "an index",
+    "python launch.py task=lm_eval task.lm_eval_task=arc_easy": (
+        "a data set of the hub; test_lm_eval.py runs tasks of its own"
+    ),
+    "python launch.py task=lm_eval task.lm_eval_task=arc_easy task.metric=acc_norm "
+    "'task.data_files={train:a.parquet,validation:v.parquet,test:t.parquet}'": (
+        "files of that data set; test_lm_eval.py"
+    ),
     "pip install --no-deps steering-vectors==0.12.2": "an index",
     "apt-get install munge slurmctld slurmd slurm-client": "root",
     "squeue -r": "SLURM's own",
@@ -172,6 +182,7 @@ def home(tmp_path_factory) -> Path:
     own_questions(home)
     write_task(home / "yes_no", n=400)
     write_task(home / "numbers", n=60, answers=("1", "2"))
+    write_yaml(home, "own", write_data(home))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRL_EXP_CACHE", str(home / "cache"))
         yield home  # type: ignore[misc]
@@ -194,6 +205,7 @@ def overrides_of(command: str, home: Path) -> list[str]:
         ("auxiliary_train:a.parquet", f"auxiliary_train:{home}/mmlu/*auxiliary_train*.parquet"),
         ("validation:v.parquet", f"validation:{home}/mmlu/*validation*.parquet"),
         ("test:t.parquet", f"test:{home}/mmlu/*test*.parquet"),
+        ("FILE.yaml", home / "tiny_own.yaml"),
         ("FILE.jsonl", home / ("numbers" if "task.answer_kind=number" in typed else "yes_no")),
     ):
         typed = [word.replace(text, str(path)) for word in typed]
@@ -214,6 +226,8 @@ def slow_where_it_is_a_ready_sweep(command: str) -> Any:
 )
 def test_a_launch(command, home):
     overrides = overrides_of(command, home)
+    if "task=lm_eval" in command and (missing := finding.missing()):
+        pytest.skip(missing)
     why = next((reason for text, reason in COMPOSED.items() if text in command), None)
     with typed_sweep(overrides) as (loader, master, jobs):
         launcher = OmegaConf.to_container(master.hydra.launcher)

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.synthetic import config, run_of_items
 from tests.helpers.tiny_run import ROOT
 
-MODELS = ("torch", "transformers", "mlflow", "sae_lens", "datasets", "sklearn", "wandb")
+MODELS = ("torch", "transformers", "mlflow", "sae_lens", "datasets", "sklearn", "wandb", "lm_eval")
 TABLES = ("matplotlib", "scipy", "pyarrow", "pandas", "numpy")
 PROGRAM = """
 import runpy, sys
@@ -59,6 +59,8 @@ def test_help_and_the_config_are_shown_without_libraries():
     assert imported("launch.py", "--help")[-2:] == DONE
     assert imported("launch.py", "--cfg", "job")[-2:] == DONE
     assert imported("-m", "--help")[-2:] == DONE
+    named = ("task=lm_eval", "task.lm_eval_task=arc_easy")
+    assert imported("launch.py", *named, "--cfg", "job")[-2:] == DONE
 
 
 def test_a_look_at_the_machine_takes_no_library(tmp_path):

@@ -21,6 +21,7 @@ from crl_exp.report.figures.by_labels import label_lines
 from crl_exp.report.figures.heat_map import grids
 from crl_exp.report.figures.style import legend_below, style, wrapped
 from crl_exp.report.figures.training import floors
+from crl_exp.report.labels import labels
 from crl_exp.runs.records import find_records
 from tests.helpers.synthetic import config, finished_run
 
@@ -55,6 +56,21 @@ def families(folder: Path) -> list[str]:
 )
 def test_a_section_is_called_what_one_types(group, name, changes, said):
     assert option_name(group, option(group, name, **changes)[group]) == said
+
+
+def test_what_was_found_in_a_tasks_documents_is_no_option(tmp_path):
+    """Of two numbers of examples, which word all prompts otherwise."""
+    for n_shots, documents in ((0, "0a"), (5, "5b")):
+        more = {
+            "n_shots": n_shots,
+            "documents": documents,
+            "lm_eval_task": "arc_easy",
+            "n_test": 16,
+        }
+        made = config(tmp_path, "crl", **option("task", "lm_eval", **more))
+        finished_run(made, 0.1)
+    differing = labels(find_records(tmp_path / "demo")).values()
+    assert {name for label in differing for name, _ in label.settings} == {"task.n_shots"}
 
 
 def test_a_class_without_a_file_goes_by_its_name():

@@ -99,9 +99,8 @@ class Probing(ExperimentKind):
     def conflicts(self, exp: SteeringConfig) -> list[str]:
         if self.target == "option" and not exp.task.constrained_to:
             return [
-                f"experiment=probing reads which option is right, and task={exp.task.name} is "
-                "answered in free text; set experiment.target=reward, whether the unsteered "
-                "answer is rewarded"
+                f"experiment=probing reads which option is right, and {exp.task.why_no_options()}; "
+                "set experiment.target=reward, whether the unsteered answer is rewarded"
             ]
         return []
 

@@ -92,7 +92,10 @@ def steered_tokens(
     collector = Collector(sites, max(1, len(chosen) * workspace.n_tokens // GATHERED))
     prompts, items = workspace.prompts_kept("train"), chosen
     if prompts is None:  # the statistics were stored: the whole split needn't be read for this
-        prompts, items = engine.read([ids[i] for i in chosen]), list(range(len(chosen)))
+        own = workspace.own_options("train")
+        options = None if own is None else [own[i] for i in chosen]
+        prompts = engine.read([ids[i] for i in chosen], options=options)
+        items = list(range(len(chosen)))
     task = workspace.exp.task
     with workspace.bar("SAE fit, answers", len(items)) as advance:
         engine.generate(

@@ -21,9 +21,11 @@ from crl_exp.config.kept import shared
 from crl_exp.generation import teacher_forcing
 from crl_exp.generation.prompts import PromptBatch
 from crl_exp.generation.teacher_forcing import Forced
+from crl_exp.models.choice import ItemOptions, Options
 from crl_exp.runs import preemption
 from crl_exp.steering.controllers.fixed import Steer
 from crl_exp.steering.feature_statistics.scores import handle_negative
+from crl_exp.steering.methods.baselines.options import right_options
 from crl_exp.steering.methods.corrsteer import CorrSteerS
 from crl_exp.steering.workspace import SteeringConfig, Workspace
 
@@ -52,7 +54,7 @@ class Attribution(CorrSteerS):
         return [*super().faults(), "" if ok else fault]
 
     def conflicts(self, exp: SteeringConfig) -> list[str]:
-        if self.objective != "target" or exp.task.choices:
+        if self.objective != "target" or exp.task.choices or exp.task.options_by_item:
             return super().conflicts(exp)
         return [
             *super().conflicts(exp),
@@ -138,10 +140,9 @@ def mean_gradient(workspace: Workspace, objective: str) -> Tensor:
 def _target_gradient(workspace: Workspace) -> Tensor:
     """Of the mean log-likelihood of the targets, among the options alone."""
     assert workspace.options is not None
-    options, by_length = (
-        [list(ids) for ids in workspace.options.ids],
-        workspace.options.length_normalised,
-    )
+    if isinstance(workspace.options, ItemOptions):
+        return _own_target_gradient(workspace, workspace.options.of["train"])
+    options, over = [list(ids) for ids in workspace.options.ids], workspace.options.over
     names = [text.strip() for text in workspace.exp.task.constrained_to or []]
     right = []
     for item in workspace.splits.train:
@@ -152,21 +153,37 @@ def _target_gradient(workspace: Workspace) -> Tensor:
             )
         right.append(names.index(item.target.strip()))
     # One position tells options of one token apart; longer ones are a row each.
-    whole = max(map(len, options)) > 1
+    whole = workspace.options.one_token is None
     per_item = [Forced(o, ended=False) for o in (options if whole else options[:1])]
 
     def objective(logits_BTV: Tensor, items: Sequence[int], answers: Sequence[Forced]) -> Tensor:
         if whole:
             token_BT = teacher_forcing.log_probs(workspace.lm, logits_BTV, answers)
             score_IO = token_BT.sum(1).view(len(items), len(options))
-            if by_length:
-                score_IO = score_IO / score_IO.new_tensor([len(option) for option in options])
+            score_IO = score_IO / score_IO.new_tensor(over)
         else:
             score_IO = logits_BTV[:, 0, [option[0] for option in options]]
         right_I1 = torch.tensor([[right[item]] for item in items], device=score_IO.device)
         return score_IO.log_softmax(-1).gather(1, right_I1).sum() / len(right)
 
     return _summed(workspace, [per_item] * len(right), objective)
+
+
+def _own_target_gradient(workspace: Workspace, options_I: Sequence[Options]) -> Tensor:
+    """The same where each item has options of its own: a row each."""
+    right = right_options(workspace, "train").tolist()
+    per_item = [[Forced(ids, ended=False) for ids in one.ids] for one in options_I]
+
+    def objective(logits_BTV: Tensor, items: Sequence[int], answers: Sequence[Forced]) -> Tensor:
+        score_B = teacher_forcing.log_probs(workspace.lm, logits_BTV, answers).sum(1)
+        own = score_B.split([len(per_item[item]) for item in items])
+        liked = [
+            (score_O / score_O.new_tensor(options_I[item].over)).log_softmax(-1)[right[item]]
+            for item, score_O in zip(items, own, strict=True)
+        ]
+        return torch.stack(liked).sum() / len(right)
+
+    return _summed(workspace, per_item, objective)
 
 
 def _reward_gradient(workspace: Workspace) -> Tensor:
@@ -210,7 +227,7 @@ def _summed(
     order = sorted(range(len(answers)), key=lambda i: (len(prompts.prompts[i]), i))
     a_row = teacher_forcing.bytes_a_row(lm, len(prompts.prompts[order[-1]]), longest, backward=True)
     fit = workspace.engine.batch_size.rows(a_row, lm.devices)
-    size = max(1, min(fit, workspace.exp.engine.items_together) // len(answers[0]))
+    size = max(1, min(fit, workspace.exp.engine.items_together) // max(map(len, answers)))
     total_SD = torch.zeros(lm.n_layers + 1, lm.d_model, dtype=torch.float64)
     with workspace.bar("gradients", len(order)) as advance:
 

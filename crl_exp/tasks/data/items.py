@@ -16,6 +16,8 @@ class Item:
     n_options: how many lettered options the question has; 0 where it has none.
     group: a subject, a subset, a category, by which results are told apart; "" where it has none.
     row: what else an answer is scored by, as JSON: a line of the user's file; "" where nothing.
+    options: the texts that its answer is one of, where items have options of their own; then the
+        target is the position of the right one, written as a number.
     """
 
     item_id: str
@@ -25,6 +27,7 @@ class Item:
     n_options: int = 0
     group: str = ""
     row: str = ""
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

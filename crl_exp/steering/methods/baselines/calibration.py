@@ -80,6 +80,9 @@ class Calibration(WithoutLayers):
                 f"method.tokens={self.tokens} is for free text, and task={exp.task.name} has "
                 "options, which the bias is between; set method.tokens=null"
             ] if on else []  # fmt: skip
+        if exp.task.options_by_item:
+            why = exp.task.why_no_options()
+            return [f"method=calibration chooses a bias between options, and {why}"]
         found = []
         if not self.tokens:
             found.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from crl_exp.models.choice import ItemOptions
 from crl_exp.steering.methods.baselines.options import right_options
 from crl_exp.steering.workspace import Workspace
 
@@ -14,7 +15,7 @@ class Demonstration:
     """item: position among the training items. user: its user turn.
 
     answer: as the model would write it. tokens: the same as ids, an end token left out. option:
-        its index among the task's options; None in free text.
+        its index among the task's options; None in free text, and where items have their own.
     """
 
     item: int
@@ -31,6 +32,12 @@ def demonstrations(workspace: Workspace) -> list[Demonstration]:
     the unsteered model's own, where it was rewarded (from .5 up).
     """
     items = workspace.splits.train
+    if isinstance(workspace.options, ItemOptions):
+        own = workspace.options.of["train"]
+        return [
+            Demonstration(at, items[at].user, own[at].texts[option], own[at].ids[option], None)
+            for at, option in enumerate(right_options(workspace, "train").tolist())
+        ]
     if workspace.options:
         texts = workspace.exp.task.constrained_to or []
         return [

@@ -43,7 +43,8 @@ class AdaptedModel(Answerer):
         task, items = workspace.exp.task, workspace.splits.named()[split]
         ids = [workspace.lm.prompt_ids(item.user, task.chat_template) for item in items]
         with workspace.engine.alone(), self.adapter.on():
-            self.read = split, workspace.engine.read(ids, lambda n: preemption.check())
+            own = workspace.own_options(split)
+            self.read = split, workspace.engine.read(ids, lambda n: preemption.check(), own)
 
     def generation(
         self,

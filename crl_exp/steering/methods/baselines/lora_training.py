@@ -54,7 +54,8 @@ def lessons(workspace: Workspace, shown: Sequence[Demonstration]) -> list[Lesson
     found = []
     for one in shown:
         context = tuple(lm.prompt_ids(one.user, task.chat_template))
-        whole = one.option is None and len(one.tokens) < task.max_new_tokens
+        free = workspace.options is None
+        whole = free and len(one.tokens) < task.max_new_tokens
         found.append(Lesson(context, (*one.tokens, *([end] if whole else [])), one.option))
     return found
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crl_exp.generation.controller import Controller, StepContext
 from crl_exp.generation.results import Generation
+from crl_exp.models.choice import Options
 from crl_exp.steering.answers import batches
 from crl_exp.steering.workspace import SteeringConfig, Workspace
 
@@ -46,6 +47,7 @@ def option_scores(workspace: Workspace, split: str) -> Tensor:
 def option_rewards(workspace: Workspace, split: str) -> Tensor:
     """The task's reward [N, O] of each option as the answer, float64."""
     items, task = workspace.splits.named()[split], workspace.exp.task
+    assert not task.options_by_item
     columns = [[one.reward for one in task.score(items, [option] * len(items))]
                for option in task.constrained_to or []]  # fmt: skip
     return torch.tensor(columns, dtype=torch.float64).T
@@ -53,6 +55,8 @@ def option_rewards(workspace: Workspace, split: str) -> Tensor:
 
 def right_options(workspace: Workspace, split: str) -> Tensor:
     """Index [N] of the one option that is rewarded from .5 up; -1 where none or several are."""
+    if workspace.exp.task.options_by_item:
+        return torch.tensor([int(str(i.target)) for i in workspace.splits.named()[split]])
     good_NO = option_rewards(workspace, split) >= 0.5
     one_N = good_NO.sum(dim=1) == 1
     return torch.where(one_N, good_NO.double().argmax(dim=1), -1)
@@ -60,16 +64,12 @@ def right_options(workspace: Workspace, split: str) -> Tensor:
 
 def answered(workspace: Workspace, option_B: Sequence[int]) -> Generation:
     """These options as answers, as the engine gives them."""
-    assert workspace.options is not None
+    assert isinstance(workspace.options, Options)
     tokens = [list(workspace.options.ids[option]) for option in option_B]
     return Generation(tokens, workspace.options.texts_of(tokens))
 
 
 def needs_options(exp: SteeringConfig, name: str, instead: str) -> str:
     """The fault of a method that can only answer with an option, where the task has none."""
-    if exp.task.choices:
-        return ""
-    return (
-        f"method={name} answers with one of the task's options, and task={exp.task.name} is "
-        f"answered in free text; {instead}"
-    )
+    why = exp.task.why_no_options()
+    return f"method={name} answers with one of the task's options, and {why}; {instead}" * bool(why)

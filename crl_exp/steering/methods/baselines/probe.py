@@ -87,7 +87,7 @@ class Probe(WithoutFeatures):
     def prepare(self, workspace: Workspace) -> ProbeReader:
         sites = list(workspace.sites.values())
         probe = self.fitted(
-            workspace, sites, right_options, len(workspace.options.ids if workspace.options else ())
+            workspace, sites, right_options, len(workspace.exp.task.constrained_to or ())
         )
         return ProbeReader(probe, sites)
 

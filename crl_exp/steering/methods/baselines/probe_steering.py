@@ -14,6 +14,7 @@ from torch import Tensor
 from crl_exp.analysis.regression import Regression
 from crl_exp.config.errors import did_you_mean
 from crl_exp.generation.controller import Action, Controller, StepContext, Unsteered
+from crl_exp.models.choice import Options
 from crl_exp.steering.coefficients import Decay
 from crl_exp.steering.methods.baselines.options import right_options
 from crl_exp.steering.methods.baselines.probe import Probe, all_last_residuals
@@ -103,8 +104,9 @@ class ProbeSteering(Probe):
         return []
 
     def prepare(self, workspace: Workspace) -> Controller:
-        classes = right_options if workspace.options else rewarded
-        n_classes = len(workspace.options.ids) if workspace.options else 2
+        shared = workspace.options if isinstance(workspace.options, Options) else None
+        classes = right_options if shared else rewarded
+        n_classes = len(shared.ids) if shared else 2
         unit = {}
         sites = dict(workspace.sites)
         for layer, site in sites.items():
@@ -132,7 +134,7 @@ class ProbeSteering(Probe):
             vector_CD = towards(x_ND, class_N, len(probe.b_C))
         else:
             vector_CD = probe.direction_CD.clone()
-        if not workspace.options:
+        if not isinstance(workspace.options, Options):
             vector_CD[0], vector_CD[1] = vector_CD[1], 0.0
         norm_C1 = vector_CD.norm(dim=1, keepdim=True)
         unit_CD = torch.where(norm_C1 > 0, vector_CD / norm_C1, 0.0)
