@@ -6,8 +6,11 @@ same options share that; their values are set on a copy, by Hydra's own function
 
 from __future__ import annotations
 
+import gc
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_loader import ConfigLoader
@@ -19,6 +22,23 @@ from crl_exp.config import own_code
 from crl_exp.config.errors import UserError
 
 RESOURCES = "hydra.launcher."
+
+
+@contextmanager
+def fewer_collections() -> Iterator[None]:
+    """Look for garbage less often, and only among what is made from now on.
+
+    Configs are made of so many small objects that Python else goes through all those of torch and
+    transformers again and again, for a quarter of a plan's time.
+    """
+    thresholds = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, thresholds[2])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 class Composer:
@@ -33,6 +53,10 @@ class Composer:
         self._parsed: dict[str, Override] = {}
         # Pickled, since OmegaConf copies a config five times as fast by that as by deepcopy.
         self._bases: dict[tuple[str, ...], bytes | Exception] = {}
+
+    @cached_property
+    def _beside(self) -> list[str]:
+        return list(own_code.beside_configs(self._master.hydra))
 
     @property
     def n_composed(self) -> int:
@@ -58,7 +82,7 @@ class Composer:
                 values.append(override)
         config = pickle.loads(self._base(tuple(choices)))
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        own_code.note(config, self._master.hydra)
+        own_code.note_folders(config, self._beside)
         return config, resources
 
     def _parse(self, text: str) -> Override:
