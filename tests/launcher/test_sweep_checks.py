@@ -102,13 +102,13 @@ def test_points_of_a_large_sweep_are_what_each_is_composed_by_itself(tmp_path, m
     typed = tiny(tmp_path, "layers.layer=0,1", "seed=0,1", "method=crl,corrsteer_s")
     points = checked_here(*typed)
     assert len(points) == 8
-    for point in points[::3]:
+    for point in (points[0], points[-1]):
         alone = compose(point.overrides)
         settle(alone)
         assert point.key == run_key(alone) and point.plain == plain_of(alone)
         assert point.plain == plain_of(point.config), "its config is as it was composed"
         one, other = configs.experiment(point.config, {}, point.plain), configs.experiment(alone)
-        assert one == other
+        assert repr(one) == repr(other)
 
 
 def test_what_a_sweep_can_show_is_said_once(tmp_path, capsys):

@@ -27,6 +27,7 @@ DISTINCT = SEEDS * LAYERS
 """So many runs, each seed at each layer, have files of their own; the others, which have another
 learning rate, link to those of one with the same seed and layer."""
 SWEEP = "many"
+NAMES = ("status", "launch", "report", "sync")
 TYPED = ("+debug=tiny", "method=crl", "tracking=none")
 
 
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="time commands over N finished runs")
     parser.add_argument("folder", type=Path, help="a new one, for the runs")
     parser.add_argument("n", type=int, help=f"a multiple of {DISTINCT}")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="commands to time")
     asked = parser.parse_args(argv)
     if asked.n < DISTINCT or asked.n % DISTINCT:
         raise UserError(f"{asked.n}: must be a multiple of {DISTINCT}, such as {10 * DISTINCT}")
@@ -110,17 +112,17 @@ def main(argv: list[str]) -> int:
     ours = ["-m", "crl_exp"]
     commands = {
         "status": [*ours, "status", sweep],
-        "launched again, all is done": relaunch(folder / SWEEP, config, n),
-        "sync, a new MLflow file": [*ours, "sync", sweep, "--uri", f"sqlite:///{database}"],
-        "sync again": [*ours, "sync", sweep, "--uri", f"sqlite:///{database}"],
+        "launch": relaunch(folder / SWEEP, config, n),
         "report": [*ours, "report", sweep],
-        "report again": [*ours, "report", sweep],
+        "sync": [*ours, "sync", sweep, "--uri", f"sqlite:///{database}"],
     }
     print(f"{n} runs: CPU seconds, most memory in GiB")
-    for name, arguments in commands.items():
-        found = cost(arguments)
-        print(f"{name}: {found.seconds:.1f}, {found.peak / 2**30:.2f}", flush=True)
-    print(f"the MLflow file: {database.stat().st_size / 2**20:.0f} MiB")
+    for name in asked.only:
+        for again in ("", " again"):
+            found = cost(commands[name])
+            print(f"{name}{again}: {found.seconds:.1f}, {found.peak / 2**30:.2f}", flush=True)
+    if database.exists():
+        print(f"MLflow's file: {database.stat().st_size / 2**20:.0f} MiB")
     return 0
 
 

@@ -6,10 +6,8 @@ same options share that; their values are set on a copy, by Hydra's own function
 
 from __future__ import annotations
 
-import gc
 import pickle
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -22,23 +20,6 @@ from crl_exp.config import own_code
 from crl_exp.config.errors import UserError
 
 RESOURCES = "hydra.launcher."
-
-
-@contextmanager
-def fewer_collections() -> Iterator[None]:
-    """Look for garbage less often, and only among what is made from now on.
-
-    Configs are made of so many small objects that Python else goes through all those of torch and
-    transformers again and again, for a quarter of a plan's time.
-    """
-    thresholds = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, thresholds[2])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.unfreeze()
 
 
 class Composer:

@@ -15,12 +15,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.config.errors import UserError
 from crl_exp.config.keys import key_of, plain_of, row_key, settle
+from crl_exp.config.machine.garbage import fewer_collections
 from crl_exp.config.sections import once
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.config import Known
 from crl_exp.experiments.inputs import inputs_of
 from crl_exp.experiments.schema import Schema
-from crl_exp.launcher.planning.compose import Composer, fewer_collections
+from crl_exp.launcher.planning.compose import Composer
 from crl_exp.launcher.planning.memory import with_memory
 from crl_exp.launcher.planning.written import check_written
 from crl_exp.launcher.settings import LocalSettings, Settings, SlurmSettings, changed
