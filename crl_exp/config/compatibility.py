@@ -430,6 +430,27 @@ def fill_missing(config: DictConfig) -> None:
                 section[added.key] = added.meant
 
 
+def is_filled(plain: dict[str, Any]) -> bool:
+    """Whether `fill_missing` would leave a resolved config as it is."""
+    if plain.get("experiment") is None or not _has_todays_targets(plain):
+        return False
+    sections = ((added, plain.get(added.section)) for added in ADDED)
+    return all(
+        section.get(added.key, "???") != "???"
+        for added, section in sections
+        if isinstance(section, dict) and _is_of(section.get("_target_"), added)
+    )
+
+
+def _has_todays_targets(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return True  # `_rename_targets` leaves lists alone
+    return all(
+        todays_name(of) == of if key == "_target_" else _has_todays_targets(of)
+        for key, of in value.items()
+    )
+
+
 def filled_section(name: str, plain: Any) -> Any:
     """A section of a resolved config as `fill_missing` leaves it; a copy."""
     made = _with_todays_targets(plain)

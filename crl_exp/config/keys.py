@@ -36,8 +36,12 @@ def run_key(config: DictConfig) -> str:
     Raises `UserError` where `experiment` names no kind.
     """
     own_code.use(config)
-    read = sections_read(settled(plain_of(config)))
-    kept = {k: v for k, v in read.items() if k not in NOT_IN_KEY}
+    return key_of(settled(plain_of(config)))
+
+
+def key_of(plain: dict[str, Any]) -> str:
+    """`run_key` of a config that was resolved and settled already."""
+    kept = {k: v for k, v in sections_read(plain).items() if k not in NOT_IN_KEY}
     return content_key(compatibility.hashed(kept))
 
 

@@ -63,8 +63,13 @@ def note(config: DictConfig, hydra: Any) -> None:
 
     hydra: Hydra's own part of the config. Raises `OwnCodeError` where a folder isn't there.
     """
+    note_folders(config, beside_configs(hydra))
+
+
+def note_folders(config: DictConfig, beside: Iterable[str]) -> None:
+    """As `note` does. beside: folders beside YAML files of one's own (`beside_configs`)."""
     given = [str(home(str(one), KEY).absolute()) for one in config.get(KEY) or []]
-    found = dict.fromkeys([*given, *_beside_configs(hydra)])
+    found = dict.fromkeys([*given, *beside])
     if list(found) != list(config.get(KEY) or []):
         with open_dict(config):
             config[KEY] = list(found)
@@ -83,7 +88,8 @@ def keep_working_directory(config: DictConfig, module: str, key: str) -> None:
         use(config)
 
 
-def _beside_configs(hydra: Any) -> Iterator[str]:
+def beside_configs(hydra: Any) -> Iterator[str]:
+    """Folders of YAML files of one's own that hold modules too, by Hydra's part of a config."""
     for source in hydra.runtime.config_sources:
         folder = Path(source.path)
         if source.schema != "file" or source.provider == "main" or not folder.is_dir():

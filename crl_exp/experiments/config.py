@@ -106,31 +106,36 @@ class Experiment:
         return self.experiment.needs(self)
 
 
-def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
+def experiment(
+    config: DictConfig, known: Known | None = None, plain: dict[str, Any] | None = None
+) -> Experiment:
     """Build every section. Raises `UserError` with all faults of the config at once; one in a file
     that decides about the config (`settle`) comes first.
 
     known: of points that are only checked, not run: equal sections are then one object.
+    plain: with `known`, the config as plain values, which takes milliseconds to find, where it is
+        at hand: `plain_of` a config that is settled.
     """
     own_code.check(config)
-    compatibility.fill_missing(config)
-    settle(config)
+    if known is None or plain is None or not compatibility.is_filled(plain):
+        compatibility.fill_missing(config)
+        settle(config)
+        plain = plain_of(config) if known is not None else None
     faults = _unknown_sections(config)
-    whole = {} if known is None else plain_of(config)
     made: dict[str, Any] = {}
     kind = _kind(config, known)
     for name, cls in {**PARTS, **TYPED}.items():
         if name not in kind.reads and name not in EVERY_KIND:
             made[name] = Unread(name, kind.name)
             continue
-        if OmegaConf.is_missing(config, name) or config[name] is None:
+        if _is_open(config, name, plain):
             faults.append(f"{name}: no option is chosen; set {name}=NAME")
             continue
         make = build if name in PARTS else fill
-        section = config[name]
+        content = None if plain is None else plain.get(name)
         try:
             made[name] = once(
-                known, [name, whole.get(name)], lambda s=section, n=name, c=cls, m=make: m(s, n, c)
+                known, [name, content], lambda n=name, c=cls, m=make: m(config[n], n, c)
             )
         except UserError as error:
             faults.append(str(error))
@@ -156,6 +161,13 @@ def experiment(config: DictConfig, known: Known | None = None) -> Experiment:
     if isinstance(made["task"], Task):
         made["task"] = made["task"].permuted_by(config.seed)
     return Experiment(**top, **made)
+
+
+def _is_open(config: DictConfig, name: str, plain: dict[str, Any] | None) -> bool:
+    """Whether no option of a section is chosen."""
+    if plain is not None:  # many times as fast to ask
+        return plain.get(name) in (None, "???")
+    return OmegaConf.is_missing(config, name) or config[name] is None
 
 
 def _kind(config: DictConfig, known: Known | None) -> ExperimentKind:

@@ -76,9 +76,10 @@ ANSWERS = "answers"
 class RunDirectory(RunStatus):
     """Paths, attempts, journal and checkpoints of one run."""
 
-    def __init__(self, config: DictConfig):
+    def __init__(self, config: DictConfig, key: str | None = None):
+        """key: the config's (`run_key`), where it is known already."""
         check_sweep(config.sweep_name)
-        self.key = run_key(config)
+        self.key = run_key(config) if key is None else key
         path = home(config.output_dir, "output_dir") / config.sweep_name / self.key
         super().__init__(path, config.resume == "force")
         # Of one's own batch script too, which puts its job back into the queue by itself.

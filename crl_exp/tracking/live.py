@@ -17,8 +17,9 @@ from crl_exp.runs.directory import RunDirectory
 from crl_exp.runs.records import Record
 from crl_exp.tracking.config import LONGEST_PAUSE_SECONDS, SHARE, TrackingConfig
 from crl_exp.tracking.sending.client import import_mlflow, outside_faults, plain
+from crl_exp.tracking.sending.sent import Reading
 from crl_exp.tracking.sending.target import MlflowTarget
-from crl_exp.tracking.sending.upload import Reading, Uploader
+from crl_exp.tracking.sending.upload import Uploader
 from crl_exp.tracking.system_metrics import SystemMonitor
 from crl_exp.tracking.to_wandb.follower import Follower
 from crl_exp.tracking.to_wandb.target import WandbTarget

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from crl_exp.config.errors import UserError
+from crl_exp.config.machine.garbage import fewer_collections
 from crl_exp.runs.code_state import code_state
 from crl_exp.runs.records import Record, find_records
 from crl_exp.tracking.config import TrackingConfig, uri_fault
@@ -146,6 +147,7 @@ def _remove(folder: Path, output_dir: Path) -> tuple[int, list[str]]:
     return n_removed, faults
 
 
+@fewer_collections()
 def send_all(records: Sequence[Record], uri: str | None = None) -> list[str]:
     """Send records to where their configs say, or to another MLflow; returns what to tell of it.
 

@@ -15,9 +15,10 @@ from crl_exp.config.compatibility import (
     fill_missing,
     first_name,
     hashed,
+    is_filled,
     todays_name,
 )
-from crl_exp.config.keys import content_key, run_key
+from crl_exp.config.keys import content_key, plain_of, run_key
 from tests.helpers.tiny_run import quickly_composed
 
 OLD = {"seed": 0, "method": {"_target_": "crl_exp.methods.CRL", "stage2": True}}
@@ -84,6 +85,30 @@ def test_a_missing_option_is_filled_and_a_given_one_kept():
     given = with_option(True)
     fill_missing(given)  # type: ignore[arg-type]
     assert given.method.null_action is True
+
+
+def test_a_config_is_filled_where_filling_changes_nothing(as_it_is):
+    """Each option taken away by itself, and each class under its first name."""
+    config = quickly_composed(["method=crl"])
+    OmegaConf.set_struct(config, False)
+    fill_missing(config)
+    whole = plain_of(config)
+    assert is_filled(whole)
+    n_away = 0
+    for added in ADDED:
+        section = whole.get(added.section)
+        if isinstance(section, dict) and added.key in section:
+            less = {key: value for key, value in section.items() if key != added.key}
+            again = OmegaConf.create({**whole, added.section: less})
+            fill_missing(again)
+            changes = plain_of(again)[added.section] != less
+            assert is_filled({**whole, added.section: less}) is not changes, added
+            n_away += changes
+    assert n_away > 20
+    old = first_name(whole["method"]["_target_"])
+    assert old != whole["method"]["_target_"]
+    assert not is_filled({**whole, "method": {**whole["method"], "_target_": old}})
+    assert not is_filled({key: of for key, of in whole.items() if key != "experiment"})
 
 
 def test_a_mended_fault_gives_the_runs_concerned_another_key(monkeypatch):

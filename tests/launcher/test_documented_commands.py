@@ -54,6 +54,7 @@ NOT_RUN = {
     "python -m crl_exp.launcher.bench.finished_runs outputs/SWEEP/RUN_KEY outputs/n500 500": (
         "test_finished_runs.py makes some"
     ),
+    "python -m crl_exp.launcher.bench.scale FOLDER N": f"{LONG}; test_finished_runs.py makes some",
     "python launch.py …": "stands for each of them",
     "python -m crl_exp train-sae": LONG,
     "python -m tests.helpers.planted_table": f"{LONG}, and writes into docs/",

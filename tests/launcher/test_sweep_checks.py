@@ -10,8 +10,11 @@ import pytest
 from omegaconf import DictConfig
 
 from crl_exp.config.errors import UserError
+from crl_exp.config.keys import plain_of, run_key, settle
+from crl_exp.experiments import config as configs
 from crl_exp.launcher.command_line import _check_points, check_alone
 from crl_exp.launcher.commands.typed import typed_sweep
+from crl_exp.launcher.composing import compose
 from crl_exp.launcher.planning import plan
 from crl_exp.launcher.planning.plan import check, check_all
 from crl_exp.launcher.planning.shows import shows_text
@@ -91,6 +94,21 @@ def test_points_that_are_one_run_by_other_words_are_one(tmp_path):
     grids = "hydra.sweeper.grids=[{seed: [0, 1]}, {seed: 0, decay: none}]"
     points = checked_here(*tiny(tmp_path, grids))
     assert len(points) == 3 and len({point.key for point in points}) == 2
+
+
+def test_points_of_a_large_sweep_are_what_each_is_composed_by_itself(tmp_path, monkeypatch):
+    """Some are looked at before the others, and all share what was found out of their sections."""
+    monkeypatch.setattr(plan, "SAMPLE", 3)
+    typed = tiny(tmp_path, "layers.layer=0,1", "seed=0,1", "method=crl,corrsteer_s")
+    points = checked_here(*typed)
+    assert len(points) == 8
+    for point in (points[0], points[-1]):
+        alone = compose(point.overrides)
+        settle(alone)
+        assert point.key == run_key(alone) and point.plain == plain_of(alone)
+        assert point.plain == plain_of(point.config), "its config is as it was composed"
+        one, other = configs.experiment(point.config, {}, point.plain), configs.experiment(alone)
+        assert repr(one) == repr(other)
 
 
 def test_what_a_sweep_can_show_is_said_once(tmp_path, capsys):

@@ -17,9 +17,8 @@ from crl_exp.runs.directory import RunDirectory, write_json
 from crl_exp.runs.records import Record
 from crl_exp.tracking.sending.client import ENVIRONMENT, PatientClient, import_mlflow, resolved_uri
 from crl_exp.tracking.sending.content import Params, data_set, files, parameters
-from crl_exp.tracking.sending.sent import Tail
+from crl_exp.tracking.sending.sent import Reading, Tail
 from crl_exp.tracking.sending.target import place_of
-from crl_exp.tracking.sending.upload import Reading
 from crl_exp.tracking.sync import main
 from tests.helpers.mlflow_reading import children, client, history, runs, sync, with_database
 from tests.helpers.synthetic import config, finished_run

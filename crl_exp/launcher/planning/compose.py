@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from functools import cached_property
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_loader import ConfigLoader
@@ -34,6 +35,10 @@ class Composer:
         # Pickled, since OmegaConf copies a config five times as fast by that as by deepcopy.
         self._bases: dict[tuple[str, ...], bytes | Exception] = {}
 
+    @cached_property
+    def _beside(self) -> list[str]:
+        return list(own_code.beside_configs(self._master.hydra))
+
     @property
     def n_composed(self) -> int:
         """How often the YAML files have been composed."""
@@ -58,7 +63,7 @@ class Composer:
                 values.append(override)
         config = pickle.loads(self._base(tuple(choices)))
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        own_code.note(config, self._master.hydra)
+        own_code.note_folders(config, self._beside)
         return config, resources
 
     def _parse(self, text: str) -> Override:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from crl_exp.config.errors import UserError
-from crl_exp.config.keys import plain_of, row_key, settle
+from crl_exp.config.keys import key_of, plain_of, row_key, settle
+from crl_exp.config.machine.garbage import fewer_collections
 from crl_exp.config.sections import once
 from crl_exp.experiments import config as configs
 from crl_exp.experiments.config import Known
@@ -50,7 +51,8 @@ class Point:
     """One run of a sweep. settings: those of the launcher, for this run.
 
     found: in words, what of its config was found in files. uses_seed: whether another seed may give
-    another result; known once it was checked.
+    another result; known once it was checked. plain: its config as plain values, resolved, which
+    nobody changes.
     """
 
     overrides: tuple[str, ...]
@@ -59,6 +61,10 @@ class Point:
     settings: Settings
     found: str = ""
     uses_seed: bool = True
+    plain: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.plain = self.plain or plain_of(self.config)
 
     @property
     def key(self) -> str:
@@ -120,6 +126,7 @@ class Faults(Told):
         raise UserError("\n".join(told + self.lines()))
 
 
+@fewer_collections()
 def compose_points(
     loader: ConfigLoader, master: DictConfig, jobs: Sequence[Sequence[str]], settings: Settings
 ) -> list[Point]:
@@ -129,14 +136,16 @@ def compose_points(
     sweep, with those of its points that are found in a sample of it.
     """
     composer = Composer(loader, master)
+    looked_at: dict[tuple[str, ...], Point] = {}
     if len(jobs) > SAMPLE:
         some = [jobs[n * len(jobs) // SAMPLE] for n in range(SAMPLE)]
         here = not isinstance(settings, SlurmSettings)
         sample = _compose(composer, some, settings, len(jobs))
-        check_written(master.hydra, [point.config for point in sample], some)
+        check_written(master.hydra, [point.plain for point in sample], some)
         check([point for point in sample if is_open(point)], of=len(jobs), here=here)
-    points = _compose(composer, jobs, settings, None)
-    check_written(master.hydra, [point.config for point in points], jobs)
+        looked_at = {point.overrides: point for point in sample}
+    points = _compose(composer, jobs, settings, None, looked_at)
+    check_written(master.hydra, [point.plain for point in points], jobs)
     look_at_inputs(points)
     if len(folders := {str(point.run.path.parent) for point in points}) > 1:
         raise UserError(
@@ -146,20 +155,17 @@ def compose_points(
 
 
 def _compose(
-    composer: Composer, jobs: Sequence[Sequence[str]], settings: Settings, of: int | None
-) -> list[Point]:
+    composer: Composer, jobs: Sequence[Sequence[str]], settings: Settings, of: int | None,
+    made: dict[tuple[str, ...], Point] | None = None,
+) -> list[Point]:  # fmt: skip
+    """of: see `Faults`. made: points that were composed already, by their overrides."""
     faults = Faults(len(jobs), of)
     points: dict[str, Point] = {}
     all_points: list[Point] = []
     for job in jobs:
         try:
-            config, resources = composer.config(job)
-            found = settled_text(settle(config))
-            run = RunDirectory(config)
-            run.path = run.path.absolute()
-            own = changed(settings, resources) if resources else settings
-            own = with_memory(with_gpus(own, config), config)
-            point = Point(tuple(job), config, run, own, found)
+            point = made.pop(tuple(job), None) if made else None
+            point = point or _point(composer, job, settings)
             if differing := _only_outside(points.setdefault(point.key, point), point):
                 raise UserError(
                     f"{', '.join(differing)} can't differ within a sweep: it doesn't change what a "
@@ -170,6 +176,17 @@ def _compose(
             faults.add(error, " ".join(job))
     faults.raise_any()
     return all_points
+
+
+def _point(composer: Composer, job: Sequence[str], settings: Settings) -> Point:
+    config, resources = composer.config(job)
+    found = settled_text(settle(config))
+    plain = plain_of(config)
+    run = RunDirectory(config, key_of(plain))
+    run.path = run.path.absolute()
+    own = changed(settings, resources) if resources else settings
+    own = with_memory(with_gpus(own, config), config)
+    return Point(tuple(job), config, run, own, found, plain=plain)
 
 
 def settled_text(found: dict[str, Any]) -> str:
@@ -188,17 +205,16 @@ def look_at_inputs(points: Sequence[Point]) -> None:
     """
     known, faults = Known(), Faults(len(points))
 
-    def look(config: DictConfig) -> tuple[configs.Experiment, Inputs] | None:
+    def look(point: Point) -> tuple[configs.Experiment, Inputs] | None:
         try:
-            exp = configs.experiment(config, known)
+            exp = configs.experiment(point.config, known, point.plain)
             return exp, inputs_of(exp, configs.validate(exp, known))
         except (UserError, OmegaConfBaseException):
             return None  # told by `check`, or by the job of one that was frozen by another version
 
     for point in points:
-        whole = plain_of(point.config)
-        parts = {name: whole[name] for name in READING if name in whole}
-        found = once(known, ["inputs", parts], lambda of=point.config: look(of))
+        parts = {name: point.plain[name] for name in READING if name in point.plain}
+        found = once(known, ["inputs", parts], lambda of=point: look(of))
         if found is None:
             continue
         exp, inputs = found
@@ -236,6 +252,7 @@ def check_all(
     return points
 
 
+@fewer_collections()
 def check(
     points: Sequence[Point],
     known: Known | None = None,
@@ -255,7 +272,7 @@ def check(
     both_ways = _combined_both_ways(points)
     for point in points:
         try:
-            exp = configs.experiment(point.config, known)
+            exp = configs.experiment(point.config, known, point.plain)
             configs.validate(exp, known)
             point.uses_seed = exp.uses_seed
             if here and (found := exp.model.machine_faults()):
@@ -274,7 +291,7 @@ def check(
             for caution in once(known, key, lambda e=exp, c=compared: cautions(e, compared=c)):
                 told.say(caution, str(point))
             if exp.method.has_policy:
-                alike.setdefault(_beside_stages(point.config), []).append((setting, point))
+                alike.setdefault(_beside_stages(point.plain), []).append((setting, point))
         except (UserError, OmegaConfBaseException) as error:
             faults.add(error, str(point))
     faults.raise_any()
@@ -291,7 +308,7 @@ def _but_for_seed(points: Sequence[Point]) -> dict[str, list[Point]]:
     """Points by all of their config but the seed."""
     rows: dict[str, list[Point]] = {}
     for point in points:
-        rows.setdefault(row_key(plain_of(point.config)), []).append(point)
+        rows.setdefault(row_key(point.plain), []).append(point)
     return rows
 
 
@@ -317,20 +334,19 @@ def _combined_both_ways(points: Sequence[Point]) -> set[str]:
     `policy.combine`: a larger dose is then what is asked about, and isn't overlooked."""
     found: dict[str, list[Point]] = {}
     for point in points:
-        if OmegaConf.select(point.config, "policy.k") in (None, 1):
+        policy = point.plain.get("policy") or {}
+        if policy.get("k") in (None, 1):
             continue
-        plain = OmegaConf.to_container(point.config)
-        assert isinstance(plain, dict)
-        beside = {k: v for k, v in plain["policy"].items() if k != "combine"}
-        key = content_key({**plain, "policy": beside, "resume": None})
+        beside = {k: v for k, v in policy.items() if k != "combine"}
+        key = content_key({**point.plain, "policy": beside, "resume": None})
         found.setdefault(key, []).append(point)
     return {point.key for group in found.values() if len(group) > 1 for point in group}
 
 
-def _beside_stages(config: DictConfig) -> str:
+def _beside_stages(plain: dict[str, Any]) -> str:
     """All of a config but the stages and their order."""
     beside = (*STAGES, "order", "resume")
-    return content_key({k: v for k, v in plain_of(config).items() if k not in beside})
+    return content_key({k: v for k, v in plain.items() if k not in beside})
 
 
 def _tell_same(group: Sequence[tuple[Setting, Point]], told: Told) -> None:

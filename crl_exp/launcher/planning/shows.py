@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from crl_exp.analysis.power import TARGET, Spread, both_needed, items_needed, smallest_difference
 from crl_exp.config.compatibility import is_steering
-from crl_exp.config.keys import plain_of, row_key
-from crl_exp.config.sections import build
+from crl_exp.config.keys import row_key
+from crl_exp.config.sections import Known, build, once
 from crl_exp.launcher.planning.plan import Point
 from crl_exp.steering.methods.base import Method
 
@@ -19,14 +19,15 @@ def shows_text(points: Sequence[Point]) -> list[str]:
     sizes: Counter[tuple[int, int]] = Counter()
     seeds: dict[str, set[tuple[int | None, int | None]]] = {}
     items: dict[str, int] = {}
-    steered = [point for point in points if _steers(point)]
+    known = Known()
+    steered = [point for point in points if _steers(point, known)]
     for point in steered:
-        plain = plain_of(point.config)
-        draw = plain["task"].pop("train_seed", None)
-        row = row_key(plain)
-        seed = int(point.config.seed) if point.uses_seed else None
+        task = dict(point.plain["task"])
+        draw = task.pop("train_seed", None)
+        row = row_key({**point.plain, "task": task})
+        seed = int(point.plain["seed"]) if point.uses_seed else None
         seeds.setdefault(row, set()).add((seed, draw))
-        items[row] = int(point.config.task.n_test)
+        items[row] = int(task["n_test"])
     for row, mine in seeds.items():
         draws = {draw for _, draw in mine}
         # Seeds of one draw aren't independent runs: as in a report, which takes their mean.
@@ -44,10 +45,14 @@ def shows_text(points: Sequence[Point]) -> list[str]:
     return [*found, *lines, f"  ({assumed}; docs/statistics.md)"]
 
 
-def _steers(point: Point) -> bool:
+def _steers(point: Point, known: Known) -> bool:
     """Whether its result is a difference to the unsteered model; that of an analysis is none."""
-    config = point.config
-    return is_steering(config.experiment) and not build(config.method, "method", Method).unsteered
+    if not is_steering(point.plain.get("experiment")):
+        return False
+    method = once(
+        known, point.plain["method"], lambda: build(point.config.method, "method", Method)
+    )
+    return not method.unsteered
 
 
 def _line(n: int, n_seeds: int, change: float, deviation: float) -> str:

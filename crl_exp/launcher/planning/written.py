@@ -29,6 +29,7 @@ CLOSING = (OverrideLexer.BRACKET_CLOSE, OverrideLexer.PCLOSE, OverrideLexer.COMM
            OverrideLexer.BRACE_CLOSE, -1)  # fmt: skip
 """Tokens before and after a value that stands by itself. -1: the end."""
 READ_AS = {OverrideLexer.INT: int, OverrideLexer.FLOAT: float, OverrideLexer.BOOL: bool}
+LAUNCHER = "hydra.launcher"
 SWEPT = ("hydra.sweeper.grids", "hydra.sweeper.params")
 """Keys whose content is overrides itself."""
 
@@ -36,14 +37,14 @@ SWEPT = ("hydra.sweeper.grids", "hydra.sweeper.params")
 class Texts:
     """Which keys of a config, as overrides name them, hold a text or a list of texts.
 
-    configs: of all points, with Hydra's node where the launcher's settings matter.
+    configs: of all points, as they are composed or as plain values, and one with Hydra's node
+        where the launcher's settings matter.
     """
 
-    def __init__(self, configs: Iterable[DictConfig]):
+    def __init__(self, configs: Iterable[DictConfig | dict[str, Any]]):
         self.classes: dict[str, set[type]] = {}
-        for config in configs:
-            for section, cls in _classes(config):
-                self.classes.setdefault(section, set()).add(cls)
+        for section, cls in _classes({one for config in configs for one in _targets(config)}):
+            self.classes.setdefault(section, set()).add(cls)
 
     def in_a_table(self, key: str) -> bool:
         """Whether it is of a table whose values may be anything (`sbatch`): of these a truth value
@@ -63,8 +64,20 @@ class Texts:
         )
 
 
-def _classes(config: DictConfig) -> Iterator[tuple[str, type]]:
-    """The class of each section that is in a config, and of its top."""
+def _targets(config: DictConfig | dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The name of the class of each section that may have one of several, and of the launcher."""
+    from crl_exp.experiments.config import PARTS
+
+    for name in (*PARTS, LAUNCHER):
+        if isinstance(config, dict):
+            section = config.get(name)
+            yield name, str(section.get("_target_") if isinstance(section, dict) else None)
+        else:
+            yield name, str(OmegaConf.select(config, f"{name}._target_"))
+
+
+def _classes(targets: Iterable[tuple[str, str]]) -> Iterator[tuple[str, type]]:
+    """The class of each section that has one of these, and of the others."""
     from crl_exp.config.sections import target_class
     from crl_exp.experiments.config import PARTS
     from crl_exp.experiments.schema import TYPED, Schema
@@ -72,16 +85,16 @@ def _classes(config: DictConfig) -> Iterator[tuple[str, type]]:
 
     yield "", Schema
     yield from TYPED.items()
-    for name, base in PARTS.items():
-        target = OmegaConf.select(config, f"{name}._target_")
+    for name, target in targets:
+        if name == LAUNCHER:
+            for kind, cls in KINDS.items():
+                if target.lower().endswith(f"{kind.replace('_', '')}launcher"):
+                    yield name, cls
+            continue
         try:
-            yield name, target_class(str(target), name, base)
+            yield name, target_class(target, name, PARTS[name])
         except UserError:  # told when the section is built
             continue
-    launcher = str(OmegaConf.select(config, "hydra.launcher._target_", default=""))
-    for kind, cls in KINDS.items():
-        if launcher.lower().endswith(f"{kind.replace('_', '')}launcher"):
-            yield "hydra.launcher", cls
 
 
 def _kinds(cls: type, key: str) -> tuple[set[Any], str]:
@@ -249,12 +262,12 @@ def _other_node(node: yaml.ScalarNode, read: Any) -> str:
 
 
 def check_written(
-    hydra: Any, configs: Iterable[DictConfig], jobs: Iterable[Sequence[str]] = ()
+    hydra: Any, configs: Iterable[DictConfig | dict[str, Any]], jobs: Iterable[Sequence[str]] = ()
 ) -> None:
     """Raise `UserError` with every text of the command line and of the files that would change.
 
-    hydra: Hydra's own node, with what was typed. configs: those composed from it. jobs: overrides
-    of a sweep's points.
+    hydra: Hydra's own node, with what was typed. configs: those composed from it, or as
+    plain values. jobs: overrides of a sweep's points.
     """
     texts = Texts([*configs, OmegaConf.create({"hydra": {"launcher": hydra.launcher}})])
     faults = typed_faults(list(hydra.overrides.task) + list(hydra.overrides.hydra), texts)

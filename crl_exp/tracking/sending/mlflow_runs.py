@@ -8,6 +8,7 @@ Only MLflow's client is used: its fluent functions obey MLFLOW_RUN_ID and such o
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -218,7 +219,13 @@ def sending(folder: Path, name: str = LOCK) -> Iterator[None]:
 
 
 def _holds_runs(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file() or any(folder.glob("*/config.yaml"))
+    if (folder / "config.yaml").is_file():
+        return True
+    try:  # ends at the first, where a glob would list thousands of runs for each of them
+        with os.scandir(folder) as inside:
+            return any(os.path.isfile(os.path.join(one.path, "config.yaml")) for one in inside)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def status_of(record: Record) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 
 from crl_exp.tracking.sending.content import Point
 
@@ -13,7 +15,7 @@ TEXTS_A_REQUEST, REQUEST_CHARS = 100, 500_000
 TAG_CHARS = 5000
 
 
-def requests_of(found: list[Point]) -> Iterator[list[Point]]:
+def requests_of(found: Sequence[Point]) -> Iterator[Sequence[Point]]:
     """Points, in requests of a size that MLflow takes."""
     for start in range(0, len(found), POINTS_A_REQUEST):
         yield found[start : start + POINTS_A_REQUEST]
@@ -32,6 +34,43 @@ def chunks(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
         chars += size
     if part:
         yield part
+
+
+@dataclass
+class Batch:
+    """One request."""
+
+    tags: list[tuple[str, str]]
+    params: list[tuple[str, str]]
+    points: Sequence[Point]
+
+    @property
+    def chars(self) -> int:
+        return sum(len(json.dumps(pair)) for pair in (*self.tags, *self.params))
+
+
+def batches(
+    tags: Mapping[str, str], params: Mapping[str, str], points: Sequence[Point]
+) -> list[Batch]:
+    """All of these in requests of a size that MLflow takes, texts first.
+
+    The points that fill no request go with the last texts, where these leave room.
+    """
+    texts = zip_longest(chunks(tags.items()), chunks(params.items()), fillvalue=())
+    found = [Batch(list(some), list(others), ()) for some, others in texts]
+    for part in requests_of(points):
+        last = found[-1] if found else None
+        if last is None or last.points or not _fits(last, part):
+            found.append(Batch([], [], part))
+        else:
+            last.points = part
+    return found
+
+
+def _fits(batch: Batch, points: Sequence[Point]) -> bool:
+    """Whether points may go with a request's texts: MLflow counts them together."""
+    n = len(batch.tags) + len(batch.params) + len(points)
+    return n <= POINTS_A_REQUEST and batch.chars <= REQUEST_CHARS
 
 
 def cut(texts: dict[str, str]) -> dict[str, str]:

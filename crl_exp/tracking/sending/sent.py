@@ -112,3 +112,13 @@ class Tail:
             raise UserError(
                 f"{self.path} is damaged ({error}); set resume=force to run this config again"
             ) from error
+
+
+@dataclass
+class Reading:
+    """How far a run directory's growing files have been read."""
+
+    tails: dict[str, Tail] = field(default_factory=dict)
+
+    def parts(self, path: Path) -> Iterator[list[dict[str, Any]]]:
+        return self.tails.setdefault(path.name, Tail(path)).parts()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crl_exp.config.errors import UserError
 from crl_exp.runs.records import Record
 from crl_exp.tracking.sending.content import (
     ARTIFACTS,
@@ -37,9 +37,10 @@ from crl_exp.tracking.sending.mlflow_runs import (
     status_of,
     status_of_all,
 )
-from crl_exp.tracking.sending.requests import chunks, cut, requests_of
+from crl_exp.tracking.sending.outbox import Outbox
+from crl_exp.tracking.sending.requests import cut, requests_of
 from crl_exp.tracking.sending.samples import send_samples
-from crl_exp.tracking.sending.sent import Sent, Tail, digest
+from crl_exp.tracking.sending.sent import Reading, Sent, digest
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -47,16 +48,6 @@ if TYPE_CHECKING:
 
 class ArtifactError(OSError):
     """MLflow's artifact store didn't take a file."""
-
-
-@dataclass
-class Reading:
-    """How far a run directory's growing files have been read."""
-
-    tails: dict[str, Tail] = field(default_factory=dict)
-
-    def parts(self, path: Path) -> Iterator[list[dict[str, Any]]]:
-        return self.tails.setdefault(path.name, Tail(path)).parts()
 
 
 class Uploader:
@@ -85,47 +76,62 @@ class Uploader:
         over = status_of(record) not in UNFINISHED
         with self.runs.noted(record.path) as sent:
             run = self.runs.child(record, sent, parent, cut(tags(record)))
-            self._texts(record, sent)
             if not over:
                 self._status(record, run)
-            self._input(record, sent)
-            whole = self._journals(record, sent, run, reading or Reading(), at_most)
-            self._result(record, sent, run)
+            whole = self._texts_and_points(record, sent, run, reading or Reading(), at_most)
             self.artifacts(record.path, sent, (*ARTIFACTS, "status.json") if over else ARTIFACTS)
             self._status(record, run)
             send_samples(record, sent, run, self.client, _stored)
         return whole
 
-    def _texts(self, record: Record, sent: Sent) -> None:
-        from mlflow.entities import Param, RunTag
+    def _texts_and_points(
+        self, record: Record, sent: Sent, run: Run, reading: Reading, at_most: float
+    ) -> bool:
+        """Returns False where some points are left."""
+        box = Outbox(self.client, sent)
+        try:
+            self._input(record, sent, box)
+            self._texts(record, sent, run, box)
+            whole = self._journals(record, sent, run, box, reading, at_most)
+            self._result(record, sent, run, box)
+            box.flush()
+        except UserError:  # a damaged file; what came before it is sent
+            reading.tails.clear()
+            box.flush()
+            raise
+        except BaseException:
+            reading.tails.clear()  # what was read, and didn't come through, is read again
+            raise
+        return whole
 
+    def _texts(self, record: Record, sent: Sent, run: Run, box: Outbox) -> None:
         run_id = sent.record["run_id"]
         found = tags(record)
         if sent.record.get("error") and "error" not in found:
             found["error"] = ""  # of an earlier attempt
-        asked: list[dict[str, Any]] = []
-        if sent.record.get("tags") != digest(found):
-            asked += [{"tags": [RunTag(k, v) for k, v in p]} for p in chunks(cut(found).items())]
+        given: dict[str, str] = {}
         n_params = sent.record.get("params")
+        is_known = sent.record.get("tags") == digest(found)
+        if n_params and is_known:
+            return
         if not n_params:
             params = parameters(record.config)
-            for i, part in enumerate(chunks(params.given.items())):
-                asked += [{}] * (i >= len(asked))
-                asked[i] = {**asked[i], "params": [Param(k, v) for k, v in part]}
             if params.whole:
                 _stored(WHOLE_PARAMS, self.client.log_dict, run_id, params.whole, WHOLE_PARAMS)
-            n_params = len(params.given)
-        for request in asked:
-            self.client.log_batch(run_id, **request)
-        if asked:
-            sent.record |= {"tags": digest(found), "error": bool(found.get("error"))}
-            sent.record["params"] = n_params
-            sent.save()
+            given, n_params = params.given, len(params.given)
+        # A run that was made just now was made with them.
+        is_known = is_known or (
+            "tags" not in sent.record and cut(found).items() <= run.data.tags.items()
+        )
+        noted = {"tags": digest(found), "error": bool(found.get("error")), "params": n_params}
+        box.put(
+            lambda: sent.record.update(noted), tags={} if is_known else cut(found), params=given
+        )
 
     def _status(self, record: Record, run: Run) -> None:
         self.runs.set_status(run.info.run_id, status_of(record), ended(record))
 
-    def _input(self, record: Record, sent: Sent) -> None:
+    def _input(self, record: Record, sent: Sent, box: Outbox) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         data = data_set(record)
@@ -134,13 +140,12 @@ class Uploader:
         made = Dataset(data.name, data.digest, data.source_type, data.source, None, data.profile)
         context = InputTag("mlflow.data.context", "train, validation, test")
         self.client.log_inputs(sent.record["run_id"], [DatasetInput(made, [context])])
-        sent.record["data"] = data.digest
-        sent.save()
+        box.put(lambda: sent.record.update(data=data.digest))
 
     # --- points ---
 
     def _journals(
-        self, record: Record, sent: Sent, run: Run, reading: Reading, at_most: float
+        self, record: Record, sent: Sent, run: Run, box: Outbox, reading: Reading, at_most: float
     ) -> bool:
         """Points later than the last one sent of their name.
 
@@ -149,7 +154,8 @@ class Uploader:
         """
         if "last_step" not in sent.record:  # a new run; the one before was deleted there, say
             reading.tails.clear()
-        last: dict[str, int] = sent.record.setdefault("last_step", {})
+        noted: dict[str, int] = sent.record.setdefault("last_step", {})
+        last = dict(noted)
         for metric in run.data._metric_objs:  # what came through, noted or not
             if not metric.key.startswith(BY_LAYER):
                 last[metric.key] = max(metric.step, last.get(metric.key, -1))
@@ -160,16 +166,16 @@ class Uploader:
                 by_layer = [p for p in found if p.name.startswith(BY_LAYER)]
                 others = [p for p in found if not p.name.startswith(BY_LAYER)]
                 new = [p for p in others if p.step > last.get(p.name, -1)]
-                for part in requests_of(new):
-                    self._log(run.info.run_id, part)
-                    last |= {p.name: p.step for p in part}
-                    sent.save()
-                n_sent += len(new) + self._any_order(by_layer, sent, run)
+                if new:
+                    steps = {p.name: p.step for p in new}
+                    last |= steps
+                    box.put(lambda steps=steps: noted.update(steps), new)
+                n_sent += len(new) + self._any_order(by_layer, sent, run, box)
                 if n_sent > at_most:
                     return False
         return True
 
-    def _result(self, record: Record, sent: Sent, run: Run) -> None:
+    def _result(self, record: Record, sent: Sent, run: Run, box: Outbox) -> None:
         if record.result is None:
             return
         time_ms = int((record.path / "result.json").stat().st_mtime * 1000)
@@ -182,12 +188,12 @@ class Uploader:
             found = [
                 p for p in found if p.name.startswith(BY_LAYER)
             ]  # an older version sent the rest
-        self._any_order(found, sent, run)
-        sent.record |= {"result": digest(record.result), "final_points": now}
-        sent.save()
+        self._any_order(found, sent, run, box)
+        new = {"result": digest(record.result), "final_points": now}
+        box.put(lambda: sent.record.update(new))
 
-    def _any_order(self, found: list[Point], sent: Sent, run: Run) -> int:
-        """Send points whose steps come in any order (layers), each once; returns how many.
+    def _any_order(self, found: list[Point], sent: Sent, run: Run, box: Outbox) -> int:
+        """Put in points whose steps come in any order (layers), each once; returns how many.
 
         MLflow has only the highest step of a metric at hand: of those that it may have and that
         weren't noted, it is asked for every step.
@@ -196,20 +202,18 @@ class Uploader:
         may_have = {metric.key for metric in run.data._metric_objs}
         steps: dict[str, list[int]] = sent.record.setdefault("steps", {})
         there = {name: set(known) for name, known in steps.items()}
+        for name, put in box.steps.items():
+            there.setdefault(name, set()).update(put)
         new = [p for p in found if p.step not in there.get(p.name, ())]
         for name in may_have & {p.name for p in new}:
             history = self.client.get_metric_history(run_id, name)
             there.setdefault(name, set()).update(metric.step for metric in history)
-        new = [p for p in new if p.step not in there.setdefault(p.name, set())]
-        for part in requests_of(new):
-            self._log(run_id, part)
-            for point in part:
-                there[point.name].add(point.step)
-            steps |= {point.name: sorted(there[point.name]) for point in part}
-            sent.save()
+        new = [p for p in new if p.step not in there.get(p.name, ())]
+        if new:
+            box.put_steps(new)
         return len(new)
 
-    def _log(self, run_id: str, new: list[Point]) -> None:
+    def _log(self, run_id: str, new: Sequence[Point]) -> None:
         from mlflow.entities import Metric
 
         if new:

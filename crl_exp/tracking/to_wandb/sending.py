@@ -14,8 +14,7 @@ from crl_exp.runs.records import Record
 from crl_exp.tracking.sending.client import plain
 from crl_exp.tracking.sending.content import UNFINISHED, points
 from crl_exp.tracking.sending.mlflow_runs import RemovedError, sending, status_of
-from crl_exp.tracking.sending.sent import WANDB_LOCK, WANDB_SENT, life
-from crl_exp.tracking.sending.upload import Reading
+from crl_exp.tracking.sending.sent import WANDB_LOCK, WANDB_SENT, Reading, life
 from crl_exp.tracking.to_wandb.rows import signature
 from crl_exp.tracking.to_wandb.session import Session, import_wandb, outside_faults, why_no_login
 from crl_exp.tracking.to_wandb.target import OURS, WandbTarget, sync_line
