@@ -101,8 +101,6 @@ NOT_RUN = {
     "python launch.py --config-dir=docs/examples/own_task task=capitals method=none": (
         "test_own_code.py"
     ),
-    "python -m crl_exp label": "test_label.py",
-    "python -m crl_exp label RUN --feature LAYER/INDEX": "test_label.py",
     "python -m crl_exp label outputs/SWEEP/RUN_KEY --feature 12/3290 "
     "--base-url http://HOST:8000/v1 --model NAME": "an endpoint; test_label.py",
     "git apply": "of a diff of one's own",
