@@ -92,7 +92,7 @@ def scorer_inputs(task: Any) -> Inputs:
     found: Inputs = {}
     for name in ("classifier", "cross_encoder", "preference_model"):
         path = getattr(getattr(task, name, None), "path", None)
-        if name == "preference_model" and task.scorer != name:
+        if name == "preference_model" and getattr(task, "scorer", None) != name:
             continue
         if isinstance(path, str) and (folder := home(path, f"task.{name}.path")).is_dir():
             key = f"task.{name}.path={path}"

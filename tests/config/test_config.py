@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import initialize_config_dir
@@ -346,7 +347,7 @@ def test_the_shipped_lists_belong_to_the_saes_of_their_sweep():
     listed = [p for p in sweep_points("harmbench_lists") if "method=listed" in p]
     assert len(listed) == 3
     for point in listed:
-        exp = configs.experiment(quickly_composed(point))
+        exp: Any = configs.experiment(quickly_composed(point))
         found = read_list(exp.method.path, exp.method.which)
         assert found.sae and other_sae(found, exp) == [] and found.faults() == []
         assert found.layers == list(range(exp.layers.first, exp.layers.last + 1))

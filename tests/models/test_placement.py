@@ -23,6 +23,7 @@ from crl_exp.generation import teacher_forcing
 from crl_exp.generation.controller import Controller, Unsteered
 from crl_exp.generation.engine import Engine, EngineConfig, Job
 from crl_exp.generation.model_check import checked
+from crl_exp.generation.prompts import PromptStore
 from crl_exp.generation.results import Generation
 from crl_exp.models import placement
 from crl_exp.models.activations import forward, read_activations
@@ -101,6 +102,7 @@ def test_answers_are_the_plain_models_bit_for_bit(pair):
     for mine, expected in zip(answered(lm), answered(plain), strict=True):
         assert mine.tokens == expected.tokens and mine.texts == expected.texts
     mine, expected = (engine(one).read(PROMPTS) for one in (lm, plain))
+    assert isinstance(mine, PromptStore) and isinstance(expected, PromptStore)
     assert torch.equal(mine.residual_SND, expected.residual_SND)
     for a, b in zip(mine.kv_L, expected.kv_L, strict=True):
         assert torch.equal(a, b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def two(tmp_path) -> Path:
     """`few` and `many` updates: CRL at 18 with three seeds and CorrSteer-S with one; CRL at 8 in
     `few` alone."""
     for number, (sweep, updates) in enumerate((("few", 20), ("many", 80))):
-        more = {"algorithm__n_updates": updates}
+        more: dict[str, Any] = {"algorithm__n_updates": updates}
         for seed in range(3):
             run_of_items(made(tmp_path, sweep, seed=seed, **more), WAS, SEEDS[number][seed])
         run_of_items(made(tmp_path, sweep, "corrsteer_s", **more), WAS, ONE[number])
@@ -125,7 +126,7 @@ def test_a_key_that_a_sweep_varies_tells_rows_apart(tmp_path):
     """And one that each holds at a value is paired across."""
     for sweep, updates, depths in (("a", 20, (0, 1)), ("b", 80, (1, 2))):
         for depth in depths:
-            more = {"algorithm__n_updates": updates, "fusion__weight": float(depth)}
+            more: dict[str, Any] = {"algorithm__n_updates": updates, "fusion__weight": float(depth)}
             run_of_items(made(tmp_path, sweep, **more), WAS, ONE[0])
     found = compare_sweeps([tmp_path / "a", tmp_path / "b"])
     (both,) = found.together
@@ -157,7 +158,7 @@ def test_runs_of_both_are_counted_once(two, capsys):
 
 
 def test_rows_that_were_asked_in_other_words_are_set_apart_by_name(two):
-    more = {"algorithm__n_updates": 20}
+    more: dict[str, Any] = {"algorithm__n_updates": 20}
     run_of_items(made(two, "odd", task__question="Is it? {text}", **more), WAS, SEEDS[1][0])
     run_of_items(made(two, "odd", "corrsteer_s", seed=1, **more), WAS, ONE[1])
     found = compare_sweeps([two / "few", two / "odd"])
@@ -206,7 +207,7 @@ def test_other_models_are_paired_and_said(two):
 
 
 def test_of_three_sweeps_each_row_is_set_against_the_first_that_has_it(two, capsys):
-    more = {"algorithm__n_updates": 160}
+    more: dict[str, Any] = {"algorithm__n_updates": 160}
     run_of_items(made(two, "most", **more), WAS, ONE[0])
     run_of_items(made(two, "most", "lora", **more), WAS, ONE[1])
     run_of_items(made(two, "many", "lora", algorithm__n_updates=80), WAS, ONE[0])

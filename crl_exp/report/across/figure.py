@@ -73,7 +73,10 @@ def sweeps(compared: SweepsCompared, paths: tuple[Path, ...]) -> bool:
         where = f"{min(wheres)}, " if len(wheres) == 1 else ""
         left.set_title(f"{where}n = {' or '.join(f'{one:,}' for one in n)}")
         left.set_xlabel("accuracy (%)")
-        right.set_xlabel(f"to {compared.sides[0].letter}, paired by item (points)")
+        first = (
+            "the first sweep of the row" if len(compared.sides) > 2 else compared.sides[0].letter
+        )
+        right.set_xlabel(f"to {first}, paired by item (points)")
         legend_below(figure, axes, columns=1)
         return save(figure, paths)
 

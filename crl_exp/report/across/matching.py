@@ -187,7 +187,10 @@ class Matching:
                 methods = found.setdefault((key, values, apart), [])
                 if method not in methods:
                     methods.append(method)
-        return [KeyValues(*one, tuple(methods)) for one, methods in found.items()]
+        return [
+            KeyValues(key, values, apart, tuple(methods))
+            for (key, values, apart), methods in found.items()
+        ]
 
     def _values(self, rows: Iterable[tuple[ReportPart, Row]], key: str) -> tuple[str, ...]:
         there = [self._of(row) for _, row in rows]
