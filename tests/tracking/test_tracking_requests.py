@@ -47,6 +47,7 @@ def held(place: MlflowTarget) -> dict[str, object]:
     (run,) = children(place.resolved)
     tags = {k: v for k, v in run.data.tags.items() if k not in ("crl_exp.upload_id", PARENT)}
     names = sorted(run.data.metrics)
+    assert run.inputs is not None
     return {
         "tags": tags, "params": run.data.params, "status": run.info.status,
         "times": (run.info.start_time, run.info.end_time),
