@@ -73,9 +73,8 @@ def sweeps(compared: SweepsCompared, paths: tuple[Path, ...]) -> bool:
         where = f"{min(wheres)}, " if len(wheres) == 1 else ""
         left.set_title(f"{where}n = {' or '.join(f'{one:,}' for one in n)}")
         left.set_xlabel("accuracy (%)")
-        first = (
-            "the first sweep of the row" if len(compared.sides) > 2 else compared.sides[0].letter
-        )
+        letters = [side.letter for side in compared.sides]
+        first = letters[0] if len(letters) < 3 else "the first sweep of the row"
         right.set_xlabel(f"to {first}, paired by item (points)")
         legend_below(figure, axes, columns=1)
         return save(figure, paths)
