@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_every_command_is_run_or_it_says_why_not():
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def home(tmp_path_factory) -> Iterator[Path]:
     """A folder with the files that the docs name, and an empty cache."""
     home = tmp_path_factory.mktemp("home")
     hub_data.on_files("gsm8k", home / "gsm8k", "jsonl")
@@ -184,7 +185,7 @@ def home(tmp_path_factory) -> Path:
     write_yaml(home, "own", write_data(home))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRL_EXP_CACHE", str(home / "cache"))
-        yield home  # type: ignore[misc]
+        yield home
 
 
 def own_questions(folder: Path) -> None:
