@@ -55,7 +55,7 @@ ONE_SAE = (*SPREAD[:1], "sae=gemma_scope_27b_res", "layers.layer=22", "model.dev
 
 @pytest.mark.parametrize(
     ("overrides", "gib", "gpus"),
-    # 50.7 GiB of weights over nine tenths of each less 2 GiB; an SAE of 4.5 GiB lies on one.
+    # 50.7 GiB of weights over nine tenths of each less 2 GiB; an SAE of 4.6 GiB lies on one.
     [(SPREAD, 80, 1), (SPREAD, 40, 2), (SPREAD, 24, 3), (ONE_SAE, 24, 4)],
 )
 def test_a_spread_model_asks_for_as_many_gpus_as_it_needs(
@@ -81,7 +81,7 @@ def test_gpus_that_are_given_or_named_are_taken(tmp_path, monkeypatch):
     ("overrides", "gib", "said"),
     [
         (SPREAD, None, r"over how many GPUs.*gpus=2.*gpu_gib=80"),
-        (ONE_SAE, 7, r"the SAEs \(4\.5 GiB\).*steer fewer layers"),
+        (ONE_SAE, 7, r"the SAEs \(4\.6 GiB\).*steer fewer layers"),
         (("model=hf", "model.path=nobody/x", *SPREAD[1:], "model.device=cuda"), 80, "gpus=2"),
     ],
 )

@@ -1,8 +1,7 @@
 """Models spread by accelerate: the same bits as on one device, and accelerate's hooks stay.
 
 Here is one device, on which transformers attaches no hooks by itself; so a model's parts are put on
-cpu and disk, or hooks are asked for, and that they are there is asserted. What crosses from one
-device to another is run on tensors without data, which refuse to be mixed as a GPU's would.
+cpu and disk, or hooks are asked for, and that they are there is asserted.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache
+from torch import Tensor
 
 from crl_exp.config.errors import UserError
 from crl_exp.generation import teacher_forcing
@@ -26,11 +23,10 @@ from crl_exp.generation.model_check import checked
 from crl_exp.generation.prompts import PromptStore
 from crl_exp.generation.results import Generation
 from crl_exp.models import placement
-from crl_exp.models.activations import forward, read_activations
+from crl_exp.models.activations import read_activations
 from crl_exp.models.adapter import Adapter
 from crl_exp.models.choice import Options
 from crl_exp.models.config import ModelConfig
-from crl_exp.models.kv_cache import assembled, keep_rows
 from crl_exp.models.language_model import LanguageModel, load_model
 from tests.helpers import tiny
 from tests.helpers.tiny_run import run_small
@@ -200,58 +196,3 @@ def test_a_run_gives_the_plain_models_result(tiny_files, tmp_path):
     assert {k: v for k, v in mine.items() if k not in own} == {
         k: v for k, v in plain.items() if k not in own
     }
-
-
-DEVICES = {
-    "model.embed_tokens": "cuda:0", "model.rotary_emb": "cuda:0", "model.layers.0": "cuda:0",
-    "model.layers.1": "cuda:1", "model.layers.2": "cuda:0", "model.layers.3": "cuda:1",
-    "model.norm": "cuda:1", "lm_head": "cuda:1",
-}  # fmt: skip
-
-
-def put(module: nn.Module, device: str) -> None:
-    """As `Module.to`, which swaps tensors in a way that those without data can't be."""
-    for part in module.modules():
-        for name, weight in part._parameters.items():
-            if weight is not None:
-                part._parameters[name] = nn.Parameter(weight.detach().to(device))
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = None if buffer is None else buffer.to(device)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_ours_stays_on_one_gpu_of_two(kind):
-    """Tensors without data: of two devices they can't be mixed, and none is needed."""
-    at: dict[int, torch.device] = {}
-
-    def steer(site: int, x_BTD: Tensor) -> Tensor:
-        at[site] = x_BTD.device
-        return x_BTD + torch.ones(tiny.D_MODEL, device="cuda:0")
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        made = tiny.model(kind)
-        for name, device in DEVICES.items():
-            put(made.get_submodule(name), device)
-        skip = made._skip_keys_device_placement
-        lm = LanguageModel(
-            dispatch_model(made, DEVICES, skip_keys=skip), tiny.tokenizer(), "m", device="cuda:0"
-        )
-        first, second = torch.device("cuda:0"), torch.device("cuda:1")
-        assert lm.devices == [first, second]
-        see = {site: partial(steer, site) for site in range(-1, 4)}
-        ids_BT, lengths_B = torch.ones(2, 5, dtype=torch.long), torch.full((2,), 5)
-        cache = DynamicCache()
-        hidden_BTD = forward(lm, ids_BT, lengths_B, cache, see=see)
-        assert set(at.values()) == {first} and hidden_BTD.device == first
-        where = [first, second, first, second]
-        assert [layer.keys.device for layer in cache.layers] == where  # type: ignore[union-attr]
-        ids: Any = torch.arange(2, device=second)
-        for made_BX in (lm.logits(hidden_BTD[:, -1]), lm.logits(hidden_BTD[:, -1], ids)):
-            assert made_BX.device == first
-        kv_L = [torch.zeros(10, 2, 2, 8, device=device) for device in where]
-        rows_BT = torch.ones(2, 5, dtype=torch.long, device=first)
-        kept = assembled(kv_L, 0, 0, rows_BT, 2, lm.scratch)
-        with lm.skipping(0, hidden_BTD[:, -1]):
-            forward(lm, ids_BT[:, :1], torch.full((2,), 1), kept, start=4, see=see)
-        keep_rows(kept, torch.ones(1, dtype=torch.long, device=first), 1)
-        assert [layer.keys.device for layer in kept.layers] == where  # type: ignore[union-attr]
