@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 BLOCK, START = 32768, 7
+ENDS_WITHIN = 60.0  # seconds; it takes less than one
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
@@ -22,6 +24,11 @@ class Written:
     def __init__(self, run: Path):
         (self.folder,) = (run / "wandb").glob("*run-*")
         (path,) = self.folder.glob("*.wandb")
+        # wandb's own process writes the end, and may do so after ours was told that it has.
+        until = time.monotonic() + ENDS_WITHIN
+        while not any(one.WhichOneof("record_type") == "exit" for one in records(path)):
+            assert time.monotonic() < until, f"{path} has no end"
+            time.sleep(0.05)
         self.history: list[dict[str, Any]] = []
         self.steps: list[int] = []
         self.times: list[float] = []

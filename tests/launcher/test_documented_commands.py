@@ -135,10 +135,14 @@ COMPOSED = {
     "task.scorer=preference_model": "a reward model; tests/tasks/test_preference_model.py has one",
     "+sweep=harmbench_parity": HUB, "EleutherAI/": HUB,
     "+sweep=null_action": "data that `make assets` fetches",
+    "+sweep=refusal_methods": "likewise; its bias is of tokens, which only free text has",
     "+sweep=demo_one_sentence": "likewise; its bias is of tokens, which only free text has",
 }  # fmt: skip
 """Commands with these are composed, and neither checked nor run: the reason."""
-FETCHED = ("task=refusal", "task=one_sentence", "+sweep=null_action", "+sweep=demo_one_sentence")
+FETCHED = (
+    "task=refusal", "task=one_sentence", "+sweep=null_action", "+sweep=refusal_methods",
+    "+sweep=demo_one_sentence",
+)  # fmt: skip
 """Those of them that are checked and run where `make assets` has been."""
 DOCUMENTED = documented()
 WANTED = [command for command in DOCUMENTED if command not in NOT_RUN]

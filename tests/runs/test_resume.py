@@ -123,16 +123,18 @@ def test_asked_to_end_no_batch_is_answered_twice(
         if seen[what] == ends_at.get(what):
             os.kill(os.getpid(), signal.SIGUSR2)
 
-    def answer(self, controller, split, items, record=False, plain=workspace.RunWorkspace.answer):
-        made = plain(self, controller, split, items, record)
+    plain_answer, plain_read = workspace.RunWorkspace.answer, Engine.read
+
+    def answer(self, controller, split, items, *given, **named):
+        made = plain_answer(self, controller, split, items, *given, **named)
         answered.append((type(controller).__name__, split, list(items)))
         count("batch")
         return made
 
-    def read(self, prompts, progress=None, plain=Engine.read):
+    def read(self, prompts, progress=None, options=None):
         if len(prompts) == 8:  # those of a split: the model is checked by others
             count("prompts")
-        return plain(self, prompts, progress)
+        return plain_read(self, prompts, progress, options)
 
     def attempt(name: str) -> Path:
         monkeypatch.setattr(kept, "LOADED", {})  # as in a process of its own
